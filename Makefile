@@ -1,0 +1,51 @@
+# `make demo` and `make test` each start from nothing: they make .venv, install the pinned versions, and run.
+PYTHON ?= python3
+ARGS ?=
+
+# One thread a worker: two pytest workers with all threads each would fight for the cores.
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2
+
+.DEFAULT_GOAL := test
+.DELETE_ON_ERROR:
+.PHONY: demo test test-slow test-cuda test-oldest lint clean
+
+demo: .venv/.installed
+	.venv/bin/python examples/plot_mislabelled_digits.py
+
+test: lint
+	$(call PYTEST,.venv) $(ARGS)
+
+lint: .venv/.installed
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+test-slow: .venv/.installed
+	$(call PYTEST,.venv) -m slow $(ARGS)
+
+# On the interpreter at hand, with whatever torch it has: a GPU machine often brings its own.
+test-cuda:
+	$(PYTHON) -m pytest tests -m cuda -p no:cacheprovider $(ARGS)
+
+test-oldest: .venv-oldest/.installed
+	$(call PYTEST,.venv-oldest) $(ARGS)
+
+# torch comes first and alone, spelt with its exact version, so that a wheel at hand is taken as it is.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install "$$(grep '^torch==' constraints.txt)"
+	.venv/bin/python -m pip install -c constraints.txt -e '.[test]'
+	touch $@
+
+# The floors of pyproject.toml, made exact, are the constraints; torch and pytest stay as pinned, pip finds the rest.
+.venv-oldest/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	grep -E '^(torch|pytest.*)==' constraints.txt > .venv-oldest/constraints.txt
+	sed -n '/^dependencies = \[/,/^\]/s/^ *"\([^"]*\)>=\([^"]*\)".*/\1==\2/p' pyproject.toml \
+		| grep -v '^torch==' >> .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install "$$(grep '^torch==' constraints.txt)"
+	.venv-oldest/bin/python -m pip install -c .venv-oldest/constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-oldest .mypy_cache .pytest_cache .ruff_cache dist examples/output
