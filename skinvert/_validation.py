@@ -1,0 +1,149 @@
+"""Argument checks, and the one wording of every error: what, must be, got, try."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+
+__all__ = [
+    "check_choice",
+    "check_hessian_perturbation",
+    "check_number",
+    "check_rows",
+    "check_sample_weight",
+    "must_be",
+    "resolve_device",
+    "resolve_dtype",
+    "to_plain_array",
+]
+
+
+def must_be(what: str, must: str, got: Any, hint: str = "") -> str:
+    """Return the wording of every error: what it is about, what it must be, what came, what to try."""
+    text = f"{what} must be {must}. Got {got} instead."
+    return f"{text} {hint}" if hint else text
+
+
+def check_number(
+    value: Any,
+    name: str,
+    *,
+    owner: str = "",
+    low: float = -math.inf,
+    high: float = math.inf,
+    integer: bool = False,
+) -> Any:
+    """Return ``value`` if it is a number in [low, high], else raise TypeError or ValueError."""
+    kind: Any = numbers.Integral if integer else numbers.Real
+    what = f"The {name!r} parameter of {owner}" if owner else name
+    bounds = f"[{low}, {high}{']' if math.isfinite(high) else ')'}"
+    must = f"{'an int' if integer else 'a float'} in the range {bounds}"
+    if isinstance(value, bool | np.bool_) or not isinstance(value, kind):
+        raise TypeError(must_be(what, must, repr(value)))
+    # NaN compares false with both bounds.
+    if not (low <= float(value) <= high) or math.isinf(float(value)):
+        raise ValueError(must_be(what, must, repr(value)))
+    return int(value) if integer else float(value)
+
+
+def check_hessian_perturbation(value: Any, owner: str = "") -> float:
+    """Return λ as a float: a finite number of at least 0."""
+    return check_number(value, "hessian_perturbation", owner=owner, low=0.0)
+
+
+def check_choice(value: Any, name: str, choices: Iterable[Any], hint: str = "") -> Any:
+    """Return ``value`` if it is one of ``choices``, else raise a ValueError that lists them."""
+    choices = list(choices)
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(must_be(name, f"one of {listed}", repr(value), hint))
+    return value
+
+
+def check_sample_weight(sample_weight: Any, n_samples: int | None) -> np.ndarray | None:
+    """Return the weights as a float64 array (n,): finite, none negative, not all zero."""
+    if sample_weight is None:
+        return None
+    if isinstance(sample_weight, torch.Tensor):
+        sample_weight = sample_weight.detach().cpu().numpy()
+    if isinstance(sample_weight, numbers.Number):
+        raise ValueError(must_be("sample_weight", "an array of one weight per row", repr(sample_weight)))
+    weights = np.array(to_plain_array(sample_weight, "sample_weight"), dtype=np.float64)
+    if weights.ndim != 1:
+        raise ValueError(must_be("sample_weight", "a 1D array", f"an array of shape {weights.shape}"))
+    if n_samples is not None and len(weights) != n_samples:
+        raise ValueError(must_be("sample_weight", f"of length {n_samples}, one weight per row", len(weights)))
+    if not np.isfinite(weights).all():
+        raise ValueError(must_be("sample_weight", "finite", "NaN or infinity"))
+    if (weights < 0).any():
+        raise ValueError(must_be("sample_weight", "non-negative", f"{weights.min():.3g}"))
+    if not weights.sum() > 0:
+        raise ValueError(must_be("The sum of sample_weight", "positive", "all weights zero"))
+    return weights
+
+
+def to_plain_array(value: Any, name: str) -> np.ndarray:
+    """Return a dense, real, non-object array of ``value``; refuse the rest by name."""
+    if scipy.sparse.issparse(value):
+        raise TypeError(must_be(name, "dense", "a sparse matrix", "Try `.toarray()`."))
+    array = np.asarray(value)
+    if np.iscomplexobj(array):
+        message = f"Complex data not supported: {must_be(name, 'real', f'dtype {array.dtype}')}"
+        raise ValueError(message)
+    if array.dtype == object or array.dtype.kind in "USV":
+        hint = "Try `.astype(float)`, or encode the labels as integers."
+        raise ValueError(must_be(name, "numeric", f"dtype {array.dtype}", hint))
+    return array
+
+
+def check_rows(b: Any, size: int, name: str = "b") -> None:
+    """Raise unless the tensor or array ``b`` is (k, p) and finite."""
+    if b.ndim != 2:
+        hint = f"One right-hand side is one row: try `{name}.reshape(1, -1)`."
+        raise ValueError(must_be(name, f"of shape (k, {size})", f"shape {tuple(b.shape)}", hint))
+    if b.shape[1] != size:
+        hint = "One column per selected parameter, in the order of `get_feature_names_out()`."
+        raise ValueError(must_be(name, f"of shape (k, {size})", f"shape {tuple(b.shape)}", hint))
+    isfinite = torch.isfinite if isinstance(b, torch.Tensor) else np.isfinite
+    if not bool(isfinite(b).all()):
+        raise ValueError(must_be(name, "finite", "NaN or infinity"))
+
+
+def resolve_device(device: Any, default: torch.device) -> torch.device:
+    """Return the torch device that ``device`` names: None is ``default``, "auto" a GPU when there is one."""
+    if device is None:
+        return default
+    if isinstance(device, str) and device == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(must_be("device", 'None, "auto" or a torch device', repr(device))) from error
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        message = must_be("device", "one that this machine has", repr(str(found)), 'Try device="auto".')
+        raise ValueError(message) from error
+    if found.type == "meta":
+        raise ValueError(must_be("device", "one that holds numbers", "'meta'"))
+    return found
+
+
+def resolve_dtype(dtype: Any, default: torch.dtype) -> torch.dtype:
+    """Return float32 or float64 as a torch dtype: None is ``default``; numpy's names are understood."""
+    found: Any = default if dtype is None else dtype
+    if not isinstance(found, torch.dtype):
+        try:
+            found = getattr(torch, np.dtype(dtype).name, None)
+        except TypeError as error:
+            raise ValueError(must_be("dtype", "float32 or float64", repr(dtype))) from error
+    if found not in (torch.float32, torch.float64):
+        hint = "Try dtype=torch.float32: half precision cannot carry a solve."
+        raise ValueError(must_be("dtype", "float32 or float64", str(found), hint))
+    return found

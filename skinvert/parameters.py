@@ -1,0 +1,121 @@
+"""Flat rows (k, p) and named parameters: which are selected, in what order, and the way there and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+
+from ._validation import must_be
+
+__all__ = ["ParameterLayout", "select_parameters"]
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """The selected parameters in ``named_parameters()`` order: where each lies in a flat row.
+
+    Parameters
+    ----------
+    names : tuple of str
+        Parameter names.
+    shapes : tuple of tuple of int
+        Their shapes, in the same order.
+
+    Examples
+    --------
+    >>> layout = ParameterLayout(("weight", "bias"), ((1, 2), (1,)))
+    >>> layout.num_params, layout.feature_names()
+    (3, ['weight[0,0]', 'weight[0,1]', 'bias[0]'])
+    >>> layout.unflatten(torch.tensor([[1.0, 2.0, 3.0]]))["bias"]
+    tensor([[3.]])
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of entries of each parameter."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def num_params(self) -> int:
+        """Length p of a flat row."""
+        return sum(self.sizes)
+
+    @property
+    def slices(self) -> dict[str, slice]:
+        """Where each parameter lies in a flat row."""
+        stops = np.cumsum(self.sizes).tolist()
+        starts = [0, *stops[:-1]]
+        return {name: slice(a, b) for name, a, b in zip(self.names, starts, stops, strict=True)}
+
+    def feature_names(self) -> list[str]:
+        """Return the p names of the entries: ``"fc1.weight[0,3]"``."""
+        return [
+            f"{name}[{','.join(map(str, index))}]" if shape else name
+            for name, shape in zip(self.names, self.shapes, strict=True)
+            for index in np.ndindex(*shape)
+        ]
+
+    def flatten(self, mapping: Mapping[str, Any]) -> Any:
+        """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row."""
+        missing = [name for name in self.names if name not in mapping]
+        unknown = [name for name in mapping if name not in self.names]
+        if missing or unknown:
+            must = f"a mapping of exactly the names {list(self.names)}"
+            raise ValueError(must_be("flatten's argument", must, f"missing {missing}, unknown {unknown}"))
+        values = [mapping[name] for name in self.names]
+        if all(tuple(value.shape) == shape for value, shape in zip(values, self.shapes, strict=True)):
+            values = [value[None] for value in values]
+        k = values[0].shape[0]
+        for name, value, shape in zip(self.names, values, self.shapes, strict=True):
+            if tuple(value.shape) != (k, *shape):
+                must = f"of shape {(k, *shape)} or, all of them, without the {k}"
+                raise ValueError(must_be(name, must, f"shape {tuple(value.shape)}"))
+        if any(isinstance(value, torch.Tensor) for value in values):
+            return torch.cat([torch.as_tensor(value).reshape(k, -1) for value in values], dim=1)
+        return np.concatenate([np.asarray(value).reshape(k, -1) for value in values], axis=1)
+
+    def unflatten(self, rows: Any) -> dict[str, Any]:
+        """Return named tensors or arrays (k, *shape) of rows (k, p)."""
+        if rows.ndim != 2 or rows.shape[1] != self.num_params:
+            must = f"of shape (k, {self.num_params})"
+            raise ValueError(must_be("x", must, f"shape {tuple(rows.shape)}"))
+        return {
+            name: rows[:, part].reshape(len(rows), *shape)
+            for (name, part), shape in zip(self.slices.items(), self.shapes, strict=True)
+        }
+
+    def split(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Return the tensors (k, *shape) of rows (k, p), or (*shape) of one flat vector (p,)."""
+        lead = rows.shape[:-1]
+        parts = rows.split(self.sizes, dim=-1)
+        return [part.reshape(*lead, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+def select_parameters(named: Sequence[tuple[str, torch.Tensor]], params: str | Iterable[str] | None) -> list[str]:
+    """Return the names that ``params`` selects: a glob or globs; None selects all that require a gradient."""
+    names = [name for name, _ in named]
+    if params is None:
+        chosen = [name for name, tensor in named if tensor.requires_grad]
+        if not chosen:
+            hint = "Call `requires_grad_(True)` on some, or select frozen ones by name with `params`."
+            raise ValueError(must_be("The model", "one with trainable parameters", "none", hint))
+        return chosen
+    globs = [params] if isinstance(params, str) else list(params)
+    for glob in globs:
+        if not isinstance(glob, str):
+            raise TypeError(must_be("params", "a glob, a list of globs or None", repr(glob)))
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise ValueError(must_be("params", f"globs that match some of {names}", repr(glob)))
+    chosen = [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
+    if not chosen:
+        raise ValueError(must_be("params", f"globs that match some of {names}", repr(params)))
+    return chosen
