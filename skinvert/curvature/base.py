@@ -1,0 +1,233 @@
+"""What every curvature shares: the objective over all the data, and graphs that are kept while they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from .._memory import working_memory
+from .._progress import progress
+from .._validation import must_be
+from ..data import Batches
+from ..models import TorchTwiceDifferentiable, map_tensors
+from ..operators import LinearOperator
+
+__all__ = ["Curvature", "Objective"]
+
+
+class Objective:
+    r"""L(θ) = Σᵢ wᵢsᵢ / Σᵢ wᵢmᵢ + penalty over all the data: its denominators and its gradient, by one pass.
+
+    sᵢ is a sample's loss before the average and mᵢ its share of the denominator, so that ℓᵢ = κ sᵢ with
+    κ = Σ w / Σ w m, the ``scale``.
+
+    Parameters
+    ----------
+    model : TorchTwiceDifferentiable
+        At a fixed point θ (``at_point``).
+    batches : Batches
+        All the data.
+
+    Attributes
+    ----------
+    weight_sum, mass_sum : float
+        Σ wᵢ and Σ wᵢmᵢ.
+    gradient : tensor of shape (p,)
+        ∇L(θ), penalty included.
+    """
+
+    def __init__(self, model: TorchTwiceDifferentiable, batches: Batches, verbose: int = 0) -> None:
+        self.model, self.batches, self.verbose = model, batches, verbose
+        self.layout, self.dtype, self.device = model.layout, model.dtype, model.device
+        self.weight_sum = self.mass_sum = 0.0
+        self.gradient = torch.zeros(model.num_params, dtype=model.dtype, device=model.device)
+        for batch, weights in progress(batches, "loss and gradient", verbose):
+            self._add(batch, weights)
+        if not self.mass_sum > 0:
+            raise ValueError(must_be("The targets", "valid for at least one weighted row", "all ignored"))
+        self.gradient = self.gradient / self.mass_sum
+        if self.penalty is not None:
+            self.gradient = self.gradient + model.penalty_gradient()
+        if not bool(torch.isfinite(self.gradient).all()):
+            raise ValueError(
+                must_be("The gradient of the loss", "finite", "NaN or infinity", "Look at the parameters.")
+            )
+
+    @property
+    def scale(self) -> float:
+        """κ, with ℓᵢ = κ sᵢ."""
+        return self.weight_sum / self.mass_sum
+
+    @property
+    def penalty(self) -> torch.Tensor | None:
+        """The penalty's Hessian as a diagonal (p,), or None."""
+        return self.model.penalty_diagonal()
+
+    @property
+    def gradient_norm(self) -> float:
+        """‖∇L(θ)‖."""
+        return float(self.gradient.norm())
+
+    def _add(self, batch: Any, weights: torch.Tensor) -> None:
+        outputs = _forward(self.model, batch)
+        if self.weight_sum == 0:
+            check_rows_alone(self.model, outputs, batch)
+        losses = self.model.per_sample_loss(outputs, batch)
+        if losses.shape != weights.shape:
+            must = f"of shape {tuple(weights.shape)}, one per row of the batch"
+            raise ValueError(must_be("The per-sample losses", must, f"shape {tuple(losses.shape)}"))
+        self.gradient += self.model.gradient_of((losses * weights).sum())
+        self.weight_sum += float(weights.sum())
+        self.mass_sum += float((weights * self.model.mass(outputs, batch)).sum())
+
+
+def _forward(model: TorchTwiceDifferentiable, batch: Any) -> Any:
+    try:
+        return model.forward(batch)
+    except (RuntimeError, IndexError, NotImplementedError) as error:
+        shapes: list[str] = []
+        map_tensors(lambda tensor: shapes.append(f"{tuple(tensor.shape)} {tensor.dtype}"), batch)
+        message = must_be("The data", "what the model takes", f"a batch of {', '.join(shapes)}", str(error))
+        raise ValueError(message) from error
+
+
+def check_rows_alone(model: TorchTwiceDifferentiable, outputs: Any, batch: Any) -> None:
+    """Raise where a row's output is random, or depends on the other rows: then no per-sample loss exists."""
+    if not isinstance(outputs, torch.Tensor):
+        return
+    with torch.no_grad():
+        again = model.forward(batch)
+        alone = model.forward(map_tensors(lambda tensor: tensor[:1], batch))
+    tolerance = 1e3 * torch.finfo(outputs.dtype).eps * outputs.detach().abs().max().clamp(min=1)
+    for other, what, hint in (
+        (again, "the same on every call", "Dropout must take `training=self.training`."),
+        (alone, "one row's own", "Row 0 alone gives other outputs than in its batch (batch statistics?)."),
+    ):
+        if other.shape[1:] != outputs.shape[1:] or (other - outputs[: len(other)]).abs().max() > tolerance:
+            raise ValueError(must_be("The model's outputs in eval mode", what, "different outputs", hint))
+
+
+class Curvature(LinearOperator):
+    """A curvature of an objective, as a symmetric operator on rows.
+
+    Subclasses define ``graph(batch, weights)``: a function that maps rows (k, p) to a batch's share of the products.
+    It is kept for every batch while all of them fit scikit-learn's ``working_memory``, and made anew otherwise; the
+    products are the same.
+
+    Parameters
+    ----------
+    objective : Objective
+        Model, data and denominators.
+    """
+
+    _transient: tuple[str, ...] = ("_graphs",)
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__(objective.layout.num_params, objective.dtype, objective.device)
+        self.objective = objective
+        self._graphs: list[Callable[[torch.Tensor], torch.Tensor]] | None = None
+        self.hint = (
+            f"The gradient's norm at θ is {objective.gradient_norm:.3g} (not a minimum?). "
+            'Try curvature="ggn", which is positive semi-definite.'
+        )
+
+    @property
+    def penalty(self) -> torch.Tensor | None:
+        """The penalty's Hessian as a diagonal (p,), or None."""
+        return self.objective.penalty
+
+    @property
+    def gradient_norm(self) -> float:
+        """‖∇L(θ)‖."""
+        return self.objective.gradient_norm
+
+    def graph(self, batch: Any, weights: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the function that gives a batch's share of the products, before the division by Σ w m."""
+        raise NotImplementedError
+
+    def apply(self, V: torch.Tensor) -> torch.Tensor:
+        """Return the products with the rows of V (k, p), summed over all batches, plus the penalty's."""
+        product = torch.zeros_like(V)
+        for share in self._shares():
+            product += share(V)
+        product /= self.objective.mass_sum
+        return product if self.penalty is None else product.addcmul_(V, self.penalty)
+
+    def _shares(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        if self._graphs is not None:
+            yield from self._graphs
+            return
+        kept: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        keep: bool | None = None
+        for batch, weights in self.objective.batches:
+            if keep is None:
+                share, size = _measured(lambda: self.graph(batch, weights))  # noqa: B023 (called at once)
+                keep = size * self.objective.batches.n_samples / len(weights) <= working_memory()
+            else:
+                share = self.graph(batch, weights)
+            if keep:
+                kept.append(share)
+            yield share
+        if keep:
+            self._graphs = kept
+
+
+def _measured(build: Callable[[], Any]) -> tuple[Any, int]:
+    """Return what ``build`` returns, and the bytes that its graph saves."""
+    sizes: list[int] = []
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        built = build()
+    return built, sum(sizes)
+
+
+def flat_products(value: torch.Tensor, variables: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the function that differentiates ``value`` along each row of V: (k, numel) -> (k, p).
+
+    Row by row over one kept graph, which works for every network; on an accelerator in batches of rows, where the
+    network allows it.
+    """
+    if not value.requires_grad:
+        size = sum(t.numel() for t in variables)
+        return lambda V: V.new_zeros(len(V), size)
+    return _FlatProducts(value, variables)
+
+
+class _FlatProducts:
+    def __init__(self, value: torch.Tensor, variables: list[torch.Tensor]) -> None:
+        self.value, self.variables = value, variables
+        self.batched = value.device.type != "cpu"
+
+    def __call__(self, V: torch.Tensor) -> torch.Tensor:
+        if self.batched and len(V) > 1:
+            try:
+                return torch.cat([self._grad(rows, True) for rows in V.split(64)])
+            except RuntimeError:
+                # Some layers have no batching rule.
+                self.batched = False
+        return torch.stack([self._grad(v, False) for v in V]) if len(V) else self._empty(V)
+
+    def _grad(self, v: torch.Tensor, batched: bool) -> torch.Tensor:
+        lead = v.shape[:-1]
+        parts = torch.autograd.grad(
+            self.value,
+            self.variables,
+            v.reshape(*lead, *self.value.shape),
+            retain_graph=True,
+            is_grads_batched=batched,
+            allow_unused=True,
+        )
+        flat = [
+            v.new_zeros(*lead, variable.numel()) if part is None else part.reshape(*lead, -1)
+            for part, variable in zip(parts, self.variables, strict=True)
+        ]
+        return torch.cat(flat, dim=-1).detach()
+
+    def _empty(self, V: torch.Tensor) -> torch.Tensor:
+        return V.new_zeros(0, sum(variable.numel() for variable in self.variables))

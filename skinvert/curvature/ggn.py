@@ -1,0 +1,189 @@
+"""The generalised Gauss–Newton matrix: Σ wᵢ Jᵢᵀ (∇²_f ℓᵢ) Jᵢ / Σ wᵢ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from .._memory import rows_within
+from .._progress import progress
+from .._validation import must_be
+from ..models import map_tensors
+from ..operators import add_to_diagonal, symmetrise
+from .base import Curvature, Objective, flat_products
+from .layers import linear_layers, outer_sum
+from .rows import jacobian_rows
+
+__all__ = ["GGN"]
+
+
+class GGN(Curvature):
+    r"""G = Σᵢ wᵢ Jᵢᵀ (∇²_f ℓᵢ) Jᵢ / Σᵢ wᵢ + penalty, with Jᵢ the Jacobian of the outputs f.
+
+    Positive semi-definite for a loss that is convex in the outputs, and equal to the Hessian where the outputs are
+    linear in the parameters.
+
+    References
+    ----------
+    Schraudolph (2002), "Fast curvature matrix-vector products for second-order gradient descent", sec. 3.
+    """
+
+    is_psd = True
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__(objective)
+        self.hint = ""
+        batch, _ = next(iter(objective.batches))
+        outputs = objective.model.forward(batch)
+        if not isinstance(outputs, torch.Tensor):
+            hint = 'Return one tensor from `outputs`, or use curvature="hessian".'
+            raise TypeError(must_be("The model's outputs for the GGN", "a tensor", type(outputs).__name__, hint))
+        self._c = outputs[0].numel()
+        if self._c <= 256:
+            output_factor(objective, outputs, batch)
+
+    def graph(self, batch: Any, weights: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the products of Σ wᵢ Jᵢᵀ ∇²_f sᵢ Jᵢ over one batch: forward, output Hessian, backward."""
+        model = self.objective.model
+        outputs = model.forward(batch)
+        along = _forward_products(outputs, model.theta)
+        middle = _output_products(model, outputs, batch, weights)
+        back = flat_products(outputs, model.theta)
+        return lambda V: back(middle(along(V)))
+
+    @property
+    def factor_shape(self) -> tuple[int, int]:
+        """(n c, p), known before the factor is built."""
+        return (self.objective.batches.n_samples * self._c, self.size)
+
+    def factor(self, verbose: int = 0) -> torch.Tensor:
+        """Return F (n c, p) with G = FᵀF + diag(penalty)."""
+        return torch.cat(list(self.factor_chunks(verbose)))
+
+    def factor_chunks(self, verbose: int = 0) -> Iterator[torch.Tensor]:
+        """Yield the factor in chunks of rows that fit the working memory."""
+        chunk = rows_within(3 * self._c * self.size * self.dtype.itemsize)
+        for batch, weights in progress(self.objective.batches, "Jacobians", verbose):
+            for rows, part in split_batch(batch, weights, chunk):
+                yield self._factor_of(rows, part).flatten(0, 1)
+
+    def sample_terms(self, batch: Any, Z: torch.Tensor) -> torch.Tensor:
+        """Return zᵢᵀ hᵢ zᵢ (m,) of each row's own GGN term hᵢ, for rows Z (m, p)."""
+        ones = torch.ones(len(Z), dtype=self.dtype, device=self.device)
+        chunk = rows_within(3 * self._c * self.size * self.dtype.itemsize)
+        terms = []
+        for start, (rows, part) in zip(range(0, len(Z), chunk), split_batch(batch, ones, chunk), strict=True):
+            factor = self._factor_of(rows, part)
+            along = torch.einsum("mcp,mp->mc", factor, Z[start : start + chunk])
+            terms.append(along.square().sum(1))
+        return torch.cat(terms) * self.objective.weight_sum
+
+    def to_dense(self, verbose: int = 0) -> torch.Tensor:
+        """Return the matrix (p, p): Σᵢ Dᵢ ⊗ aᵢaᵢᵀ for Linear layers, else one GEMM per chunk of the factor."""
+        matrix = self._dense_from_layers(verbose)
+        if matrix is None:
+            matrix = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            for rows in self.factor_chunks(verbose):
+                matrix.addmm_(rows.mT, rows)
+        return symmetrise(add_to_diagonal(matrix, self.penalty))
+
+    def diagonal(self) -> torch.Tensor:
+        """Return the diagonal, from the squares of the factor."""
+        diagonal = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        for rows in self.factor_chunks():
+            diagonal += rows.square().sum(0)
+        return diagonal if self.penalty is None else diagonal + self.penalty
+
+    def _factor_of(self, batch: Any, weights: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            outputs = self.objective.model.forward(batch)
+        S = output_factor(self.objective, outputs, batch)
+        S = S * (weights / self.objective.mass_sum).sqrt()[:, None, None]
+        return jacobian_rows(self.objective.model, batch, S)
+
+    def _dense_from_layers(self, verbose: int) -> torch.Tensor | None:
+        """Assemble from layer inputs and output derivatives; None where a layer is not a plain Linear.
+
+        The result is checked against a product, which shares none of its code: weights that the model also uses
+        outside the layer would go unseen otherwise.
+        """
+        layers = linear_layers(self.objective.model, next(iter(self.objective.batches))[0])
+        if layers is None:
+            return None
+        matrix = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for batch, weights in progress(self.objective.batches, "assembly", verbose):
+            outputs, captured = layers.capture(batch)
+            S = output_factor(self.objective, outputs.detach(), batch)
+            S = S * (weights / self.objective.mass_sum).sqrt()[:, None, None]
+            outer_sum(matrix, layers, captured, layers.derivatives(outputs, captured, S))
+        generator = torch.Generator(self.device).manual_seed(0)
+        v = torch.randn(1, self.size, dtype=self.dtype, device=self.device, generator=generator)
+        expected = self.apply(v) if self.penalty is None else self.apply(v) - v * self.penalty
+        error = (v @ matrix - expected).norm()
+        tolerance = 1e3 * torch.finfo(self.dtype).eps * (matrix.norm() * v.norm())
+        return matrix if error <= tolerance else None
+
+
+def output_factor(objective: Objective, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+    """Return Sᵢ (m, c, c) with ∇²_f sᵢ = Sᵢ Sᵢᵀ; raise where the loss is not convex in the outputs."""
+    middle = output_hessians(objective, outputs, batch)
+    values, vectors = torch.linalg.eigh(middle)
+    most = values.abs().amax(-1, keepdim=True)
+    tolerance = 100 * len(middle[0]) * torch.finfo(values.dtype).eps * most
+    if bool((values < -tolerance).any()):
+        hint = 'Try curvature="hessian" or "empirical_fisher".'
+        raise ValueError(
+            must_be("The loss for the GGN", "convex in the outputs", f"an eigenvalue {values.min():.3g}", hint)
+        )
+    return vectors * values.clamp(min=0).sqrt()[:, None, :]
+
+
+def output_hessians(objective: Objective, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+    """Return ∇²_f sᵢ (m, c, c): in closed form where there is one, else by autograd of the loss."""
+    closed = objective.model.output_hessian(outputs, batch)
+    if closed is not None:
+        return closed
+    free = outputs.detach().requires_grad_(True)
+    products = _loss_products(objective.model, free, batch, torch.ones(len(free), dtype=free.dtype, device=free.device))
+    c = free[0].numel()
+    rows = [products(unit.expand(1, len(free), c))[0] for unit in torch.eye(c, dtype=free.dtype, device=free.device)]
+    return torch.stack(rows, dim=1)
+
+
+def split_batch(batch: Any, weights: torch.Tensor, size: int) -> Iterator[tuple[Any, torch.Tensor]]:
+    """Yield a batch in chunks of at most ``size`` rows."""
+    for start in range(0, len(weights), size):
+        rows = slice(start, start + size)
+        yield map_tensors(lambda tensor, rows=rows: tensor[rows], batch), weights[rows]
+
+
+def _forward_products(outputs: torch.Tensor, theta: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return V (k, p) -> J V (k, m, c), by differentiating Jᵀu along V: no forward mode needed."""
+    dummy = torch.zeros_like(outputs, requires_grad=True)
+    pulled = torch.autograd.grad(outputs, theta, dummy, create_graph=True, materialize_grads=True)
+    along = flat_products(torch.cat([part.reshape(-1) for part in pulled]), [dummy])
+    return lambda V: along(V).reshape(len(V), len(outputs), -1)
+
+
+def _output_products(
+    model: Any, outputs: torch.Tensor, batch: Any, weights: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return U (k, m, c) -> w ∇²_f s U, flat (k, m c)."""
+    closed = model.output_hessian(outputs.detach(), batch)
+    if closed is not None:
+        middle = closed * weights[:, None, None]
+        return lambda U: torch.einsum("mcd,kmd->kmc", middle, U).flatten(1)
+    products = _loss_products(model, outputs.detach().requires_grad_(True), batch, weights)
+    return lambda U: products(U).flatten(1)
+
+
+def _loss_products(
+    model: Any, outputs: torch.Tensor, batch: Any, weights: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    with torch.enable_grad():
+        losses = (model.per_sample_loss(outputs, batch) * weights).sum()
+        gradient = torch.autograd.grad(losses, outputs, create_graph=True)[0]
+    products = flat_products(gradient, [outputs])
+    return lambda U: products(U.flatten(1)).reshape(U.shape)
