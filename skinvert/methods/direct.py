@@ -1,0 +1,215 @@
+"""Dense inversion: Cholesky with a condition estimate, else an eigendecomposition; sample space where n < p."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, ClassVar
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse.linalg
+import torch
+
+from .._memory import check_memory
+from .._validation import must_be
+from ..operators import Dense, LinearOperator, LowRank, Shifted, add_to_diagonal, check_dense_memory
+from ..results import InverseHvpResult
+from .base import InverseOperator, Method, relative_residual
+
+__all__ = ["Direct"]
+
+
+class Direct(Method):
+    r"""Assemble H once and factorise it: exact, O(p³) once and O(p²) per right-hand side, 8·2p² bytes in float64.
+
+    A + λI is factorised by Cholesky, and its reciprocal condition number rcond is estimated, because Cholesky
+    "succeeds" on singular matrices. Where it fails, or rcond < 10·p·eps, an eigendecomposition takes over: eigenvalues
+    within p·eps·max|eig| of zero are left out (the pseudo-inverse), and a right-hand side with a part in their span is
+    warned of. Negative eigenvalues are inverted as they are, with a warning that says how negative.
+
+    A curvature with a factor of fewer rows than p, H = FᵀF + R with R + λ > 0, is inverted in sample space by
+    Woodbury's identity.
+
+    Parameters
+    ----------
+    rtol : float, default=None
+        A row whose part in the null space exceeds ``rtol`` ‖b‖ is warned of, and ``converged`` says whether the
+        residual is within it. None is 1e-3 in float32 and 1e-6 in float64.
+
+    References
+    ----------
+    Higham (2002), "Accuracy and Stability of Numerical Algorithms", ch. 15 (condition estimation).
+
+    Examples
+    --------
+    >>> from skinvert.operators import Diagonal
+    >>> inverse = Direct().invert(Diagonal(torch.tensor([1.0, 3.0])), 1.0)
+    >>> inverse.solve(torch.tensor([[2.0, 2.0]])).x
+    tensor([[1.0000, 0.5000]])
+    """
+
+    name: ClassVar[str] = "direct"
+    requires: ClassVar[tuple[str, ...]] = ("to_dense",)
+
+    def __init__(self, *, rtol: float | None = None) -> None:
+        self.rtol = rtol
+
+    def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> InverseOperator:
+        """Factorise A + λI, in sample space where that is smaller."""
+        rtol = self.rtol if self.rtol is not None else {torch.float32: 1e-3}.get(A.dtype, 1e-6)
+        rows = getattr(A, "factor_shape", (math.inf, 0))[0]
+        shift = _positive_shift(A, hessian_perturbation)
+        if rows < A.size and shift is not None:
+            return SampleSpaceInverse(A, hessian_perturbation, shift, rtol, verbose)
+        # The matrix, its factor, and room to work.
+        check_dense_memory(A, 3)
+        return DenseInverse(A.to_dense(verbose), hessian_perturbation, rtol, A.hint)
+
+
+class DenseInverse(InverseOperator):
+    """The factorised inverse of a dense matrix plus λI."""
+
+    def __init__(self, matrix: torch.Tensor, hessian_perturbation: float, rtol: float, hint: str) -> None:
+        self.matrix, self.shift, self.rtol, self.hint = matrix, hessian_perturbation, rtol, hint
+        if not bool(torch.isfinite(matrix).all()):
+            raise ValueError(must_be("The curvature", "finite", "NaN or infinity", "Look at the parameters."))
+        self.cholesky: torch.Tensor | None = None
+        # All or none: with the eigenvalues of A come its eigenvectors and the inverted eigenvalues of A + λI.
+        self.eigenvalues: torch.Tensor | None = None
+        self.eigenvectors: Any = None
+        self.inverted: Any = None
+        cholesky, info = torch.linalg.cholesky_ex(add_to_diagonal(matrix.clone(), self.shift or None))
+        if int(info) == 0 and _rcond(cholesky, self._norm1()) >= 10 * self.size * torch.finfo(matrix.dtype).eps:
+            self.cholesky, self.positive_definite = cholesky, True
+        else:
+            self._decompose()
+
+    @property
+    def operator(self) -> LinearOperator:  # type: ignore[override]
+        """A + λI."""
+        return Shifted(Dense(self.matrix), self.shift)
+
+    def solve(self, B: torch.Tensor) -> InverseHvpResult:
+        """Return the solutions, or pseudo-solutions where A + λI is singular.
+
+        ``info`` holds ``residual`` (k,) and ``converged`` (k,).
+        """
+        if self.cholesky is not None:
+            X = torch.cholesky_solve(B.mT, self.cholesky).mT.contiguous()
+        else:
+            X = self._pseudo_solve(B)
+        residual = relative_residual(self.operator, B, X)
+        return InverseHvpResult(X, {"residual": residual, "converged": residual <= self.rtol})
+
+    def at(self, hessian_perturbation: float) -> DenseInverse:
+        """Return the inverse at another λ, from the eigendecomposition of A."""
+        if self.eigenvalues is None:
+            self._decompose()
+        other = object.__new__(DenseInverse)
+        other.__dict__.update(self.__dict__, shift=hessian_perturbation, cholesky=None)
+        other._judge()
+        return other
+
+    def _decompose(self) -> None:
+        self.eigenvalues, self.eigenvectors = torch.linalg.eigh(self.matrix)
+        self._judge()
+
+    def _judge(self) -> None:
+        """Find which eigenvalues count as zero, and warn where one is negative."""
+        assert self.eigenvalues is not None
+        values = self.eigenvalues + self.shift
+        cut = self.size * torch.finfo(values.dtype).eps * values.abs().max()
+        self.inverted = torch.where(values.abs() > cut, 1 / values, 0.0)
+        self.positive_definite = bool((values > cut).all())
+        # Rounding alone makes zero eigenvalues slightly negative.
+        if bool((values < -10 * cut).any()):
+            least = float(values.min())
+            warnings.warn(
+                f"A = H + λI is indefinite: its smallest eigenvalue is {least:.3g}, at hessian_perturbation="
+                f"{self.shift:.3g}. The solution is exact, but it is no minimiser. {self.hint}",
+                scipy.linalg.LinAlgWarning,
+                stacklevel=4,
+            )
+
+    def _pseudo_solve(self, B: torch.Tensor) -> torch.Tensor:
+        along = B @ self.eigenvectors
+        lost = torch.where(self.inverted == 0, along, 0.0).norm(dim=1)
+        outside = int((lost > self.rtol * B.norm(dim=1)).sum())
+        if outside:
+            warnings.warn(
+                f"A = H + λI is singular (rank {int((self.inverted != 0).sum())} of {self.size}) and {outside} of "
+                f"{len(B)} right-hand sides have a part outside its range: the pseudo-inverse leaves it out. "
+                "Try hessian_perturbation > 0.",
+                scipy.linalg.LinAlgWarning,
+                stacklevel=4,
+            )
+        return (along * self.inverted) @ self.eigenvectors.mT
+
+    def _norm1(self) -> float:
+        return float(add_to_diagonal(self.matrix.clone(), self.shift or None).abs().sum(0).max())
+
+
+class SampleSpaceInverse(InverseOperator):
+    """Woodbury: (D + FᵀF)⁻¹ = D⁻¹ − D⁻¹Fᵀ (I + F D⁻¹ Fᵀ)⁻¹ F D⁻¹, with D = R + λ > 0 diagonal."""
+
+    def __init__(
+        self, A: LinearOperator, hessian_perturbation: float, shift: torch.Tensor, rtol: float, verbose: int
+    ) -> None:
+        rows = A.factor_shape[0]  # type: ignore[attr-defined]
+        way_out = 'Try method="cg", which keeps no matrix.'
+        check_memory(2 * rows * A.size * A.dtype.itemsize, f"A factor of {rows:,} rows", way_out, A.device)
+        self.rows = A.factor(verbose)  # type: ignore[attr-defined]
+        self.rtol, self.shift, self.inverse_shift = rtol, shift, 1 / shift
+        core = (self.rows * self.inverse_shift) @ self.rows.mT
+        self.cholesky = torch.linalg.cholesky(add_to_diagonal(core, 1.0))
+        self.positive_definite = True
+
+    @property
+    def operator(self) -> LinearOperator:  # type: ignore[override]
+        """A + λI."""
+        return LowRank(self.rows, self.shift)
+
+    def solve(self, B: torch.Tensor) -> InverseHvpResult:
+        """Return the solutions. ``info`` holds ``residual`` (k,) and ``converged`` (k,)."""
+        X = self._apply(B)
+        # One step of refinement: the difference of two large terms loses digits at a small shift.
+        X = X + self._apply(B - self.operator.apply(X))
+        residual = relative_residual(self.operator, B, X)
+        return InverseHvpResult(X, {"residual": residual, "converged": residual <= self.rtol})
+
+    def _apply(self, B: torch.Tensor) -> torch.Tensor:
+        scaled = B * self.inverse_shift
+        inner = torch.cholesky_solve((scaled @ self.rows.mT).mT, self.cholesky).mT
+        return scaled - (inner @ self.rows) * self.inverse_shift
+
+
+def _positive_shift(A: LinearOperator, hessian_perturbation: float) -> torch.Tensor | None:
+    """Return R + λ as (p,), or None where an entry is too small to divide by."""
+    if not hasattr(A, "factor"):
+        return None
+    penalty = getattr(A, "penalty", None)
+    shift = torch.full((A.size,), hessian_perturbation, dtype=A.dtype, device=A.device)
+    shift = shift if penalty is None else shift + penalty
+    return shift if bool((shift > 0).all()) else None
+
+
+def _rcond(cholesky: torch.Tensor, norm: float) -> float:
+    """Estimate 1 / (‖A‖₁ ‖A⁻¹‖₁) from the Cholesky factor: LAPACK's ``pocon``, or its algorithm on a device."""
+    if norm == 0 or not math.isfinite(norm):
+        return 0.0
+    if cholesky.device.type == "cpu":
+        pocon = scipy.linalg.get_lapack_funcs("pocon", (cholesky.numpy(),))
+        # Column-major: the transpose of the row-major lower factor is the upper one, without a copy.
+        rcond, _ = pocon(cholesky.numpy().T, norm, uplo="U")
+        return float(rcond)
+
+    def solve(columns: np.ndarray) -> np.ndarray:
+        right = torch.from_numpy(np.ascontiguousarray(columns)).to(cholesky)
+        return torch.cholesky_solve(right.reshape(len(right), -1), cholesky).cpu().numpy().reshape(columns.shape)
+
+    inverse = scipy.sparse.linalg.LinearOperator(
+        cholesky.shape, matvec=solve, rmatvec=solve, matmat=solve, rmatmat=solve, dtype=np.float64
+    )
+    estimate = scipy.sparse.linalg.onenormest(inverse)
+    return 1 / (norm * estimate) if math.isfinite(estimate) and estimate > 0 else 0.0
