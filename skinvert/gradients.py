@@ -1,0 +1,149 @@
+"""Per-sample gradients as a scikit-learn transformer: rows (X, y) -> (n, p)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, TransformerMixin, clone
+from sklearn.utils.validation import check_is_fitted
+
+from ._memory import check_memory, rows_within
+from ._progress import progress
+from ._validation import check_number, must_be
+from .curvature import Objective, gradient_rows, split_batch
+from .data import as_batches
+from .models import TorchTwiceDifferentiable, as_model
+
+__all__ = ["PerSampleGradient"]
+
+
+class PerSampleGradient(TransformerMixin, BaseEstimator):
+    r"""Map rows (X, y) to their loss gradients gᵢ = ∇ℓᵢ(θ), one per row; the penalty is left out.
+
+    ``fit`` records the scale κ = Σ w / Σ w m of the training loss (1/c for ``mse``, the mean class weight for weighted
+    cross-entropy), so that the mean of the training rows' gᵢ is the gradient of the training loss.
+
+    Parameters
+    ----------
+    model : nn.Module, skorch net or TorchTwiceDifferentiable
+        A trained model; shared by clones, never copied, never changed.
+    loss : str, torch loss module or callable, default=None
+        As for ``HessianInverter``.
+    params : str or list of str, default=None
+        Globs on parameter names; None selects all that require a gradient.
+    batch_size : int, default=None
+        Rows per pass; results do not depend on it.
+    device, dtype : default=None
+        None is the model's own.
+    verbose : int, default=0
+        1 shows a progress bar.
+
+    Attributes
+    ----------
+    n_features_out_ : int
+        p.
+    loss_scale_ : float
+        κ.
+    parameter_names_ : list of str
+        Of the selected parameters.
+
+    Examples
+    --------
+    The gradient of (xᵀθ − y)² is 2 (xᵀθ − y) x.
+
+    >>> net = torch.nn.Linear(2, 1, bias=False)
+    >>> _ = torch.nn.init.zeros_(net.weight)
+    >>> PerSampleGradient(net, loss="mse").fit_transform(np.eye(2, dtype="f4"), np.ones((2, 1), dtype="f4")).tolist()
+    [[-2.0, -0.0], [-0.0, -2.0]]
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        *,
+        loss: Any = None,
+        params: Any = None,
+        batch_size: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        self.model = model
+        self.loss = loss
+        self.params = params
+        self.batch_size = batch_size
+        self.device = device
+        self.dtype = dtype
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> PerSampleGradient:
+        """Record the scale of the training loss; ``X, y`` as ``HessianInverter.fit`` takes them."""
+        model = self._at_point()
+        objective = Objective(model, self._batches(model, X, y, sample_weight), self.verbose)
+        self.loss_scale_, self.n_features_out_ = objective.scale, model.num_params
+        self.parameter_names_, self._layout = list(model.layout.names), model.layout
+        return self
+
+    def transform(self, X: Any) -> Any:
+        """Return the gradients (n, p) of ``(X, y)``, a tuple (or a Dataset, a DataLoader, batches).
+
+        Arrays give an array; tensors give a tensor, on their device.
+        """
+        check_is_fitted(self, "loss_scale_")
+        model = self._at_point()
+        batches = self._batches(model, X, None, None)
+        way_out = "Try fewer rows at a time, or fewer parameters with `params`."
+        needed = batches.n_samples * model.num_params * model.dtype.itemsize
+        check_memory(needed, f"A gradient for each of {batches.n_samples:,} rows", way_out, model.device)
+        gradients = torch.empty(batches.n_samples, model.num_params, dtype=model.dtype, device=model.device)
+        chunk, start = rows_within(3 * model.num_params * model.dtype.itemsize), 0
+        for batch, weights in progress(batches, "per-sample gradients", self.verbose):
+            for rows, part in split_batch(batch, weights, chunk):
+                gradients[start : start + len(part)] = self.loss_scale_ * gradient_rows(model, rows)
+                start += len(part)
+        first = X[0] if isinstance(X, tuple) else None
+        return gradients if isinstance(first, torch.Tensor) else gradients.cpu().numpy()
+
+    def fit_transform(self, X: Any, y: Any = None, **fit_params: Any) -> Any:
+        """Fit, and return the gradients of the same rows."""
+        return self.fit(X, y, **fit_params).transform((X, y) if y is not None else X)
+
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:  # noqa: ARG002
+        """Return the p names of the columns: ``"fc1.weight[0,3]"``."""
+        check_is_fitted(self, "loss_scale_")
+        return np.asarray(self._layout.feature_names(), dtype=object)
+
+    def __sklearn_clone__(self) -> PerSampleGradient:
+        """Share the model and the loss."""
+        params = self.get_params(deep=False)
+        shared = {name: params.pop(name) for name in ("model", "loss")}
+        return type(self)(**{name: clone(value, safe=False) for name, value in params.items()}, **shared)
+
+    def __sklearn_tags__(self) -> Any:
+        """Say that a target is needed."""
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        tags.no_validation = True
+        return tags
+
+    def _at_point(self) -> TorchTwiceDifferentiable:
+        model = as_model(self.model, self.loss)
+        if not isinstance(model, TorchTwiceDifferentiable):
+            must = "one with per-sample losses"
+            raise TypeError(must_be("model", must, type(model).__name__, "Subclass TorchTwiceDifferentiable."))
+        return model.at_point(self.params, self.dtype, self.device)
+
+    def _batches(self, model: TorchTwiceDifferentiable, X: Any, y: Any, sample_weight: Any) -> Any:
+        if self.batch_size is not None:
+            check_number(self.batch_size, "batch_size", owner="PerSampleGradient", low=1, integer=True)
+        data = model.read((X, y) if y is not None else X)
+        return as_batches(
+            data,
+            batch_size=self.batch_size,
+            sample_weight=sample_weight,
+            needs_row_order=True,
+            dtype=model.dtype,
+            device=model.device,
+        )

@@ -1,0 +1,433 @@
+"""The estimator: ``HessianInverter().fit(model, data).transform(b)``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import scipy.sparse.linalg
+import torch
+from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, clone
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from ._rows import Rows
+from ._validation import (
+    check_hessian_perturbation,
+    check_number,
+    check_sample_weight,
+    must_be,
+    resolve_device,
+    resolve_dtype,
+)
+from .curvature import Gram, build_curvature, held_out_curvature
+from .data import as_batches
+from .methods.base import Method, relative_residual
+from .models import TorchTwiceDifferentiable, as_model, describe, is_model
+from .operators import LinearOperator, Shifted, as_scipy
+from .parameters import ParameterLayout
+from .registry import InversionRegistry, check_requirements, is_method
+from .results import InverseHvpResult, InversionMethod
+from .scores import quadratic_score, rows_score
+
+__all__ = ["HessianInverter"]
+
+
+class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
+    r"""Solve (H + λI) x = b for a trained model's curvature H, one right-hand side per row.
+
+    ``fit(model, data)``, ``fit(X, y)`` with ``model`` set, or ``fit(X)`` on plain rows, whose curvature is that of
+    linear least squares, H = Σ wᵢxᵢxᵢᵀ / Σ wᵢ. The factorisation is done in ``fit``; the user's model is never changed.
+
+    Parameters
+    ----------
+    method : str, InversionMethod or Method, default="auto"
+        A name in the ``InversionRegistry`` or a configured instance, such as ``CG(rtol=1e-6)``.
+    hessian_perturbation : float, default=0.0
+        λ ≥ 0, on the scale of the mean loss.
+    curvature : {"auto", "hessian", "ggn", "empirical_fisher"}, default="auto"
+        H. ``"auto"`` is the Hessian, save for methods that are defined on another curvature.
+    model : nn.Module, skorch net or TwiceDifferentiable, default=None
+        What ``fit(X, y)`` reads, the form that pipelines and searches call. Shared by clones, never copied.
+    loss : str, torch loss module or callable, default=None
+        The loss of a bare module: ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, ``"nll"``, ``"huber"``,
+        ``"poisson_nll"``, a torch loss module, or a callable (output, target) that is a mean or a sum over rows.
+    weight_decay : float, default=0.0
+        μ in ½ μ‖θ‖² of the training objective: part of H, not of λ.
+    params : str or list of str, default=None
+        Globs on parameter names; None selects all that require a gradient.
+    blocks : None
+        Reserved for block-diagonal curvatures.
+    batch_size : int, default=None
+        Rows per batch; results do not depend on it. None is the loader's own, or 1,024.
+    device : str or torch.device, default=None
+        None is where the model is; "auto" a GPU when there is one.
+    dtype : torch.dtype or numpy dtype, default=None
+        float32 or float64; None is the model's own.
+    random_state : int, RandomState or None, default=None
+        For stochastic methods.
+    verbose : int, default=0
+        1 shows progress bars on long work.
+
+    Attributes
+    ----------
+    n_features_in_ : int
+        p, the width of a right-hand side.
+    n_samples_ : int
+        Number of training rows.
+    method_ : Method or function
+        What inverts.
+    inverse_ : InverseOperator
+        The fitted inverse.
+    curvature_ : LinearOperator
+        H. Not pickled where the factorisation serves without it.
+    curvature_name_ : str
+        Which curvature; ``"gram"`` for plain rows.
+    hessian_perturbation_ : float
+        λ.
+    parameter_names_ : list of str
+        Of the selected parameters; model-based fits only.
+    gradient_norm_ : float
+        ‖∇L(θ)‖, small at a minimum; model-based fits only.
+    eigenvalues_ : ndarray of shape (p,)
+        Of H, ascending, where the method computed a spectrum.
+
+    Examples
+    --------
+    Plain rows: H = XᵀX / n.
+
+    >>> import numpy as np
+    >>> X = np.array([[2.0, 0.0], [0.0, 2.0]])
+    >>> HessianInverter("direct", hessian_perturbation=2.0).fit(X).transform(np.array([[4.0, 8.0]]))
+    array([[1., 2.]])
+
+    A module: mse's Hessian is 2 XᵀX / n.
+
+    >>> net = torch.nn.Linear(2, 1, bias=False)
+    >>> inverter = HessianInverter("cg", loss="mse").fit(net, (torch.eye(2), torch.zeros(2, 1)))
+    >>> inverter.transform(torch.tensor([[1.0, 2.0]]))
+    tensor([[1., 2.]])
+    """
+
+    def __init__(
+        self,
+        method: Any = "auto",
+        hessian_perturbation: float = 0.0,
+        *,
+        curvature: str = "auto",
+        model: Any = None,
+        loss: Any = None,
+        weight_decay: float = 0.0,
+        params: Any = None,
+        blocks: Any = None,
+        batch_size: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        self.method = method
+        self.hessian_perturbation = hessian_perturbation
+        self.curvature = curvature
+        self.model = model
+        self.loss = loss
+        self.weight_decay = weight_decay
+        self.params = params
+        self.blocks = blocks
+        self.batch_size = batch_size
+        self.device = device
+        self.dtype = dtype
+        self.random_state = random_state
+        self.verbose = verbose
+
+    # -- fit -------------------------------------------------------------------------------------------------------
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> HessianInverter:
+        """Fit the inverse of a model's curvature over data, or of plain rows.
+
+        Parameters
+        ----------
+        X : model, array of shape (n, ...) or data
+            A model, with its data as ``y``; else the inputs for ``self.model``; else plain rows (n, p).
+        y : data or array of shape (n, ...), default=None
+            ``(X, y)``, a Dataset, a DataLoader or batches after a model; targets after inputs.
+        sample_weight : array of shape (n,), default=None
+            Weights wᵢ ≥ 0; weight 2 equals a row given twice.
+
+        Returns
+        -------
+        HessianInverter
+            Itself.
+        """
+        shift = check_hessian_perturbation(self.hessian_perturbation, "HessianInverter")
+        if self.batch_size is not None:
+            check_number(self.batch_size, "batch_size", owner="HessianInverter", low=1, integer=True)
+        if self.blocks is not None:
+            raise ValueError(must_be("blocks", "None", repr(self.blocks)))
+        for name in ("eigenvalues_", "parameter_names_", "gradient_norm_", "feature_names_in_"):
+            self.__dict__.pop(name, None)
+        if is_model(X):
+            A = self._model_curvature(X, y, sample_weight)
+        elif self.model is not None:
+            A = self._model_curvature(self.model, _as_data(X, y), sample_weight)
+        else:
+            A = self._rows_curvature(X, sample_weight)
+        self._invert(A, shift)
+        return self
+
+    def _model_curvature(self, model: Any, data: Any, sample_weight: Any) -> Any:
+        if data is None:
+            raise ValueError(must_be("fit(model, data)'s data", "given", "None", "Try fit(model, (X, y))."))
+        adapted: Any = as_model(model, self.loss, self.weight_decay)
+        if isinstance(adapted, TorchTwiceDifferentiable):
+            adapted = adapted.at_point(self.params, self.dtype, self.device)
+            self._layout: ParameterLayout | None = adapted.layout
+        else:
+            shapes = tuple(tuple(parameter.shape) for parameter in adapted.parameters)
+            self._layout = ParameterLayout(tuple(f"parameter{i}" for i in range(len(shapes))), shapes)
+        method = self._method(type(adapted))
+        default = getattr(method, "default_curvature", "hessian")
+        self.curvature_name_ = default if self.curvature == "auto" else self.curvature
+        batches = self._batches(adapted, data, sample_weight)
+        A: Any = build_curvature(self.curvature_name_, adapted, batches, self.verbose)
+        self.gradient_norm_ = A.gradient_norm
+        self.method_, self.n_samples_ = method, batches.n_samples
+        self._model, self._data = adapted, data
+        self.parameter_names_, self.n_features_in_ = list(self._layout.names), A.size
+        return A
+
+    def _batches(self, adapted: Any, data: Any, sample_weight: Any) -> Any:
+        read = adapted.read(data) if hasattr(adapted, "read") else data
+        return as_batches(read, batch_size=self.batch_size, sample_weight=sample_weight, **describe(adapted))
+
+    def _rows_curvature(self, X: Any, sample_weight: Any) -> LinearOperator:
+        if isinstance(X, torch.Tensor):
+            X = X.detach().cpu().numpy()
+        X = validate_data(self, X, dtype=[np.float64, np.float32])
+        weights = check_sample_weight(sample_weight, len(X))
+        method = self._method(None)
+        if self.curvature not in ("auto", "gram"):
+            hint = "Plain rows have one curvature, XᵀX/n. For a model's, give a model."
+            raise ValueError(must_be("curvature for plain rows", "'auto'", repr(self.curvature), hint))
+        rows = torch.from_numpy(np.array(X, order="C", copy=True))
+        device = resolve_device(self.device, rows.device)
+        rows = rows.to(device, resolve_dtype(self.dtype, rows.dtype))
+        self.method_, self.n_samples_, self.curvature_name_ = method, len(X), "gram"
+        self._layout, self._model, self._data = None, None, None
+        return Gram(rows, None if weights is None else torch.from_numpy(weights).to(rows))
+
+    def _method(self, model_type: type | None) -> Any:
+        """Return a configured method, or a registered function."""
+        if isinstance(self.method, Method):
+            return clone(self.method)
+        if not isinstance(self.method, str | InversionMethod):
+            must = "a registered name or a Method instance"
+            raise TypeError(must_be("method", must, repr(self.method)))
+        found = InversionRegistry.get(model_type or TorchTwiceDifferentiable, self.method)
+        if is_method(found):
+            return found()
+        if model_type is None:
+            must = "a Method for plain arrays"
+            raise ValueError(must_be("method", must, f"the function {self.method!r}, which wants a model"))
+        return found
+
+    def _invert(self, A: LinearOperator, shift: float) -> None:
+        self.curvature_, self.hessian_perturbation_ = A, shift
+        self.inverse_: Any = None
+        if isinstance(self.method_, Method):
+            self.method_ = self.method_.choose(A, shift)
+            check_requirements(self.method_, A)
+            self.inverse_ = self.method_.invert(A, shift, self.verbose)
+            if getattr(self.inverse_, "eigenvalues", None) is not None:
+                self.eigenvalues_ = self.inverse_.eigenvalues.cpu().numpy()
+
+    # -- solve -----------------------------------------------------------------------------------------------------
+
+    def transform(self, X: Any) -> Any:
+        """Return the solutions of (H + λI) x = b.
+
+        Parameters
+        ----------
+        X : array or tensor of shape (k, p)
+            Right-hand sides b, one per row.
+
+        Returns
+        -------
+        array or tensor of shape (k, p)
+            x: a tensor for a tensor, of its dtype and device; an array for an array.
+        """
+        return self.solve(X).x
+
+    def fit_transform(self, X: Any, y: Any = None, **fit_params: Any) -> Any:
+        """Fit plain rows and return the solutions for them.
+
+        With a model the inputs are no right-hand sides: transform gradients instead.
+        """
+        if self.model is not None or is_model(X):
+            hint = "Try `fit(X, y)`, then `transform(PerSampleGradient(model, loss=...).fit_transform(X, y))`."
+            raise TypeError(must_be("fit_transform", "called on plain rows", "a model", hint))
+        return self.fit(X, y, **fit_params).transform(X)
+
+    def solve(self, b: Any) -> InverseHvpResult:
+        """Return the solutions and what is known of them, ``x, info``.
+
+        Parameters
+        ----------
+        b : array or tensor of shape (k, p)
+            Right-hand sides, one per row.
+
+        Returns
+        -------
+        InverseHvpResult
+            ``x`` as ``transform`` returns it; ``info["residual"]`` (k,), ``info["converged"]`` (k,), and more.
+        """
+        rows = self._rows(b)
+        if self.inverse_ is None:
+            self._need("_model", "solve")
+            return self.method_(self._model, self._data, rows.source, self.hessian_perturbation_)
+        x, info = self.inverse_.solve(rows.tensor)
+        return InverseHvpResult(rows.back(x), rows.back_info(info))
+
+    def inverse_transform(self, X: Any) -> Any:
+        """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
+        rows = self._rows(X)
+        operator = self._exact() if self.inverse_ is None else self.inverse_.operator
+        return rows.back(operator.apply(rows.tensor))
+
+    def residual(self, b: Any, x: Any) -> Any:
+        """Return ‖(H + λI)x − b‖ / ‖b‖ (k,) against the exact curvature, whatever the method inverts."""
+        B, X = self._rows(b), self._rows(x)
+        if B.tensor.shape != X.tensor.shape:
+            raise ValueError(must_be("x", f"of b's shape {tuple(b.shape)}", f"shape {tuple(x.shape)}"))
+        residual = relative_residual(self._exact(), B.tensor, X.tensor)
+        return residual if isinstance(b, torch.Tensor) else residual.cpu().numpy()
+
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        r"""Return the held-out quadratic of rows that were not fitted: larger is better; −inf where A is indefinite.
+
+        mean_i[ gᵢᵀzᵢ − ½ (m zᵢᵀH̄zᵢ − zᵢᵀhᵢzᵢ)/(m−1) − ½ zᵢᵀRzᵢ ], with gᵢ the rows' gradients, zᵢ the fitted inverse
+        applied to gᵢ, H̄ the rows' mean GGN (or the inverter's own curvature where that is positive semi-definite by
+        construction), hᵢ a row's own and R the penalty's Hessian.
+
+        Parameters
+        ----------
+        X : array of shape (m, ...) or data
+            Held-out inputs, or data in any form that ``fit`` takes; plain rows for a fit on rows.
+        y : array of shape (m, ...), default=None
+            Their targets.
+        sample_weight : array of shape (m,), default=None
+            Weights.
+
+        Returns
+        -------
+        float
+            The score.
+        """
+        check_is_fitted(self, "n_features_in_")
+        if self._layout is None:
+            return self._rows_score(X, sample_weight)
+        self._need("_model", "score")
+        # fit(model, data) knows batches in a list; a search over `model=` passes samples in one.
+        data = X if self.model is None and y is None else _as_data(X, y)
+        batches = self._batches(self._model, data, sample_weight)
+        curvature, gradients, weights = held_out_curvature(self.curvature_name_, self._model, batches)
+        return quadratic_score(self.inverse_, curvature, gradients, weights, batches)
+
+    def _rows_score(self, X: Any, sample_weight: Any) -> float:
+        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        weights = check_sample_weight(sample_weight, len(X))
+        rows = Rows.of(X, self.inverse_).tensor
+        return rows_score(self.inverse_, rows, None if weights is None else torch.from_numpy(weights).to(rows))
+
+    # -- names, shapes, faces --------------------------------------------------------------------------------------
+
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+        """Return the p names of the columns: ``"fc1.weight[0,3]"``, or the input's own for plain rows."""
+        check_is_fitted(self, "n_features_in_")
+        if self._layout is None:
+            return super().get_feature_names_out(input_features)
+        return np.asarray(self._layout.feature_names(), dtype=object)
+
+    def flatten(self, mapping: Mapping[str, Any]) -> Any:
+        """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row."""
+        return self._named().flatten(mapping)
+
+    def unflatten(self, x: Any) -> dict[str, Any]:
+        """Return named tensors or arrays (k, *shape) of rows (k, p)."""
+        return self._named().unflatten(x)
+
+    def aslinearoperator(self) -> scipy.sparse.linalg.LinearOperator:
+        """Return (H + λI)⁻¹ as a ``scipy.sparse.linalg.LinearOperator``."""
+        check_is_fitted(self, "n_features_in_")
+        if self.inverse_ is None:
+            raise TypeError(must_be("method", "a Method for aslinearoperator", "a function", "Use `transform`."))
+        return as_scipy(self.inverse_)
+
+    def __sklearn_clone__(self) -> HessianInverter:
+        """Share the model and the loss: a trained model is data, not a setting."""
+        params = self.get_params(deep=False)
+        shared = {name: params.pop(name) for name in ("model", "loss")}
+        duplicate = type(self)(**{name: clone(value, safe=False) for name, value in params.items()}, **shared)
+        for name in ("_metadata_request", "_sklearn_output_config", "_skl_callbacks"):
+            if name in self.__dict__:
+                setattr(duplicate, name, clone(self.__dict__[name], safe=False))
+        return duplicate
+
+    def __sklearn_tags__(self) -> Any:
+        """Say that float32 stays float32 and that no target is needed."""
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        tags.target_tags.required = False
+        return tags
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the curvature, and with it model and data, where the factorisation serves without it."""
+        state = dict(super().__getstate__())
+        if getattr(state.get("inverse_"), "keeps_operator", True) is False:
+            for name in ("curvature_", "_model", "_data"):
+                state.pop(name, None)
+        return state
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _rows(self, b: Any) -> Rows:
+        check_is_fitted(self, "n_features_in_")
+        target = self.curvature_ if self.inverse_ is None else self.inverse_
+        if not isinstance(b, torch.Tensor):
+            b = validate_data(self, b, dtype=[np.float64, np.float32], reset=False)
+        return Rows.of(b, target)
+
+    def _exact(self) -> LinearOperator:
+        self._need("curvature_", "residual")
+        return Shifted(self.curvature_, self.hessian_perturbation_)
+
+    def _need(self, name: str, what: str) -> None:
+        if getattr(self, name, None) is None:
+            hint = "A pickled factorisation leaves out model and data: call `fit` again."
+            raise ValueError(must_be(f"{what}'s model and data", "at hand", "a loaded inverter", hint))
+
+    def _named(self) -> ParameterLayout:
+        check_is_fitted(self, "n_features_in_")
+        if self._layout is None:
+            raise TypeError(must_be("flatten and unflatten", "called after a fit on a model", "a fit on plain rows"))
+        return self._layout
+
+
+class _Samples(torch.utils.data.Dataset):
+    """A list of samples, as a search over a data set leaves it."""
+
+    def __init__(self, samples: list[Any]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index]
+
+
+def _as_data(X: Any, y: Any) -> Any:
+    """Return what ``fit(X, y)`` with a model means: a pair, or a list of samples where a search indexed a data set."""
+    if y is not None:
+        return (X, y)
+    return _Samples(X) if isinstance(X, list) else X
