@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse.linalg
 import torch
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, clone
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ._rows import Rows
@@ -20,14 +21,15 @@ from ._validation import (
     resolve_device,
     resolve_dtype,
 )
-from .curvature import Gram, build_curvature, held_out_curvature
+from .curvature import Gram, build_curvature, curvature_name, held_out_curvature
 from .data import as_batches
 from .methods.base import Method, relative_residual
+from .methods.spectrum import has_spectrum, spectrum
 from .models import TorchTwiceDifferentiable, as_model, describe, is_model
 from .operators import LinearOperator, Shifted, as_scipy
 from .parameters import ParameterLayout
 from .registry import InversionRegistry, check_requirements, is_method
-from .results import InverseHvpResult, InversionMethod
+from .results import InverseHvpResult, InversionMethod, Spectrum
 from .scores import quadratic_score, rows_score
 
 __all__ = ["HessianInverter"]
@@ -45,7 +47,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         A name in the ``InversionRegistry`` or a configured instance, such as ``CG(rtol=1e-6)``.
     hessian_perturbation : float, default=0.0
         λ ≥ 0, on the scale of the mean loss.
-    curvature : {"auto", "hessian", "ggn", "empirical_fisher"}, default="auto"
+    curvature : {"auto", "hessian", "ggn", "fisher", "empirical_fisher"} or SampledFisher, default="auto"
         H. ``"auto"`` is the Hessian, save for methods that are defined on another curvature.
     model : nn.Module, skorch net or TwiceDifferentiable, default=None
         What ``fit(X, y)`` reads, the form that pipelines and searches call. Shared by clones, never copied.
@@ -114,7 +116,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         method: Any = "auto",
         hessian_perturbation: float = 0.0,
         *,
-        curvature: str = "auto",
+        curvature: Any = "auto",
         model: Any = None,
         loss: Any = None,
         weight_decay: float = 0.0,
@@ -187,9 +189,10 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             self._layout = ParameterLayout(tuple(f"parameter{i}" for i in range(len(shapes))), shapes)
         method = self._method(type(adapted))
         default = getattr(method, "default_curvature", "hessian")
-        self.curvature_name_ = default if self.curvature == "auto" else self.curvature
+        chosen = default if self.curvature == "auto" else self.curvature
+        self.curvature_name_ = curvature_name(chosen)
         batches = self._batches(adapted, data, sample_weight)
-        A: Any = build_curvature(self.curvature_name_, adapted, batches, self.verbose)
+        A: Any = build_curvature(chosen, adapted, batches, self.verbose)
         self.gradient_norm_ = A.gradient_norm
         self.method_, self.n_samples_ = method, batches.n_samples
         self._model, self._data = adapted, data
@@ -287,6 +290,47 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             return self.method_(self._model, self._data, rows.source, self.hessian_perturbation_)
         x, info = self.inverse_.solve(rows.tensor)
         return InverseHvpResult(rows.back(x), rows.back_info(info))
+
+    def path(self, b: Any, hessian_perturbations: Any) -> Any:
+        """Return the solutions at many λ, for the price of about one solve where the method allows it.
+
+        Parameters
+        ----------
+        b : array or tensor of shape (k, p)
+            Right-hand sides, one per row.
+        hessian_perturbations : iterable of float
+            λ ≥ 0, n_λ of them; the fitted one need not be among them.
+
+        Returns
+        -------
+        array or tensor of shape (n_λ, k, p)
+            x at each λ, of b's kind, dtype and device.
+        """
+        rows = self._rows(b)
+        shifts = [check_hessian_perturbation(shift, "path") for shift in hessian_perturbations]
+        if self.inverse_ is None:
+            raise TypeError(must_be("method", "a Method for path", "a function", "Call `solve` for each λ."))
+        return rows.back(self.inverse_.path(rows.tensor, shifts))
+
+    def spectrum(self, *, n_probes: int = 10, steps: int = 60) -> Spectrum:
+        """Return the eigenvalues of H (without λ) where they are known or cheap, else their density.
+
+        Parameters
+        ----------
+        n_probes, steps : int
+            Random directions of the density, and Lanczos steps of each: ``n_probes`` · ``steps`` products with H.
+
+        Returns
+        -------
+        Spectrum
+            ``eigenvalues``, ``weights``, ``exact``, and ``smallest`` and ``largest`` with bounds of their errors.
+        """
+        check_is_fitted(self, "n_features_in_")
+        if not has_spectrum(self.inverse_):
+            self._need("curvature_", "spectrum")
+        seed = None if self.random_state is None else int(check_random_state(self.random_state).randint(2**31))
+        curvature = getattr(self, "curvature_", None)
+        return spectrum(curvature, self.inverse_, n_probes=n_probes, steps=steps, random_state=seed)
 
     def inverse_transform(self, X: Any) -> Any:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
