@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 
 from .._memory import rows_within
+from .._validation import must_be
 from ..operators import LinearOperator, Shifted, TensorState
 from ..results import InverseHvpResult
 
@@ -86,9 +88,23 @@ class InverseOperator(TensorState, ABC):
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions (k, p) of rows B (k, p), and what is known of them."""
 
+    def path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> torch.Tensor:
+        """Return the solutions (n_λ, k, p) of rows B at every λ, from one factorisation."""
+        at = getattr(self, "at", None)
+        if at is None:
+            hint = 'Try method="direct", "arnoldi", "nystroem" or "cg".'
+            raise TypeError(must_be("The method of a λ-path", "one that serves every λ", type(self).__name__, hint))
+        X = [at(shift).solve(B).x for shift in hessian_perturbations]
+        return torch.stack(X) if X else B.new_empty(0, *B.shape)
+
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return the solutions alone, so that an inverse is itself an operator on rows."""
         return self.solve(V).x
+
+
+    def precondition(self, R: torch.Tensor) -> torch.Tensor:
+        """Return M⁻¹ r for each row: ``apply``, or a form that serves conjugate gradients better."""
+        return self.apply(R)
 
 
 def shifted(A: LinearOperator, hessian_perturbation: float) -> Shifted:

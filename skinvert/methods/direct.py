@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,10 +13,11 @@ import scipy.sparse.linalg
 import torch
 
 from .._memory import check_memory
-from .._validation import must_be
+from .._validation import check_hessian_perturbation, must_be
 from ..operators import Dense, LinearOperator, LowRank, Shifted, add_to_diagonal, check_dense_memory
 from ..results import InverseHvpResult
 from .base import InverseOperator, Method, relative_residual
+from .low_rank import LowRankInverse
 
 __all__ = ["Direct"]
 
@@ -98,7 +100,7 @@ class DenseInverse(InverseOperator):
         if self.cholesky is not None:
             X = torch.cholesky_solve(B.mT, self.cholesky).mT.contiguous()
         else:
-            X = self._pseudo_solve(B)
+            X = self._from_spectrum(B @ self.eigenvectors, B)
         residual = relative_residual(self.operator, B, X)
         return InverseHvpResult(X, {"residual": residual, "converged": residual <= self.rtol})
 
@@ -110,6 +112,15 @@ class DenseInverse(InverseOperator):
         other.__dict__.update(self.__dict__, shift=hessian_perturbation, cholesky=None)
         other._judge()
         return other
+
+    def path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> torch.Tensor:
+        """Return the solutions (n_λ, k, p) at every λ: B is projected once, then one GEMM per λ."""
+        inverses = [self.at(shift) for shift in hessian_perturbations]
+        X = B.new_empty(len(inverses), *B.shape)
+        along = B @ inverses[0].eigenvectors if inverses else B
+        for i, inverse in enumerate(inverses):
+            X[i] = inverse._from_spectrum(along, B)
+        return X
 
     def _decompose(self) -> None:
         self.eigenvalues, self.eigenvectors = torch.linalg.eigh(self.matrix)
@@ -132,8 +143,7 @@ class DenseInverse(InverseOperator):
                 stacklevel=4,
             )
 
-    def _pseudo_solve(self, B: torch.Tensor) -> torch.Tensor:
-        along = B @ self.eigenvectors
+    def _from_spectrum(self, along: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         lost = torch.where(self.inverted == 0, along, 0.0).norm(dim=1)
         outside = int((lost > self.rtol * B.norm(dim=1)).sum())
         if outside:
@@ -153,6 +163,8 @@ class DenseInverse(InverseOperator):
 class SampleSpaceInverse(InverseOperator):
     """Woodbury: (D + FᵀF)⁻¹ = D⁻¹ − D⁻¹Fᵀ (I + F D⁻¹ Fᵀ)⁻¹ F D⁻¹, with D = R + λ > 0 diagonal."""
 
+    _transient = ("_spectral",)
+
     def __init__(
         self, A: LinearOperator, hessian_perturbation: float, shift: torch.Tensor, rtol: float, verbose: int
     ) -> None:
@@ -160,9 +172,9 @@ class SampleSpaceInverse(InverseOperator):
         way_out = 'Try method="cg", which keeps no matrix.'
         check_memory(2 * rows * A.size * A.dtype.itemsize, f"A factor of {rows:,} rows", way_out, A.device)
         self.rows = A.factor(verbose)  # type: ignore[attr-defined]
-        self.rtol, self.shift, self.inverse_shift = rtol, shift, 1 / shift
-        core = (self.rows * self.inverse_shift) @ self.rows.mT
-        self.cholesky = torch.linalg.cholesky(add_to_diagonal(core, 1.0))
+        self.rtol, self.penalty = rtol, getattr(A, "penalty", None)
+        self._spectral: LowRankInverse | None = None
+        self._factorise(shift)
         self.positive_definite = True
 
     @property
@@ -177,6 +189,38 @@ class SampleSpaceInverse(InverseOperator):
         X = X + self._apply(B - self.operator.apply(X))
         residual = relative_residual(self.operator, B, X)
         return InverseHvpResult(X, {"residual": residual, "converged": residual <= self.rtol})
+
+    def at(self, hessian_perturbation: float) -> InverseOperator:
+        """Return the inverse at another λ: from the singular vectors of F where R is a multiple of I, else anew."""
+        R = self.penalty
+        if R is None or bool((R == R[0]).all()):
+            if self._spectral is None:
+                _, sizes, vectors = torch.linalg.svd(self.rows, full_matrices=False)
+                rest = 0.0 if R is None else float(R[0])
+                self._spectral = LowRankInverse(
+                    sizes.square() + rest, vectors, rest, hessian_perturbation, approximate=False, name="direct"
+                )
+                self._spectral.rtol = self.rtol
+            return self._spectral.at(hessian_perturbation)
+        shift = R + check_hessian_perturbation(hessian_perturbation)
+        if not bool((shift > 0).all()):
+            what, got = "hessian_perturbation for fewer rows than parameters", hessian_perturbation
+            raise ValueError(must_be(what, "> 0 where the penalty is 0", got, "Try 1e-3."))
+        other = object.__new__(SampleSpaceInverse)
+        other.__dict__.update(self.__dict__)
+        other._factorise(shift)
+        return other
+
+    def path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> torch.Tensor:
+        """Return the solutions (n_λ, k, p) at every λ."""
+        shifts = list(hessian_perturbations)
+        first = self.at(shifts[0]) if shifts else self
+        return first.path(B, shifts) if isinstance(first, LowRankInverse) else super().path(B, shifts)
+
+    def _factorise(self, shift: torch.Tensor) -> None:
+        self.shift, self.inverse_shift = shift, 1 / shift
+        core = (self.rows * self.inverse_shift) @ self.rows.mT
+        self.cholesky = torch.linalg.cholesky(add_to_diagonal(core, 1.0))
 
     def _apply(self, B: torch.Tensor) -> torch.Tensor:
         scaled = B * self.inverse_shift
