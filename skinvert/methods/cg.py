@@ -12,7 +12,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from .._progress import progress
-from .._validation import check_number, must_be
+from .._validation import check_number, must_be, to_plain_array
 from ..operators import LinearOperator, Shifted
 from ..results import InverseHvpResult
 from .base import InverseOperator, Method, relative_residual, shifted, warn_not_converged
@@ -99,12 +99,8 @@ class CGInverse(InverseOperator):
         ``info`` holds ``residual`` (k,), ``converged`` (k,), ``n_iter`` (k,), ``stagnated`` (k,): the dtype's floor was
         reached above the tolerance, and ``negative_curvature`` (k,): A is not positive definite.
         """
-        run = _Run(self._products(), B, self._start(B), torch.clamp(self.rtol * B.norm(dim=1), min=self.atol))
-        for _ in progress(range(self.maxiter), "conjugate gradients", self.verbose):
-            if not len(run.rows):
-                break
-            run.step()
-        X = run.X
+        run = self._run(B, self._start(B))
+        X = self._without_null_part(run) if bool(run.null.any()) else run.X
         residual = relative_residual(self.operator, B, X)
         size = B.norm(dim=1).to(residual)
         # A row of zeros has its absolute residual in `residual`.
@@ -120,6 +116,31 @@ class CGInverse(InverseOperator):
         }
         return InverseHvpResult(X, info)
 
+    def _run(self, B: torch.Tensor, x0: torch.Tensor | None) -> _Run:
+        run = _Run(self._products(), B, x0, torch.clamp(self.rtol * B.norm(dim=1), min=self.atol))
+        for _ in progress(range(self.maxiter), "conjugate gradients", self.verbose):
+            if not len(run.rows):
+                break
+            run.step()
+        return run
+
+    def _without_null_part(self, run: _Run) -> torch.Tensor:
+        """Solve again without b's part along the null direction that a row met: the pseudo-inverse's solution."""
+        X, rows, last, start = run.X, torch.nonzero(run.null)[:, 0], run, self._start(run.B)
+        # The direction met is null to rounding, so what a first pass leaves, a second removes.
+        for _ in range(3):
+            met = last.null
+            V = torch.nn.functional.normalize(last.P[met], dim=1)
+            inside = last.B[met] - (last.B[met] * V).sum(1, keepdim=True) * V
+            last = self._run(inside, None if start is None else start[rows].clone())
+            X[rows] = last.X
+            run.n_iter[rows] += last.n_iter
+            run.negative[rows] |= last.negative
+            rows = rows[last.null]
+            if not len(rows):
+                break
+        return X
+
     def _products(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """Products with A + λI: over SciPy's LinearOperator on the CPU, in torch on an accelerator."""
         if self.device.type != "cpu":
@@ -130,10 +151,13 @@ class CGInverse(InverseOperator):
     def _start(self, B: torch.Tensor) -> torch.Tensor | None:
         if self.x0 is None:
             return None
-        x0 = torch.as_tensor(self.x0).detach().to(B)
+        x0 = self.x0 if isinstance(self.x0, torch.Tensor) else torch.from_numpy(to_plain_array(self.x0, "x0").copy())
+        x0 = x0.detach().to(B)
         x0 = x0[None] if x0.ndim == 1 else x0
         if x0.shape not in (B.shape, (1, B.shape[1])):
             raise ValueError(must_be("x0", f"of shape {tuple(B.shape)} or (1, p)", f"shape {tuple(x0.shape)}"))
+        if not bool(torch.isfinite(x0).all()):
+            raise ValueError(must_be("x0", "finite", "NaN or infinity"))
         return x0.expand(B.shape).clone()
 
     def _warn(self, run: _Run, residual: torch.Tensor, converged: torch.Tensor) -> None:
@@ -142,6 +166,8 @@ class CGInverse(InverseOperator):
         rest = ~run.negative
         if bool((run.stagnated & ~converged)[rest].any()):
             hint = "Rounding does not allow less."
+            if bool(run.null.any()):
+                hint = "A is singular to rounding and their part outside its range is left out: λ > 0 would keep it."
             hint += " Try dtype=torch.float64." if self.dtype == torch.float32 else " Try a larger λ or rtol."
         else:
             hint = 'Try a larger `maxiter`, a larger hessian_perturbation, or method="direct".'
@@ -181,7 +207,7 @@ class _Run:
         self.P, self.rr = self.R.clone(), self.R.square().sum(1)
         self.n_iter = torch.zeros(k, dtype=torch.int64, device=self.B.device)
         self.negative = torch.zeros(k, dtype=torch.bool, device=self.B.device)
-        self.stagnated = self.negative.clone()
+        self.stagnated, self.null = self.negative.clone(), self.negative.clone()
         # The true residual at a row's last check: a check that finds no better one has met the dtype's floor.
         self.best = torch.full_like(self.rr, torch.inf)
         self.rows = torch.arange(k, device=self.B.device)
@@ -195,23 +221,27 @@ class _Run:
         if not bool(torch.isfinite(curvature).all()):
             message = f"cg met NaN or infinity in iteration {self.steps}. Look at the parameters, or use float64."
             raise FloatingPointError(message)
-        good = self._judge(curvature / P.square().sum(1))
+        size = P.square().sum(1)
+        good = self._judge(curvature / size, AP.square().sum(1) / size)
         if not bool(good.all()):
             P, AP, curvature = P[good], AP[good], curvature[good]
             self._leave(~good)
         self._advance(P, AP, curvature)
 
-    def _judge(self, quotient: torch.Tensor) -> torch.Tensor:
+    def _judge(self, quotient: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """Tell rows that can go on from those that met a null or a negative direction."""
         if not len(quotient):
             return quotient > 0
         self.most_curvature = max(self.most_curvature, float(quotient.abs().max()))
-        floor = 100 * torch.finfo(quotient.dtype).eps * self.most_curvature
-        negative, null = quotient < -floor, (quotient >= -floor) & (quotient <= 0)
+        eps = torch.finfo(quotient.dtype).eps * self.most_curvature
+        small = quotient <= 10 * eps
+        # (Ap)² ≤ |A| pᵀAp where A is positive semi-definite: a vanishing pᵀAp without a vanishing Ap proves it is not.
+        null = small & (quotient >= -100 * eps) & (image <= 1e4 * eps * self.most_curvature)
+        negative = small & ~null
         if bool(negative.any()):
             self.least_curvature = min(self.least_curvature, float(quotient.min()))
             self.negative[self.rows[negative]] = True
-        self.stagnated[self.rows[null]] = True
+        self.stagnated[self.rows[null]] = self.null[self.rows[null]] = True
         return ~(negative | null)
 
     def _advance(self, P: torch.Tensor, AP: torch.Tensor, curvature: torch.Tensor) -> None:
@@ -237,10 +267,11 @@ class _Run:
             return
         R = self.B[rows] - self.products(self.X[rows])
         rr = R.square().sum(1)
-        claims = candidate[which]
-        # Restarted from the true residual, so that what the recurrence lost is made good.
-        self.P[rows[claims]] = R[claims]
-        self.R[rows], self.rr[rows] = R, rr
+        # A drifted recurrence is near the floor too.
+        claims = candidate[which] | (rr > 4 * self.rr[rows])
+        # Restarted from the true residual; a new r with the old directions would diverge.
+        self.P[rows[claims]] = self.R[rows[claims]] = R[claims]
+        self.rr[rows[claims]] = rr[claims]
         done = rr.sqrt() <= self.tolerance[rows]
         stuck = claims & ~done & (rr.sqrt() > 0.5 * self.best[rows])
         self.best[rows[claims]] = rr.sqrt()[claims]

@@ -11,11 +11,11 @@ import scipy.linalg
 import scipy.sparse.linalg
 import torch
 
-from .._memory import check_memory
-from .._validation import must_be
+from .._memory import check_memory, rows_within
+from .._validation import check_number, must_be
 from ..operators import Dense, LinearOperator, LowRank, Shifted, add_to_diagonal, check_dense_memory
 from ..results import InverseHvpResult
-from .base import InverseOperator, Method, relative_residual
+from .base import InverseOperator, Method, relative_residual, warn_not_converged
 
 __all__ = ["Direct"]
 
@@ -57,7 +57,8 @@ class Direct(Method):
 
     def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> InverseOperator:
         """Factorise A + λI, in sample space where that is smaller."""
-        rtol = self.rtol if self.rtol is not None else {torch.float32: 1e-3}.get(A.dtype, 1e-6)
+        rtol = {torch.float32: 1e-3}.get(A.dtype, 1e-6) if self.rtol is None else self.rtol
+        rtol = check_number(rtol, "rtol", owner="Direct", low=0.0)
         rows = getattr(A, "factor_shape", (math.inf, 0))[0]
         shift = _positive_shift(A, hessian_perturbation)
         if rows < A.size and shift is not None:
@@ -95,10 +96,12 @@ class DenseInverse(InverseOperator):
 
         ``info`` holds ``residual`` (k,) and ``converged`` (k,).
         """
-        if self.cholesky is not None:
-            X = torch.cholesky_solve(B.mT, self.cholesky).mT.contiguous()
-        else:
-            X = self._pseudo_solve(B)
+        if self.cholesky is None:
+            self._warn_outside(B)
+        X = self._solve_once(B)
+        if self.dtype == torch.float32:
+            # One step of refinement on a float64 residual: float32 alone loses the digits of the condition.
+            X = X + self._solve_once(self._residual64(B, X))
         residual = relative_residual(self.operator, B, X)
         return InverseHvpResult(X, {"residual": residual, "converged": residual <= self.rtol})
 
@@ -132,7 +135,22 @@ class DenseInverse(InverseOperator):
                 stacklevel=4,
             )
 
-    def _pseudo_solve(self, B: torch.Tensor) -> torch.Tensor:
+    def _solve_once(self, B: torch.Tensor) -> torch.Tensor:
+        if self.cholesky is not None:
+            return torch.cholesky_solve(B.mT, self.cholesky).mT.contiguous()
+        return ((B @ self.eigenvectors) * self.inverted) @ self.eigenvectors.mT
+
+    def _residual64(self, B: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        """Return b − (A + λI) x, summed in float64 over blocks of A, rounded to the dtype of B."""
+        X64 = X.double()
+        residual = B.double() - self.shift * X64
+        step = rows_within(8 * self.size, self.size)
+        for start in range(0, self.size, step):
+            rows = slice(start, start + step)
+            residual -= X64[:, rows] @ self.matrix[rows].double()
+        return residual.to(B.dtype)
+
+    def _warn_outside(self, B: torch.Tensor) -> None:
         along = B @ self.eigenvectors
         lost = torch.where(self.inverted == 0, along, 0.0).norm(dim=1)
         outside = int((lost > self.rtol * B.norm(dim=1)).sum())
@@ -144,7 +162,6 @@ class DenseInverse(InverseOperator):
                 scipy.linalg.LinAlgWarning,
                 stacklevel=4,
             )
-        return (along * self.inverted) @ self.eigenvectors.mT
 
     def _norm1(self) -> float:
         return float(add_to_diagonal(self.matrix.clone(), self.shift or None).abs().sum(0).max())
@@ -173,10 +190,15 @@ class SampleSpaceInverse(InverseOperator):
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions. ``info`` holds ``residual`` (k,) and ``converged`` (k,)."""
         X = self._apply(B)
-        # One step of refinement: the difference of two large terms loses digits at a small shift.
-        X = X + self._apply(B - self.operator.apply(X))
+        # One step of refinement, where it contracts: the difference of two large terms loses digits at a small shift.
+        step = self._apply(B - self.operator.apply(X))
+        X = torch.where((step.norm(dim=1) < 0.5 * X.norm(dim=1))[:, None], X + step, X)
         residual = relative_residual(self.operator, B, X)
-        return InverseHvpResult(X, {"residual": residual, "converged": residual <= self.rtol})
+        converged = residual <= self.rtol
+        hint = "Rounding does not allow less at so small a shift. Try a larger hessian_perturbation"
+        hint += " or dtype=torch.float64." if self.dtype == torch.float32 else "."
+        warn_not_converged("direct", residual, converged, self.rtol, hint)
+        return InverseHvpResult(X, {"residual": residual, "converged": converged})
 
     def _apply(self, B: torch.Tensor) -> torch.Tensor:
         scaled = B * self.inverse_shift
