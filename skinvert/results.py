@@ -23,6 +23,7 @@ class InversionMethod(str, Enum):  # noqa: UP042 (the contract: `str, Enum`)
     Cg = "cg"
     Lissa = "lissa"
     Arnoldi = "arnoldi"
+    Auto = "auto"
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,11 @@ class DenseInverse(InverseOperator):
             # One step of refinement on a float64 residual: float32 alone loses the digits of the condition.
             X = X + self._solve_once(self._residual64(B, X))
         residual = relative_residual(self.operator, B, X)
-        return InverseHvpResult(X, {"residual": residual, "converged": residual <= self.rtol})
+        converged = residual <= self.rtol
+        if self.positive_definite:
+            hint = "Rounding does not allow less. Try dtype=torch.float64 or a larger hessian_perturbation."
+            warn_not_converged("direct", residual, converged, self.rtol, hint)
+        return InverseHvpResult(X, {"residual": residual, "converged": converged})
 
     def at(self, hessian_perturbation: float) -> DenseInverse:
         """Return the inverse at another λ, from the eigendecomposition of A."""
@@ -122,7 +126,7 @@ class DenseInverse(InverseOperator):
         """Find which eigenvalues count as zero, and warn where one is negative."""
         assert self.eigenvalues is not None
         values = self.eigenvalues + self.shift
-        cut = self.size * torch.finfo(values.dtype).eps * values.abs().max()
+        cut = self._cut()
         self.inverted = torch.where(values.abs() > cut, 1 / values, 0.0)
         self.positive_definite = bool((values > cut).all())
         # Rounding alone makes zero eigenvalues slightly negative.
@@ -134,6 +138,12 @@ class DenseInverse(InverseOperator):
                 scipy.linalg.LinAlgWarning,
                 stacklevel=4,
             )
+
+    def _cut(self) -> float:
+        """Return p·eps·max|eig|, within which an eigenvalue of A + λI is zero to rounding."""
+        assert self.eigenvalues is not None
+        largest = float((self.eigenvalues + self.shift).abs().max())
+        return self.size * torch.finfo(self.matrix.dtype).eps * largest
 
     def _solve_once(self, B: torch.Tensor) -> torch.Tensor:
         if self.cholesky is not None:
@@ -158,7 +168,8 @@ class DenseInverse(InverseOperator):
             warnings.warn(
                 f"A = H + λI is singular (rank {int((self.inverted != 0).sum())} of {self.size}) and {outside} of "
                 f"{len(B)} right-hand sides have a part outside its range: the pseudo-inverse leaves it out. "
-                "Try hessian_perturbation > 0.",
+                f"Try {'dtype=torch.float64 or ' if self.dtype == torch.float32 else ''}a larger hessian_perturbation: "
+                f"eigenvalues within {self._cut():.2g} of zero count as zero.",
                 scipy.linalg.LinAlgWarning,
                 stacklevel=4,
             )

@@ -75,8 +75,8 @@ class Loss:
         """Return the loss with its tensors in ``dtype`` on ``device``."""
         return self
 
-    def output_hessian(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
-        """Return ∇²_f sᵢ (m, c, c) in closed form, or None where there is none."""
+    def output_factor(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
+        """Return Sᵢ (m, c, c) with ∇²_f sᵢ = SᵢSᵢᵀ in closed form, or None where there is none."""
         return None
 
 
@@ -135,21 +135,23 @@ class ModuleLoss(Loss):
             hint = "Try a callable (output, target) without a `reduction` attribute."
             raise ValueError(must_be(f"The loss {self.module}", must, f"{own:.6g} against {total / mass:.6g}", hint))
 
-    def output_hessian(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
-        """Return the closed form for cross-entropy, squared error and Bernoulli logits."""
+    def output_factor(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
+        """Return the closed form for squared error, Bernoulli logits and cross-entropy.
+
+        That of cross-entropy is √w (diag(√p) − p√pᵀ): exact for one-hot p too, where diag(p) − ppᵀ cancels.
+        """
         if output.ndim > 2:
             return None
         flat = output.detach().reshape(len(output), -1)
         kind = type(self.module)
         if kind is nn.MSELoss:
-            return torch.diag_embed(torch.full_like(flat, 2.0))
+            return torch.diag_embed(torch.full_like(flat, 2.0).sqrt())
         if kind is nn.BCEWithLogitsLoss and self.module.weight is None and self.module.pos_weight is None:
-            p = flat.sigmoid()
-            return torch.diag_embed(p * (1 - p))
+            return torch.diag_embed((flat.sigmoid() * (-flat).sigmoid()).sqrt())
         if kind is nn.CrossEntropyLoss and self._has_class_targets(target) and not self.module.label_smoothing:
             p = flat.softmax(1)
-            weight = self._class_mass(target, flat.dtype)
-            return weight[:, None, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None, :])
+            weight = self._class_mass(target, flat.dtype).sqrt()[:, None, None]
+            return weight * (torch.diag_embed(p.sqrt()) - p[:, :, None] * p.sqrt()[:, None, :])
         return None
 
     def _elements(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -201,9 +201,9 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         """Return the penalty's gradient (p,) at θ."""
         return self.weight_decay * torch.cat([t.detach().reshape(-1) for t in self.theta])
 
-    def output_hessian(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor | None:
-        """Return ∇²_f sᵢ (m, c, c) in closed form, or None."""
-        return None if self._own_loss() else self._loss().output_hessian(outputs, batch[1])
+    def output_factor(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor | None:
+        """Return Sᵢ (m, c, c) with ∇²_f sᵢ = SᵢSᵢᵀ in closed form, or None."""
+        return None if self._own_loss() else self._loss().output_factor(outputs, batch[1])
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 

@@ -173,3 +173,18 @@ def test_inverter_takes_the_ggn_by_name():
     inverter.fit(case.module, case.data, case.sample_weight)
     assert inverter.curvature_name_ == "ggn"
     assert matrix_error(inverter.curvature_.to_dense(), oracle_matrix(case, "ggn")) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "loss", ["cross_entropy", torch.nn.CrossEntropyLoss(label_smoothing=0.1), torch.nn.functional.cross_entropy]
+)
+@pytest.mark.parametrize("size", [1.0, 50.0])
+def test_a_confident_classifier_is_convex(loss, dtype, size):
+    # diag(p) − ppᵀ cancels to rounding for one-hot p; that must not count as a negative eigenvalue.
+    net = torch.nn.Linear(2, 3, bias=False).to(dtype)
+    with torch.no_grad():
+        net.weight.copy_(size * torch.tensor([[9.0, 9.0], [-8.0, -7.0], [1.0, 0.0]]))
+    data = (2 * torch.rand(200, 2), torch.zeros(200, dtype=torch.long))
+    inverter = HessianInverter("direct", 1e-2, curvature="ggn", loss=loss).fit(net, data)
+    assert inverter.inverse_.positive_definite
