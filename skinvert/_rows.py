@@ -24,7 +24,7 @@ class Rows:
     def of(cls, b: Any, operator: Any, name: str = "b") -> Rows:
         """Check ``b`` and return a copy in the operator's dtype and on its device."""
         if isinstance(b, torch.Tensor):
-            if b.is_complex() or b.is_sparse:
+            if b.is_complex() or b.layout != torch.strided:
                 raise TypeError(must_be(name, "dense and real", f"{b.layout}, {b.dtype}"))
             source: Any = b.detach()
         else:

@@ -230,7 +230,7 @@ def _arrays(data: tuple[Any, ...], batch_size: int | None) -> _Arrays:
 def _whole(value: Any, name: str) -> Any:
     """Return a tensor, or a mapping of tensors, of everything in ``value``."""
     if isinstance(value, torch.Tensor):
-        if value.is_sparse or value.is_complex():
+        if value.layout != torch.strided or value.is_complex():
             raise TypeError(must_be(name, "dense and real", f"{value.layout}, {value.dtype}"))
         return value.detach()
     if isinstance(value, Mapping):
@@ -249,7 +249,7 @@ def _to_tensors(batch: Any, dtype: torch.dtype, device: torch.device) -> Any:
     if isinstance(batch, np.ndarray):
         batch = torch.from_numpy(np.array(to_plain_array(batch, "A batch"), copy=True))
     if isinstance(batch, torch.Tensor):
-        if batch.is_complex() or batch.is_sparse:
+        if batch.is_complex() or batch.layout != torch.strided:
             raise TypeError(must_be("data", "dense and real", f"{batch.layout}, {batch.dtype}"))
         if batch.dtype in (torch.int8, torch.int16, torch.int32):
             batch = batch.long()

@@ -109,7 +109,7 @@ def select_parameters(named: Sequence[tuple[str, torch.Tensor]], params: str | I
             hint = "Call `requires_grad_(True)` on some, or select frozen ones by name with `params`."
             raise ValueError(must_be("The model", "one with trainable parameters", "none", hint))
         return chosen
-    globs = [params] if isinstance(params, str) else list(params)
+    globs = list(params) if isinstance(params, Iterable) and not isinstance(params, str) else [params]
     for glob in globs:
         if not isinstance(glob, str):
             raise TypeError(must_be("params", "a glob, a list of globs or None", repr(glob)))
@@ -121,7 +121,7 @@ def select_parameters(named: Sequence[tuple[str, torch.Tensor]], params: str | I
     return chosen
 
 
-def split_blocks(names: Sequence[str], blocks: str | Mapping[str, Any]) -> dict[str, list[str]]:
+def split_blocks(names: Sequence[str], blocks: Any) -> dict[str, list[str]]:
     """Return the parameter names of each block: ``"layer"``, ``"parameter"``, or a mapping of names to globs.
 
     Raises

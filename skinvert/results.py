@@ -25,6 +25,13 @@ class InversionMethod(str, Enum):  # noqa: UP042 (the contract: `str, Enum`)
     Cg = "cg"
     Lissa = "lissa"
     Arnoldi = "arnoldi"
+    Auto = "auto"
+    Minres = "minres"
+    Nystroem = "nystroem"
+    Kfac = "kfac"
+    Ekfac = "ekfac"
+    HarmonicMean = "harmonic_mean"
+    Diagonal = "diagonal"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from skinvert import methods
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -14,6 +16,13 @@ def test_readme_runs(tmp_path, monkeypatch):
     namespace = {"__name__": "readme"}
     for block in blocks:
         exec(compile(block, str(README), "exec"), namespace)
+
+
+def test_readme_has_every_method_and_no_other():
+    table = README.read_text(encoding="utf-8").split("## Methods")[1].split("\n## ")[0]
+    received = re.findall(r'^\| `"(\w+)"` \| `(\w+)` \|', table, flags=re.MULTILINE)
+    expected = [(getattr(methods, name).name, name) for name in methods.__all__]
+    assert sorted(received) == sorted(expected)
 
 
 def test_blocks_keep_their_line_numbers():

@@ -1,7 +1,7 @@
 """Curvatures: each maps a model and data to a symmetric operator on rows."""
 
 from .base import Objective
-from .build import CURVATURES, build_curvature, curvature_name
+from .build import CURVATURES, build_blocks, build_curvature, curvature_name
 from .fisher import EmpiricalFisher, Fisher, SampledFisher
 from .ggn import GGN, split_batch
 from .gram import Gram
@@ -19,6 +19,7 @@ __all__ = [
     "Hessian",
     "Objective",
     "SampledFisher",
+    "build_blocks",
     "build_curvature",
     "curvature_name",
     "gradient_rows",

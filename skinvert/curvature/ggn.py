@@ -159,22 +159,29 @@ class GGN(Curvature):
 
 
 def output_factor(objective: Objective, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
-    """Return Sᵢ (m, c, c) with ∇²_f sᵢ = Sᵢ Sᵢᵀ; raise where the loss is not convex in the outputs."""
-    closed = objective.model.output_hessian(outputs, batch)
-    values, vectors = torch.linalg.eigh(_loss_hessians(objective, outputs, batch) if closed is None else closed)
-    # A closed form is of a convex loss, negative by rounding alone: p − p² loses all digits of a confident p.
-    if closed is None:
-        tolerance = 100 * values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().max()
-        if bool((values < -tolerance).any()):
-            hint = 'Try curvature="hessian" or "empirical_fisher".'
-            raise ValueError(
-                must_be("The loss for the GGN", "convex in the outputs", f"an eigenvalue {values.min():.3g}", hint)
-            )
+    """Return Sᵢ (m, c, c) with ∇²_f sᵢ = SᵢSᵢᵀ; raise where the loss is not convex in the outputs."""
+    closed = objective.model.output_factor(outputs, batch)
+    if closed is not None:
+        return closed
+    values, vectors = torch.linalg.eigh(output_hessians(objective, outputs, batch))
+    if bool((values < 0).any()) and float(values.min()) < -_rounding(objective, outputs, batch, values):
+        hint = 'Try curvature="hessian" or "empirical_fisher".'
+        got = f"an eigenvalue {values.min():.3g}"
+        raise ValueError(must_be("The loss for the GGN", "convex in the outputs", got, hint))
     return vectors * values.clamp(min=0).sqrt()[:, None, :]
 
 
-def _loss_hessians(objective: Objective, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
-    """Return ∇²_f sᵢ (m, c, c) by autograd of the loss."""
+def _rounding(objective: Objective, outputs: torch.Tensor, batch: Any, values: torch.Tensor) -> float:
+    """Return how negative rounding alone can make an eigenvalue.
+
+    All those of confident rows are rounding: the loss's own scale is the larger of what it has here and at zero.
+    """
+    at_zero = output_hessians(objective, 0 * outputs, batch).abs().max().nan_to_num(0.0, 0.0, 0.0)
+    return 100 * values.shape[1] * torch.finfo(values.dtype).eps * float(torch.maximum(values.abs().max(), at_zero))
+
+
+def output_hessians(objective: Objective, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+    """Return ∇²_f sᵢ (m, c, c), by autograd of the loss."""
     free = outputs.detach().requires_grad_(True)
     products = _loss_products(objective.model, free, batch, torch.ones(len(free), dtype=free.dtype, device=free.device))
     c = free[0].numel()
@@ -201,10 +208,10 @@ def _output_products(
     model: Any, outputs: torch.Tensor, batch: Any, weights: torch.Tensor
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return U (k, m, c) -> w ∇²_f s U, flat (k, m c)."""
-    closed = model.output_hessian(outputs.detach(), batch)
+    closed = model.output_factor(outputs.detach(), batch)
     if closed is not None:
-        middle = closed * weights[:, None, None]
-        return lambda U: torch.einsum("mcd,kmd->kmc", middle, U).flatten(1)
+        S = closed * weights.sqrt()[:, None, None]
+        return lambda U: torch.einsum("mcr,kmr->kmc", S, torch.einsum("mcr,kmc->kmr", S, U)).flatten(1)
     products = _loss_products(model, outputs.detach().requires_grad_(True), batch, weights)
     return lambda U: products(U).flatten(1)
 

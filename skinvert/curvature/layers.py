@@ -70,18 +70,18 @@ def linear_layers(model: TorchTwiceDifferentiable, batch: Any) -> LinearLayers |
     owners = {id(tensor): name for name, tensor in zip(slices, model.theta, strict=True)}
     modules: list[nn.Linear] = []
     places: list[tuple[slice | None, slice | None]] = []
-    found: set[str | None] = set()
+    found: set[str] = set()
     for module in model.module.modules():
-        names = [owners.get(id(tensor)) for tensor in module.parameters(recurse=False)]
-        if not any(names):
+        names = {owners[id(tensor)] for tensor in module.parameters(recurse=False) if id(tensor) in owners}
+        if not names:
             continue
-        if type(module) is not nn.Linear or found & set(names):
+        if type(module) is not nn.Linear or found & names:
             return None
-        found |= set(names)
+        found |= names
         weight, bias = owners.get(id(module.weight)), owners.get(id(module.bias))
         modules.append(module)
         places.append((slices[weight] if weight else None, slices[bias] if bias else None))
-    if found - {None} != set(slices):
+    if found != set(slices):
         return None
     layers = LinearLayers(model, modules, places)
     return layers if _sees_rows(layers, batch) else None

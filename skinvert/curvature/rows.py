@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..models import TorchTwiceDifferentiable, leading_length, map_tensors
 from ..models.structural_copy import structural_copy
@@ -54,7 +55,9 @@ def _rows(
 
     jacobian = torch.func.jacrev(of_row)
     try:
-        parts = torch.vmap(jacobian, in_dims=(None, 0))(theta, batch)
+        # The fused attention kernels have no batching rule.
+        with sdpa_kernel(SDPBackend.MATH):
+            parts = torch.vmap(jacobian, in_dims=(None, 0))(theta, batch)
     except (RuntimeError, NotImplementedError, ValueError):
         # Some layers have no batching rule (recurrent ones), some models branch on values: then row by row.
         return _loop(model, batch, values, inputs)

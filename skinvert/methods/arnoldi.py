@@ -58,6 +58,10 @@ class Arnoldi(Method):
     """
 
     name: ClassVar[str] = "arnoldi"
+    cost: ClassVar[str] = "some 4 products per rank, once; 2 r p a row"
+    memory: ClassVar[str] = "r p"
+    exactness: ClassVar[str] = "the r largest eigenvalues, and a rule for the rest; exact for r = p"
+    choose_it_for: ClassVar[str] = "a spectrum that falls fast; many λ"
 
     def __init__(
         self,

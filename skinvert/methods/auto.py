@@ -27,6 +27,10 @@ class Auto(Method):
     """
 
     name: ClassVar[str] = "auto"
+    cost: ClassVar[str] = "the chosen method's"
+    memory: ClassVar[str] = "the chosen method's"
+    exactness: ClassVar[str] = "the chosen method's"
+    choose_it_for: ClassVar[str] = "in doubt"
 
     def choose(self, A: LinearOperator, hessian_perturbation: float) -> Method:
         """Return the method for A."""

@@ -33,11 +33,18 @@ class Method(BaseEstimator, ABC):
         Operator methods that must exist, such as ``("factor",)``.
     default_curvature : str
         What ``curvature="auto"`` means with this method.
+    cost, memory, exactness, choose_it_for : str
+        Its row in the table of methods: work in products with A, numbers held (p parameters, k right-hand sides, n
+        samples, c outputs, rank or rows r), what the solution is, and when to choose it.
     """
 
     name: ClassVar[str] = ""
     requires: ClassVar[tuple[str, ...]] = ()
     default_curvature: ClassVar[str] = "hessian"
+    cost: ClassVar[str] = ""
+    memory: ClassVar[str] = ""
+    exactness: ClassVar[str] = ""
+    choose_it_for: ClassVar[str] = ""
 
     def choose(self, A: LinearOperator, hessian_perturbation: float) -> Method:
         """Return the method that inverts A: this one, save for ``Auto``."""
@@ -100,7 +107,6 @@ class InverseOperator(TensorState, ABC):
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return the solutions alone, so that an inverse is itself an operator on rows."""
         return self.solve(V).x
-
 
     def precondition(self, R: torch.Tensor) -> torch.Tensor:
         """Return M⁻¹ r for each row: ``apply``, or a form that serves conjugate gradients better."""

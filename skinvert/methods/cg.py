@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from .._progress import progress
-from .._validation import check_choice, must_be
+from .._validation import check_choice
 from ..operators import LinearOperator, Shifted
 from ..results import InverseHvpResult
 from .base import InverseOperator, Method, relative_residual, shifted, warn_not_converged
@@ -19,6 +20,7 @@ from .block_cg import BlockRun
 from .krylov import check_settings, products_with, starting_point, within
 from .preconditioners import as_preconditioner
 from .row_cg import CGState, RowRun
+from .shifted_cg import shifted_cg
 from .spectrum import smallest_eigenvalue
 
 __all__ = ["CG"]
@@ -61,6 +63,10 @@ class CG(Method):
     """
 
     name: ClassVar[str] = "cg"
+    cost: ClassVar[str] = "one product per iteration, shared by all rows"
+    memory: ClassVar[str] = "4 k p"
+    exactness: ClassVar[str] = "to `rtol`"
+    choose_it_for: ClassVar[str] = "p too large for a matrix, A positive definite"
 
     def __init__(
         self,
@@ -126,6 +132,13 @@ class CGInverse(InverseOperator):
             "negative_curvature": run.negative,
         }
         return InverseHvpResult(X, info)
+
+    def path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> torch.Tensor:
+        """Return the solutions (n_λ, k, p) at every λ, by one Krylov run where nothing else is asked for."""
+        if self.preconditioner is not None or self.x0 is not None:
+            return super().path(B, hessian_perturbations)
+        A = self.operator.operator
+        return shifted_cg(A, B, hessian_perturbations, self.rtol, self.atol, self.maxiter, self.verbose)[0]
 
     def _run(self, B: torch.Tensor, x0: torch.Tensor | None) -> CGState:
         tolerance = torch.clamp(self.rtol * B.norm(dim=1), min=self.atol)

@@ -39,6 +39,10 @@ class Diagonal(Method):
 
     name: ClassVar[str] = "diagonal"
     requires: ClassVar[tuple[str, ...]] = ("diagonal",)
+    cost: ClassVar[str] = "p products (Hessian) or one pass of the factor"
+    memory: ClassVar[str] = "p"
+    exactness: ClassVar[str] = "the diagonal alone"
+    choose_it_for: ClassVar[str] = "the cheapest baseline; preconditioning"
 
     def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> InverseOperator:
         """Compute the diagonal of A."""

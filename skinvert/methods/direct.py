@@ -12,11 +12,11 @@ import scipy.linalg
 import scipy.sparse.linalg
 import torch
 
-from .._memory import check_memory
-from .._validation import check_hessian_perturbation, must_be
+from .._memory import check_memory, rows_within
+from .._validation import check_hessian_perturbation, check_number, must_be
 from ..operators import Dense, LinearOperator, LowRank, Shifted, add_to_diagonal, check_dense_memory
 from ..results import InverseHvpResult
-from .base import InverseOperator, Method, relative_residual
+from .base import InverseOperator, Method, relative_residual, warn_not_converged
 from .low_rank import LowRankInverse
 
 __all__ = ["Direct"]
@@ -53,13 +53,18 @@ class Direct(Method):
 
     name: ClassVar[str] = "direct"
     requires: ClassVar[tuple[str, ...]] = ("to_dense",)
+    cost: ClassVar[str] = "p products (Hessian) or one GEMM of the factor; p³ once, p² a row"
+    memory: ClassVar[str] = "3 p², or 2 r p for a factor of r < p rows"
+    exactness: ClassVar[str] = "exact"
+    choose_it_for: ClassVar[str] = "p up to some 5,000; many right-hand sides; many λ"
 
     def __init__(self, *, rtol: float | None = None) -> None:
         self.rtol = rtol
 
     def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> InverseOperator:
         """Factorise A + λI, in sample space where that is smaller."""
-        rtol = self.rtol if self.rtol is not None else {torch.float32: 1e-3}.get(A.dtype, 1e-6)
+        rtol = {torch.float32: 1e-3}.get(A.dtype, 1e-6) if self.rtol is None else self.rtol
+        rtol = check_number(rtol, "rtol", owner="Direct", low=0.0)
         rows = getattr(A, "factor_shape", (math.inf, 0))[0]
         shift = _positive_shift(A, hessian_perturbation)
         if rows < A.size and shift is not None:
@@ -97,12 +102,18 @@ class DenseInverse(InverseOperator):
 
         ``info`` holds ``residual`` (k,) and ``converged`` (k,).
         """
-        if self.cholesky is not None:
-            X = torch.cholesky_solve(B.mT, self.cholesky).mT.contiguous()
-        else:
-            X = self._from_spectrum(B @ self.eigenvectors, B)
+        if self.cholesky is None:
+            self._warn_outside(B @ self.eigenvectors, B)
+        X = self._solve_once(B)
+        if self.dtype == torch.float32:
+            # One step of refinement on a float64 residual: float32 alone loses the digits of the condition.
+            X = X + self._solve_once(self._residual64(B, X))
         residual = relative_residual(self.operator, B, X)
-        return InverseHvpResult(X, {"residual": residual, "converged": residual <= self.rtol})
+        converged = residual <= self.rtol
+        if self.positive_definite:
+            hint = "Rounding does not allow less. Try dtype=torch.float64 or a larger hessian_perturbation."
+            warn_not_converged("direct", residual, converged, self.rtol, hint)
+        return InverseHvpResult(X, {"residual": residual, "converged": converged})
 
     def at(self, hessian_perturbation: float) -> DenseInverse:
         """Return the inverse at another λ, from the eigendecomposition of A."""
@@ -119,7 +130,8 @@ class DenseInverse(InverseOperator):
         X = B.new_empty(len(inverses), *B.shape)
         along = B @ inverses[0].eigenvectors if inverses else B
         for i, inverse in enumerate(inverses):
-            X[i] = inverse._from_spectrum(along, B)
+            inverse._warn_outside(along, B)
+            X[i] = (along * inverse.inverted) @ inverse.eigenvectors.mT
         return X
 
     def _decompose(self) -> None:
@@ -130,7 +142,7 @@ class DenseInverse(InverseOperator):
         """Find which eigenvalues count as zero, and warn where one is negative."""
         assert self.eigenvalues is not None
         values = self.eigenvalues + self.shift
-        cut = self.size * torch.finfo(values.dtype).eps * values.abs().max()
+        cut = self._cut()
         self.inverted = torch.where(values.abs() > cut, 1 / values, 0.0)
         self.positive_definite = bool((values > cut).all())
         # Rounding alone makes zero eigenvalues slightly negative.
@@ -143,18 +155,39 @@ class DenseInverse(InverseOperator):
                 stacklevel=4,
             )
 
-    def _from_spectrum(self, along: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    def _cut(self) -> float:
+        """Return p·eps·max|eig|, within which an eigenvalue of A + λI is zero to rounding."""
+        assert self.eigenvalues is not None
+        largest = float((self.eigenvalues + self.shift).abs().max())
+        return self.size * torch.finfo(self.matrix.dtype).eps * largest
+
+    def _solve_once(self, B: torch.Tensor) -> torch.Tensor:
+        if self.cholesky is not None:
+            return torch.cholesky_solve(B.mT, self.cholesky).mT.contiguous()
+        return ((B @ self.eigenvectors) * self.inverted) @ self.eigenvectors.mT
+
+    def _residual64(self, B: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        """Return b − (A + λI) x, summed in float64 over blocks of A, rounded to the dtype of B."""
+        X64 = X.double()
+        residual = B.double() - self.shift * X64
+        step = rows_within(8 * self.size, self.size)
+        for start in range(0, self.size, step):
+            rows = slice(start, start + step)
+            residual -= X64[:, rows] @ self.matrix[rows].double()
+        return residual.to(B.dtype)
+
+    def _warn_outside(self, along: torch.Tensor, B: torch.Tensor) -> None:
         lost = torch.where(self.inverted == 0, along, 0.0).norm(dim=1)
         outside = int((lost > self.rtol * B.norm(dim=1)).sum())
         if outside:
             warnings.warn(
                 f"A = H + λI is singular (rank {int((self.inverted != 0).sum())} of {self.size}) and {outside} of "
                 f"{len(B)} right-hand sides have a part outside its range: the pseudo-inverse leaves it out. "
-                "Try hessian_perturbation > 0.",
+                f"Try {'dtype=torch.float64 or ' if self.dtype == torch.float32 else ''}a larger hessian_perturbation: "
+                f"eigenvalues within {self._cut():.2g} of zero count as zero.",
                 scipy.linalg.LinAlgWarning,
                 stacklevel=4,
             )
-        return (along * self.inverted) @ self.eigenvectors.mT
 
     def _norm1(self) -> float:
         return float(add_to_diagonal(self.matrix.clone(), self.shift or None).abs().sum(0).max())
@@ -185,10 +218,15 @@ class SampleSpaceInverse(InverseOperator):
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions. ``info`` holds ``residual`` (k,) and ``converged`` (k,)."""
         X = self._apply(B)
-        # One step of refinement: the difference of two large terms loses digits at a small shift.
-        X = X + self._apply(B - self.operator.apply(X))
+        # One step of refinement, where it contracts: the difference of two large terms loses digits at a small shift.
+        step = self._apply(B - self.operator.apply(X))
+        X = torch.where((step.norm(dim=1) < 0.5 * X.norm(dim=1))[:, None], X + step, X)
         residual = relative_residual(self.operator, B, X)
-        return InverseHvpResult(X, {"residual": residual, "converged": residual <= self.rtol})
+        converged = residual <= self.rtol
+        hint = "Rounding does not allow less at so small a shift. Try a larger hessian_perturbation"
+        hint += " or dtype=torch.float64." if self.dtype == torch.float32 else "."
+        warn_not_converged("direct", residual, converged, self.rtol, hint)
+        return InverseHvpResult(X, {"residual": residual, "converged": converged})
 
     def at(self, hessian_perturbation: float) -> InverseOperator:
         """Return the inverse at another λ: from the singular vectors of F where R is a multiple of I, else anew."""

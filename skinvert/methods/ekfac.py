@@ -54,6 +54,10 @@ class EKFAC(Method):
     name: ClassVar[str] = "ekfac"
     requires: ClassVar[tuple[str, ...]] = ("kronecker_factors",)
     default_curvature: ClassVar[str] = "ggn"
+    cost: ClassVar[str] = "as kfac, and a second pass"
+    memory: ClassVar[str] = "2 (d² + i²) + d i a layer"
+    exactness: ClassVar[str] = "kfac's eigenvectors, the exact curvature along them"
+    choose_it_for: ClassVar[str] = "as kfac, at a better accuracy"
 
     def __init__(self, *, approx: str = "expand", unsupported: str = "error") -> None:
         self.approx = approx

@@ -46,6 +46,10 @@ class HarmonicMean(Method):
     name: ClassVar[str] = "harmonic_mean"
     requires: ClassVar[tuple[str, ...]] = ("gradient_rows",)
     default_curvature: ClassVar[str] = "empirical_fisher"
+    cost: ClassVar[str] = "one pass for the gradients; 2 n p a row"
+    memory: ClassVar[str] = "n p"
+    exactness: ClassVar[str] = "the mean of inverses for the inverse of a mean"
+    choose_it_for: ClassVar[str] = "n small, λ large"
 
     def invert(self, A: Any, hessian_perturbation: float, verbose: int = 0) -> InverseOperator:
         """Compute the per-sample gradients."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .._validation import check_number, must_be
+from .._validation import check_number, must_be, to_plain_array
 from ..operators import LinearOperator
 
 __all__ = ["check_settings", "default_rtol", "products_with", "starting_point", "within"]
@@ -43,7 +43,8 @@ def starting_point(x0: Any, B: torch.Tensor, name: str = "x0") -> torch.Tensor |
     """Return a copy of ``x0`` for each row of B (k, p), from (k, p), (1, p) or (p,); None stays None."""
     if x0 is None:
         return None
-    start = torch.as_tensor(x0).detach().to(B)
+    given = x0 if isinstance(x0, torch.Tensor) else torch.from_numpy(np.array(to_plain_array(x0, name)))
+    start = given.detach().to(B)
     start = start[None] if start.ndim == 1 else start
     if start.shape not in (B.shape, (1, B.shape[1])):
         raise ValueError(must_be(name, f"of shape {tuple(B.shape)} or (1, p)", f"shape {tuple(start.shape)}"))

@@ -80,6 +80,10 @@ class LiSSA(Method):
 
     name: ClassVar[str] = "lissa"
     requires: ClassVar[tuple[str, ...]] = ("minibatch",)
+    cost: ClassVar[str] = "one minibatch product per step"
+    memory: ClassVar[str] = "3 k p"
+    exactness: ClassVar[str] = "to `rtol`, by minibatches"
+    choose_it_for: ClassVar[str] = "n so large that one full product is dear"
 
     def __init__(
         self,
@@ -138,10 +142,11 @@ class LiSSAInverse(InverseOperator):
         ``info`` holds ``residual`` (k,), ``converged`` (k,), ``n_iter`` (k,), the steps of all repetitions together,
         and ``scale``.
         """
-        generator = torch.Generator().manual_seed(self.settings.random_state or 0)
         mean, n_iter = torch.zeros_like(B), torch.zeros(len(B), dtype=torch.int64, device=B.device)
-        for _ in range(self.settings.repetitions):
-            run = _Run(self, B, generator)
+        for repetition in range(self.settings.repetitions):
+            # Seeds of its own: how long the last one ran depends on the other rows.
+            seed = int(self.settings.random_state or 0) + 1_000_003 * repetition
+            run = _Run(self, B, torch.Generator().manual_seed(seed))
             run.complete()
             mean += run.best / self.settings.repetitions
             n_iter += run.n_iter
@@ -180,7 +185,8 @@ class LiSSAInverse(InverseOperator):
         return f"{must} Try hessian_perturbation={1.5 * (abs(lowest) + error):.6g}. {self.operator.hint}"
 
     def _hint(self) -> str:
-        small = self.settings.batch_size < self.operator.operator.n_samples  # type: ignore[attr-defined]
+        A: Any = self.operator.operator
+        small = self.settings.batch_size < A.n_samples
         ways = "a larger `maxiter`, a larger `batch_size`," if small else "a larger `maxiter`,"
         return self._indefinite() or f'Try {ways} a larger hessian_perturbation, or method="cg".'
 
@@ -190,9 +196,10 @@ class _Run:
 
     def __init__(self, inverse: LiSSAInverse, B: torch.Tensor, generator: torch.Generator) -> None:
         self.inverse, self.B, self.generator = inverse, B, generator
-        self.A: Any = inverse.operator.operator
-        self.whole = self.A.n_samples <= inverse.settings.batch_size
-        self.steps_of_epoch = FULL_STEPS if self.whole else -(-self.A.n_samples // inverse.settings.batch_size)
+        A: Any = inverse.operator.operator
+        self.A, size = A, inverse.settings.batch_size
+        self.whole = A.n_samples <= size
+        self.steps_of_epoch = FULL_STEPS if self.whole else -(-A.n_samples // size)
         start = starting_point(inverse.settings.h0, B, "h0")
         self.anchor = torch.zeros_like(B) if start is None else start
         self.R = B.clone() if start is None else B - inverse.operator.apply(start)

@@ -57,6 +57,10 @@ class MINRES(Method):
     """
 
     name: ClassVar[str] = "minres"
+    cost: ClassVar[str] = "one product per iteration, shared by all rows"
+    memory: ClassVar[str] = "6 k p"
+    exactness: ClassVar[str] = "to `rtol`"
+    choose_it_for: ClassVar[str] = "A indefinite, p too large for a matrix"
 
     def __init__(
         self, *, rtol: float | None = None, atol: float = 0.0, maxiter: int | None = None, x0: Any = None
@@ -162,9 +166,9 @@ class _Run:
         self.state = _Recurrence.of(B.clone() if x0 is None else B - products(self.X))
         self.n_iter = torch.zeros(len(B), dtype=torch.int64, device=B.device)
         self.stagnated = torch.zeros(len(B), dtype=torch.bool, device=B.device)
-        # Per row: the largest column of T so far, which estimates ‖A‖, and ‖Ar‖ / ‖r‖; the best X and its true
-        # residual; the best residual when the recurrence was lost last.
-        self.norm, self.root = torch.zeros_like(tolerance), torch.full_like(tolerance, torch.inf)
+        # Per row: the largest column of T so far, which estimates ‖A‖; the best X and its true residual; the best
+        # residual when the recurrence was lost last.
+        self.norm = torch.zeros_like(tolerance)
         self.best, self.best_size = self.X.clone(), self.state.beta.clone()
         self.last_size = torch.full_like(tolerance, torch.inf)
         # Where the recurrence has nothing more to tell: rounding of what it began with.
@@ -180,17 +184,17 @@ class _Run:
         # The last rotation on the new column of T, then the rotation that clears what is below its diagonal.
         delta, gbar, dbar = s.cs * s.dbar + s.sn * alpha, s.sn * s.dbar - s.cs * alpha, -s.cs * beta
         # ‖Ar‖ / ‖r‖ before this step: where it is rounding, r is in the null space and x a least-squares solution.
-        self.root[rows] = torch.hypot(gbar, dbar)
-        null = self.root[rows] <= 10 * self.eps * self.norm[rows]
+        null = torch.hypot(gbar, dbar) <= 10 * self.eps * self.norm[rows]
         gamma = torch.where(null, 1.0, torch.hypot(gbar, beta))
         cs, sn = gbar / gamma, beta / gamma
 
         w = (v - s.epsilon[:, None] * s.w_before - delta[:, None] * s.w) / gamma[:, None]
         self.X[rows] += torch.where(null, 0.0, cs * s.phibar)[:, None] * w
         self.state = _Recurrence(s.current, rest, s.w, w, s.beta, beta, dbar, s.sn * beta, sn * s.phibar, cs, sn)
-        self.stagnated[rows[null]] = True
-        self._keep(rows[null])
-        self._leave(null)
+        if bool(null.any()):
+            self.stagnated[rows[null]] = True
+            self._keep(rows[null])
+            self._leave(null)
         self._check(self.state.phibar <= torch.maximum(self.tolerance, self.floor)[self.rows])
 
     def result(self) -> torch.Tensor:
@@ -220,31 +224,24 @@ class _Run:
         which = torch.ones_like(claims) if self.steps % REFRESH == 0 else claims
         if not bool(which.any()):
             return
-        rows, before = self.rows[which], self.best_size[self.rows[which]]
+        rows = self.rows[which]
         R = self._keep(rows)
         size = R.norm(dim=1)
         lost = claims[which] | (size > 2 * self.state.phibar[which])
-        done, stuck = size <= self.tolerance[rows], self._stuck(rows, lost, size > 0.999 * before)
+        # Lost twice, with the residual not halved in between: the dtype's floor, or a least-squares solution.
+        done, stuck = size <= self.tolerance[rows], lost & (self.best_size[rows] > 0.5 * self.last_size[rows])
+        self.last_size[rows[lost]] = self.best_size[rows[lost]]
         self.stagnated[rows[stuck & ~done]] = True
         self._restart(which, lost, R)
         leaving = torch.zeros_like(which)
         leaving[which] = done | stuck
         self._leave(leaving)
 
-    def _stuck(self, rows: torch.Tensor, lost: torch.Tensor, resting: torch.Tensor) -> torch.Tensor:
-        """Return rows that will get no better: at the dtype's floor, or at a least-squares solution."""
-        size = self.best_size[rows]
-        # The recurrence was lost twice, and in between it did not halve the residual.
-        floor = lost & (size > 0.5 * self.last_size[rows])
-        self.last_size[rows[lost]] = size[lost]
-        return floor | (resting & (self.root[rows] <= self.eps**0.5 * self.norm[rows]))
-
     def _keep(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the true r of some rows; X is kept where it is better than the best so far, or done."""
+        """Return the true r of some rows; X is kept where it is better than the best so far."""
         R = self.B[rows] - self.products(self.X[rows])
         size = R.norm(dim=1)
-        # By a margin: outside the range x grows without bound while r rests.
-        better = (size < 0.999 * self.best_size[rows]) | (size <= self.tolerance[rows])
+        better = size < self.best_size[rows]
         self.best[rows[better]], self.best_size[rows[better]] = self.X[rows[better]], size[better]
         return R
 

@@ -58,6 +58,10 @@ class Nystroem(Method):
     """
 
     name: ClassVar[str] = "nystroem"
+    cost: ClassVar[str] = "r products once; 2 r p a row"
+    memory: ClassVar[str] = "r p"
+    exactness: ClassVar[str] = "the r largest eigenvalues, at random; exact for r = p"
+    choose_it_for: ClassVar[str] = "a positive semi-definite curvature that falls fast; preconditioning"
 
     def __init__(self, *, rank: int | str = "adaptive", random_state: int | None = None, tol: float = 0.1) -> None:
         self.rank, self.random_state, self.tol = rank, random_state, tol

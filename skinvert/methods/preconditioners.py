@@ -10,13 +10,13 @@ from .._validation import check_choice, must_be
 from ..operators import LinearOperator
 from .base import InverseOperator, Method
 from .diagonal import Diagonal
-# LATER from .ekfac import EKFAC
-# LATER from .kfac import KFAC
-# LATER from .nystroem import Nystroem
+from .ekfac import EKFAC
+from .kfac import KFAC
+from .nystroem import Nystroem
 
 __all__ = ["PRECONDITIONERS", "as_preconditioner"]
 
-PRECONDITIONERS = {"jacobi": Diagonal}
+PRECONDITIONERS = {"jacobi": Diagonal, "nystroem": Nystroem, "kfac": KFAC, "ekfac": EKFAC}
 
 
 def as_preconditioner(

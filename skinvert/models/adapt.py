@@ -22,7 +22,9 @@ ACCEPTED = "a torch.nn.Module, an initialised skorch net or a TwiceDifferentiabl
 
 def is_model(value: Any) -> bool:
     """Return whether ``value`` is something that was trained, rather than data."""
-    return isinstance(value, nn.Module | TwiceDifferentiable) or _is_skorch(value) or hasattr(value, "get_params")
+    # A class is no model either, but an attempt at one: `as_model` says so.
+    adapted = isinstance(value, nn.Module | TwiceDifferentiable | type) or _is_skorch(value)
+    return adapted or hasattr(value, "get_params")
 
 
 def as_model(model: Any, loss: Any = None, weight_decay: float = 0.0) -> TwiceDifferentiable:
@@ -34,6 +36,8 @@ def as_model(model: Any, loss: Any = None, weight_decay: float = 0.0) -> TwiceDi
         return TorchTwiceDifferentiable(model, loss, weight_decay)
     if _is_skorch(model):
         return _adapt_skorch(model, loss, weight_decay)
+    if isinstance(model, type):
+        raise TypeError(must_be("model", ACCEPTED, f"the class {model.__name__}", "Try an instance of it."))
     raise TypeError(must_be("model", ACCEPTED, type(model).__name__))
 
 

@@ -28,6 +28,8 @@ LOSSES = {
 }
 
 _CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
+# Piecewise linear in the outputs: their second derivative is zero wherever it exists.
+_FLAT_LOSSES = (nn.L1Loss, nn.MultiMarginLoss, nn.MultiLabelMarginLoss)
 
 
 def as_loss(loss: Any) -> Loss:
@@ -62,7 +64,8 @@ class Loss:
     def check(self, output: torch.Tensor, target: torch.Tensor) -> None:
         """Raise unless the targets fit the outputs; called on every batch, before the loss."""
         _check_same_length(output, target)
-        if target.is_floating_point():
+        # Integers may be class indices, save against one column: there torch would broadcast.
+        if target.is_floating_point() or output.shape == (*target.shape, 1):
             _check_same_shape(output, target)
 
     def verify(self, output: torch.Tensor, target: torch.Tensor) -> None:
@@ -72,8 +75,8 @@ class Loss:
         """Return the loss with its tensors in ``dtype`` on ``device``."""
         return self
 
-    def output_hessian(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
-        """Return ∇²_f sᵢ (m, c, c) in closed form, or None where there is none."""
+    def output_factor(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
+        """Return Sᵢ (m, c, c) with ∇²_f sᵢ = SᵢSᵢᵀ in closed form, or None where there is none."""
         return None
 
 
@@ -81,6 +84,9 @@ class ModuleLoss(Loss):
     """A torch loss module with a ``reduction``."""
 
     def __init__(self, module: nn.Module) -> None:
+        if isinstance(module, _FLAT_LOSSES) and getattr(module, "p", 1) == 1:
+            hint = 'Try "huber", which is smooth.'
+            raise ValueError(must_be("loss", "twice differentiable", type(module).__name__, hint))
         check_choice(module.reduction, "The loss's reduction", ["mean", "sum", "none", "batchmean"])
         self.module: Any = module
         # Shallow: the class weights are shared, only `reduction` differs.
@@ -123,26 +129,29 @@ class ModuleLoss(Loss):
             total, mass = self.per_sample(output, target).sum(), self.mass(output, target).sum()
         if self.module.reduction == "sum":
             mass = torch.ones_like(mass)
-        if mass > 0 and not torch.isclose(own, total / mass, rtol=1e-3, atol=1e-6):
+        # NaN on both sides is the parameters' fault, and is said where the gradient is found not finite.
+        if mass > 0 and not torch.isclose(own, total / mass, rtol=1e-3, atol=1e-6, equal_nan=True):
             must = "an average or sum of per-sample losses"
             hint = "Try a callable (output, target) without a `reduction` attribute."
             raise ValueError(must_be(f"The loss {self.module}", must, f"{own:.6g} against {total / mass:.6g}", hint))
 
-    def output_hessian(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
-        """Return the closed form for cross-entropy, squared error and Bernoulli logits."""
+    def output_factor(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
+        """Return the closed form for squared error, Bernoulli logits and cross-entropy.
+
+        That of cross-entropy is √w (diag(√p) − p√pᵀ): exact for one-hot p too, where diag(p) − ppᵀ cancels.
+        """
         if output.ndim > 2:
             return None
         flat = output.detach().reshape(len(output), -1)
         kind = type(self.module)
         if kind is nn.MSELoss:
-            return torch.diag_embed(torch.full_like(flat, 2.0))
+            return torch.diag_embed(torch.full_like(flat, 2.0).sqrt())
         if kind is nn.BCEWithLogitsLoss and self.module.weight is None and self.module.pos_weight is None:
-            p = flat.sigmoid()
-            return torch.diag_embed(p * (1 - p))
+            return torch.diag_embed((flat.sigmoid() * (-flat).sigmoid()).sqrt())
         if kind is nn.CrossEntropyLoss and self._has_class_targets(target) and not self.module.label_smoothing:
             p = flat.softmax(1)
-            weight = self._class_mass(target, flat.dtype)
-            return weight[:, None, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None, :])
+            weight = self._class_mass(target, flat.dtype).sqrt()[:, None, None]
+            return weight * (torch.diag_embed(p.sqrt()) - p[:, :, None] * p.sqrt()[:, None, :])
         return None
 
     def elements(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -159,8 +168,6 @@ class ModuleLoss(Loss):
         return target if self._has_class_targets(target) else target.to(output.dtype)
 
     def _has_class_targets(self, target: torch.Tensor) -> bool:
-        if isinstance(self.module, nn.MultiMarginLoss | nn.MultiLabelMarginLoss):
-            return True
         return isinstance(self.module, _CLASS_LOSSES) and not target.is_floating_point()
 
     def _class_mass(self, target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -173,8 +180,11 @@ class ModuleLoss(Loss):
     def _check_class_targets(self, output: torch.Tensor, target: torch.Tensor) -> None:
         if not isinstance(self.module, _CLASS_LOSSES):
             return
+        if output.ndim < 2:
+            must = "of shape (n, c) for class indices"
+            raise ValueError(must_be("The model's outputs", must, f"shape {tuple(output.shape)}"))
         expected = (output.shape[0], *output.shape[2:])
-        if tuple(target.shape) != expected or output.ndim < 2:
+        if tuple(target.shape) != expected:
             must = f"class indices of shape {expected} against outputs of shape {tuple(output.shape)}"
             raise ValueError(must_be("y", must, f"shape {tuple(target.shape)}", "Try `y.ravel()` for a column."))
         used = target[target != self.module.ignore_index]
@@ -186,8 +196,7 @@ class ModuleLoss(Loss):
         if isinstance(self.module, nn.CrossEntropyLoss) and target.ndim < 2:
             hint = "Class indices must be integers: try `y.long()` or `y.astype(int)`."
             raise ValueError(must_be("y", "integer class indices or class probabilities (n, c)", target.dtype, hint))
-        if not isinstance(self.module, nn.MultiMarginLoss | nn.MultiLabelMarginLoss):
-            _check_same_shape(output, target)
+        _check_same_shape(output, target)
         low = target.min() if target.numel() else 0
         if isinstance(self.module, nn.BCEWithLogitsLoss | nn.BCELoss | nn.CrossEntropyLoss):
             if low < 0 or (target.numel() and target.max() > 1):
@@ -233,11 +242,11 @@ class CallableLoss(Loss):
             once = self.function(output, target)
             if not isinstance(once, torch.Tensor):
                 raise TypeError(must_be("The loss callable's result", "a tensor", type(once).__name__))
-            if once.ndim and len(once) == len(output) and once.numel() >= len(output) > 1:
+            twice = self.function(torch.cat([output, output]), torch.cat([target, target]))
+            if once.ndim and twice.ndim and len(once) == len(output) and len(twice) == 2 * len(output):
                 self.kind = "none"
                 return
-            once = once.reshape(())
-            twice = self.function(torch.cat([output, output]), torch.cat([target, target])).reshape(())
+            once, twice = once.reshape(()), twice.reshape(())
             alone = self.per_sample(output, target)
             self._takes_vmap = self._try_vmap(output, target, alone)
         for kind, doubled, whole in (("mean", once, alone.mean()), ("sum", 2 * once, alone.sum())):
@@ -260,7 +269,7 @@ class CallableLoss(Loss):
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return bool(torch.isclose(a, b, rtol=1e-4, atol=1e-7))
+    return bool(torch.isclose(a, b, rtol=1e-4, atol=1e-7, equal_nan=True))
 
 
 def _check_same_length(output: torch.Tensor, target: torch.Tensor) -> None:

@@ -57,7 +57,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         self.loss: Loss | None = None if loss is None and self._own_loss() else as_loss(loss)
         self.module = structural_copy(model)
         self._verified = False
-        self._select(select_parameters(list(self.module.named_parameters()), None))
+        # `at_point` raises where none is trainable and none is chosen by name.
+        self._select([name for name, tensor in self.module.named_parameters() if tensor.requires_grad])
 
     # -- the seam --------------------------------------------------------------------------------------------------
 
@@ -163,6 +164,11 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
 
     def forward(self, batch: Any) -> Any:
         """Return the outputs, with gradients on, checked against the targets."""
+        own = self._own_loss() or type(self).outputs is not TorchTwiceDifferentiable.outputs
+        if not own and not (isinstance(batch, tuple) and len(batch) == 2):
+            got = f"a tuple of {len(batch)}" if isinstance(batch, tuple) else type(batch).__name__
+            hint = "For other batches subclass TorchTwiceDifferentiable: `outputs` and `per_sample_loss`."
+            raise ValueError(must_be("A batch", "a pair (inputs, targets)", got, hint))
         # The fused attention kernels have no second derivative.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _without_fused_rnn(self.module, self.device):
             outputs = self.outputs(self.module, batch)
@@ -175,6 +181,11 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         if self._own_loss():
             return torch.ones_like(self.per_sample_loss(outputs, batch).detach())
         return self._loss().mass(outputs.detach(), batch[1])
+
+    def verify_loss(self, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Raise unless the loss of some (outputs, targets) of different batches together is that of single rows."""
+        if not self._own_loss():
+            self._loss().verify(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
 
     def gradient_of(self, value: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
         """Return the flat gradient (p,) of a scalar that was computed from ``forward``."""
@@ -190,9 +201,9 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         """Return the penalty's gradient (p,) at θ."""
         return self.weight_decay * torch.cat([t.detach().reshape(-1) for t in self.theta])
 
-    def output_hessian(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor | None:
-        """Return ∇²_f sᵢ (m, c, c) in closed form, or None."""
-        return None if self._own_loss() else self._loss().output_hessian(outputs, batch[1])
+    def output_factor(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor | None:
+        """Return Sᵢ (m, c, c) with ∇²_f sᵢ = SᵢSᵢᵀ in closed form, or None."""
+        return None if self._own_loss() else self._loss().output_factor(outputs, batch[1])
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
@@ -251,7 +262,7 @@ def _without_fused_rnn(module: nn.Module, device: torch.device) -> AbstractConte
 def _one_device(module: nn.Module) -> torch.device:
     devices = {tensor.device for tensor in module.parameters()}
     if len(devices) != 1 or next(iter(devices)).type == "meta":
-        raise ValueError(must_be("The model", "on one device", ", ".join(sorted(map(str, devices)))))
+        raise ValueError(must_be("The model", "on one device that holds numbers", ", ".join(sorted(map(str, devices)))))
     return devices.pop()
 
 

@@ -33,23 +33,23 @@ class Watched(Gram):
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-@pytest.mark.parametrize("scale", [30.0, 120.0])
-def test_is_the_recursion_of_the_paper(scale):
+@pytest.mark.parametrize(("scale", "size", "maxiter"), [(30.0, 8, 400), (120.0, 8, 400), (4.0, 2, 200)])
+def test_is_the_recursion_of_the_paper(scale, size, maxiter):
     """Replayed row by row over the minibatches that were drawn: averages by windows, corrections, the best of all."""
     X, w, b = plain_rows()
     A = Watched(torch.as_tensor(X), torch.as_tensor(w))
-    # One epoch costs 5 steps and a look worth 5.
-    method = LiSSA(rtol=0.0, maxiter=400, scale=scale, batch_size=8)
+    # An epoch costs 40 / size steps, and a look as much.
+    method = LiSSA(rtol=0.0, maxiter=maxiter, scale=scale, batch_size=size)
     received = method.invert(A, 0.3).solve(torch.as_tensor(b))
-    estimates = [40 / 8 * (X[i] * w[i, None]).T @ X[i] / w.sum() + 0.3 * np.eye(6) for i in A.drawn]
+    estimates = [40 / size * (X[i] * w[i, None]).T @ X[i] / w.sum() + 0.3 * np.eye(6) for i in A.drawn]
     exact = shifted_gram(X, w)
-    replays = [replay(row, estimates, exact, scale, 5) for row in b]
-    assert len(A.drawn) == 200 and all(len(set(rows)) == 8 for rows in A.drawn)
+    replays = [replay(row, estimates, exact, scale, 40 // size) for row in b]
+    assert len(A.drawn) == maxiter // 2 and all(len(set(rows)) == size for rows in A.drawn)
     assert all(anchors > 0 for _, anchors in replays)
     np.testing.assert_allclose(received.x, [x for x, _ in replays], rtol=1e-9, atol=1e-12)
     gap = np.linalg.norm(received.x.numpy() @ exact - b, axis=1) / np.linalg.norm(b, axis=1)
     np.testing.assert_allclose(received.info["residual"], gap, rtol=1e-8)
-    assert received.info["n_iter"].tolist() == [200] * 3
+    assert received.info["n_iter"].tolist() == [maxiter // 2] * 3
 
 
 def replay(b, estimates, exact, scale, m):
@@ -110,10 +110,11 @@ def test_corrections_take_the_noise_away():
     np.testing.assert_allclose(x, expected, rtol=1e-6)
 
 
-def test_solves_are_pure_seeded_and_row_by_row():
+@pytest.mark.parametrize("repetitions", [1, 3])
+def test_solves_are_pure_seeded_and_row_by_row(repetitions):
     X, w, b = plain_rows()
     b = np.concatenate([b, 1e3 * b])
-    inverse = LiSSA(batch_size=8).invert(gram(X, w), 0.3)
+    inverse = LiSSA(batch_size=8, repetitions=repetitions).invert(gram(X, w), 0.3)
     first, again = inverse.solve(torch.as_tensor(b)).x, inverse.solve(torch.as_tensor(b)).x
     alone = torch.cat([inverse.solve(torch.as_tensor(row[None])).x for row in b])
     other = LiSSA(batch_size=8, random_state=1).invert(gram(X, w), 0.3).solve(torch.as_tensor(b)).x

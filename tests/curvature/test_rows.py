@@ -1,0 +1,50 @@
+"""Per-sample gradients and Jacobians against one backward pass a row."""
+
+import numpy as np
+import pytest
+import torch
+from oracles import Oracle
+from problems import LOSSES, MODELS, problem
+
+from skinvert import TorchTwiceDifferentiable
+from skinvert.curvature import gradient_rows
+from skinvert.curvature.rows import jacobian_rows
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gradient_rows(model):
+    case = problem(model, "class_weights")
+    oracle = Oracle(case)
+    received = gradient_rows(TorchTwiceDifferentiable(case.module, case.loss).at_point(), case.data)
+    expected = oracle.gradient_rows() / oracle.scale
+    np.testing.assert_allclose(received, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_rows_of_each_loss(loss):
+    case = problem("softmax", loss)
+    model = TorchTwiceDifferentiable(case.module, case.loss).at_point()
+    model.forward(case.data)
+    oracle = Oracle(case)
+    received = gradient_rows(model, case.data)
+    np.testing.assert_allclose(received, oracle.gradient_rows() / oracle.scale, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn2d", "lstm", "transformer", "sequence"])
+def test_jacobian_rows(model):
+    case = problem(model, "mse")
+    oracle = Oracle(case)
+    received = jacobian_rows(TorchTwiceDifferentiable(case.module, case.loss).at_point(), case.data)
+    expected = torch.autograd.functional.jacobian(
+        lambda theta: oracle.outputs(theta, oracle.X).flatten(1), oracle.theta
+    )
+    torch.testing.assert_close(received, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("model", ["mlp", "lstm"])
+def test_projected_jacobian_rows(model):
+    case = problem(model, "mse")
+    adapted = TorchTwiceDifferentiable(case.module, case.loss).at_point()
+    S = torch.randn(len(case.y), 3, 2, dtype=torch.float64)
+    expected = torch.einsum("mcr,mcp->mrp", S, jacobian_rows(adapted, case.data))
+    torch.testing.assert_close(jacobian_rows(adapted, case.data, S), expected)
