@@ -49,7 +49,7 @@ def train(weight_decay):
 # A gradient for each row, and one inverse for all. Cross-validation chooses λ, and sees the given labels only.
 def self_influence(net, weight_decay):
     inverter = HessianInverter("direct", model=net, loss="cross_entropy", curvature="ggn", weight_decay=weight_decay)
-    search = GridSearchCV(inverter, {"hessian_perturbation": [3e-4, 3e-3, 3e-2]}, cv=3).fit(X, given)
+    search = GridSearchCV(inverter, {"hessian_perturbation": [3e-4, 3e-3, 3e-2]}, cv=3).fit(X.numpy(), given.numpy())
     print(f"  λ = {search.best_params_['hessian_perturbation']:g} by cross-validation")
     g = PerSampleGradient(net, loss="cross_entropy").fit_transform(X, given)
     return (g * search.transform(g)).sum(dim=1)
