@@ -16,7 +16,8 @@ from .nystroem import Nystroem
 
 __all__ = ["PRECONDITIONERS", "as_preconditioner"]
 
-PRECONDITIONERS = {"jacobi": Diagonal, "nystroem": Nystroem, "kfac": KFAC, "ekfac": EKFAC}
+# A preconditioner need not be as good as a solution: the sketch stops where its error is ten times λ.
+PRECONDITIONERS = {"jacobi": Diagonal(), "nystroem": Nystroem(tol=10.0), "kfac": KFAC(), "ekfac": EKFAC()}
 
 
 def as_preconditioner(
@@ -27,7 +28,7 @@ def as_preconditioner(
         return None
     if not isinstance(preconditioner, Method):
         hint = "A configured method, such as Nystroem(rank=200), is taken too."
-        preconditioner = PRECONDITIONERS[check_choice(preconditioner, "preconditioner", PRECONDITIONERS, hint)]()
+        preconditioner = PRECONDITIONERS[check_choice(preconditioner, "preconditioner", PRECONDITIONERS, hint)]
     method = clone(preconditioner)
     for needed in method.requires:
         if not hasattr(A, needed):
