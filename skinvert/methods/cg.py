@@ -205,7 +205,8 @@ class CGInverse(InverseOperator):
                 hint = "A is singular to rounding and their part outside its range is left out: λ > 0 would keep it."
             hint += " Try dtype=torch.float64." if self.dtype == torch.float32 else " Try a larger λ or rtol."
         else:
-            hint = 'Try a larger `maxiter`, a larger hessian_perturbation, or method="direct".'
+            ways = "dtype=torch.float64, " if self.dtype == torch.float32 else ""
+            hint = f'Try {ways}a larger `maxiter`, a larger hessian_perturbation, or method="direct".'
         warn_not_converged("cg", residual[rest], converged[rest], self.rtol, hint)
 
     def _indefinite(self, run: CGState) -> str:

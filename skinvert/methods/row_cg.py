@@ -80,7 +80,7 @@ class CGState:
         claims = candidate[which] | (size > 2 * self.R[rows].norm(dim=1))
         self.R[rows[claims]] = R[claims]
         done = size <= self.tolerance[rows]
-        stuck = claims & ~done & (size**2 > 0.5 * self.best[rows] ** 2)
+        stuck = claims & ~done & (size > 0.5 * self.best[rows])
         self.best[rows[claims]] = size[claims]
         self.stagnated[rows[stuck]] = True
         restart[which] = claims
