@@ -64,6 +64,34 @@ class Batches:
             return self.kept
         return (_to_tensors(batch, self.dtype, self.device) for batch in self.source())
 
+    def take(self, indices: torch.Tensor) -> Batches:
+        """Return the samples ``indices`` (m,) with their weights; a sample may be taken more than once.
+
+        They come grouped by the batch that holds them, as one batch where the shapes allow it (padded sequences may
+        not).
+
+        Raises
+        ------
+        ValueError
+            Where the batches are not kept in memory: only then can single samples be reached.
+        """
+        if self.kept is None:
+            hint = "Try `sklearn.set_config(working_memory=...)` (in MiB) with more, or another method."
+            must = f"of at most {working_memory() / 2**20:.4g} MiB, scikit-learn's working_memory"
+            raise ValueError(must_be("Data that a method draws samples from", must, "more", hint))
+        rows = indices.cpu().numpy()
+        stops = np.cumsum([leading_length(batch) for batch in self.kept])
+        holders = np.searchsorted(stops, rows, side="right")
+        parts = []
+        for holder in np.unique(holders):
+            start = 0 if holder == 0 else stops[holder - 1]
+            inside = torch.from_numpy(rows[holders == holder] - start).to(self.device)
+            parts.append(map_tensors(lambda tensor, inside=inside: tensor[inside], self.kept[holder]))
+        order = rows[np.argsort(holders, kind="stable")]
+        weights = None if self.sample_weight is None else self.sample_weight[order]
+        kept = _merged(parts)
+        return Batches(kept.__iter__, self.dtype, self.device, weights, len(rows), kept)
+
     def _weights(self, start: int, m: int) -> torch.Tensor:
         if self.sample_weight is None:
             return torch.ones(m, dtype=self.dtype, device=self.device)
@@ -231,6 +259,25 @@ def _to_tensors(batch: Any, dtype: torch.dtype, device: torch.device) -> Any:
     if isinstance(batch, tuple | list):
         return tuple(_to_tensors(value, dtype, device) for value in batch)
     return batch
+
+
+def _merged(parts: list[Any]) -> list[Any]:
+    """Return the parts as one batch, or as they are where they cannot be joined."""
+    try:
+        return [_joined(parts)] if len(parts) > 1 else parts
+    except (RuntimeError, ValueError):
+        return parts
+
+
+def _joined(parts: list[Any]) -> Any:
+    first = parts[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(parts)
+    if isinstance(first, Mapping):
+        return {key: _joined([part[key] for part in parts]) for key in first}
+    if isinstance(first, tuple | list):
+        return type(first)(_joined(list(values)) for values in zip(*parts, strict=True))
+    raise ValueError(must_be("A joined batch", "of tensors", type(first).__name__))
 
 
 def _check_finite(tensor: torch.Tensor) -> None:

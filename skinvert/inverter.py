@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse.linalg
 import torch
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, clone
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ._rows import Rows
@@ -20,14 +21,17 @@ from ._validation import (
     resolve_device,
     resolve_dtype,
 )
-from .curvature import Gram, build_curvature, held_out_curvature
+from .block_operators import BlockDiagonal
+from .curvature import Gram, build_blocks, build_curvature, curvature_name, held_out_curvature
 from .data import as_batches
 from .methods.base import Method, relative_residual
+from .methods.blocks import invert_blocks
+from .methods.spectrum import has_spectrum, spectrum
 from .models import TorchTwiceDifferentiable, as_model, describe, is_model
 from .operators import LinearOperator, Shifted, as_scipy
-from .parameters import ParameterLayout
+from .parameters import ParameterLayout, split_blocks
 from .registry import InversionRegistry, check_requirements, is_method
-from .results import InverseHvpResult, InversionMethod
+from .results import InverseHvpResult, InversionMethod, Spectrum
 from .scores import quadratic_score, rows_score
 
 __all__ = ["HessianInverter"]
@@ -45,7 +49,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         A name in the ``InversionRegistry`` or a configured instance, such as ``CG(rtol=1e-6)``.
     hessian_perturbation : float, default=0.0
         λ ≥ 0, on the scale of the mean loss.
-    curvature : {"auto", "hessian", "ggn", "empirical_fisher"}, default="auto"
+    curvature : {"auto", "hessian", "ggn", "fisher", "empirical_fisher"} or SampledFisher, default="auto"
         H. ``"auto"`` is the Hessian, save for methods that are defined on another curvature.
     model : nn.Module, skorch net or TwiceDifferentiable, default=None
         What ``fit(X, y)`` reads, the form that pipelines and searches call. Shared by clones, never copied.
@@ -56,8 +60,9 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         μ in ½ μ‖θ‖² of the training objective: part of H, not of λ.
     params : str or list of str, default=None
         Globs on parameter names; None selects all that require a gradient.
-    blocks : None
-        Reserved for block-diagonal curvatures.
+    blocks : {"layer", "parameter"} or mapping of str to globs, default=None
+        Invert the block-diagonal part of H alone, each block by ``method``. A mapping's globs must put each selected
+        parameter into exactly one block. ``residual`` still judges against the whole of H.
     batch_size : int, default=None
         Rows per batch; results do not depend on it. None is the loader's own, or 1,024.
     device : str or torch.device, default=None
@@ -114,7 +119,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         method: Any = "auto",
         hessian_perturbation: float = 0.0,
         *,
-        curvature: str = "auto",
+        curvature: Any = "auto",
         model: Any = None,
         loss: Any = None,
         weight_decay: float = 0.0,
@@ -162,17 +167,15 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         shift = check_hessian_perturbation(self.hessian_perturbation, "HessianInverter")
         if self.batch_size is not None:
             check_number(self.batch_size, "batch_size", owner="HessianInverter", low=1, integer=True)
-        if self.blocks is not None:
-            raise ValueError(must_be("blocks", "None", repr(self.blocks)))
         for name in ("eigenvalues_", "parameter_names_", "gradient_norm_", "feature_names_in_"):
             self.__dict__.pop(name, None)
         if is_model(X):
-            A = self._model_curvature(X, y, sample_weight)
+            A, blocks = self._model_curvature(X, y, sample_weight)
         elif self.model is not None:
-            A = self._model_curvature(self.model, _as_data(X, y), sample_weight)
+            A, blocks = self._model_curvature(self.model, _as_data(X, y), sample_weight)
         else:
-            A = self._rows_curvature(X, sample_weight)
-        self._invert(A, shift)
+            A, blocks = self._rows_curvature(X, sample_weight), None
+        self._invert(A, blocks, shift)
         return self
 
     def _model_curvature(self, model: Any, data: Any, sample_weight: Any) -> Any:
@@ -187,14 +190,18 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             self._layout = ParameterLayout(tuple(f"parameter{i}" for i in range(len(shapes))), shapes)
         method = self._method(type(adapted))
         default = getattr(method, "default_curvature", "hessian")
-        self.curvature_name_ = default if self.curvature == "auto" else self.curvature
+        chosen = default if self.curvature == "auto" else self.curvature
+        self.curvature_name_ = curvature_name(chosen)
         batches = self._batches(adapted, data, sample_weight)
-        A: Any = build_curvature(self.curvature_name_, adapted, batches, self.verbose)
+        A: Any = build_curvature(chosen, adapted, batches, self.verbose)
         self.gradient_norm_ = A.gradient_norm
         self.method_, self.n_samples_ = method, batches.n_samples
         self._model, self._data = adapted, data
         self.parameter_names_, self.n_features_in_ = list(self._layout.names), A.size
-        return A
+        if self.blocks is None:
+            return A, None
+        members = split_blocks(self._layout.names, self.blocks)
+        return A, build_blocks(chosen, adapted, batches, members, self.verbose)
 
     def _batches(self, adapted: Any, data: Any, sample_weight: Any) -> Any:
         read = adapted.read(data) if hasattr(adapted, "read") else data
@@ -206,6 +213,8 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         X = validate_data(self, X, dtype=[np.float64, np.float32])
         weights = check_sample_weight(sample_weight, len(X))
         method = self._method(None)
+        if self.blocks is not None:
+            raise ValueError(must_be("blocks for plain rows", "None", repr(self.blocks), "They have no layers."))
         if self.curvature not in ("auto", "gram"):
             hint = "Plain rows have one curvature, XᵀX/n. For a model's, give a model."
             raise ValueError(must_be("curvature for plain rows", "'auto'", repr(self.curvature), hint))
@@ -219,24 +228,34 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def _method(self, model_type: type | None) -> Any:
         """Return a configured method, or a registered function."""
         if isinstance(self.method, Method):
-            return clone(self.method)
+            return self._seeded(clone(self.method))
         if not isinstance(self.method, str | InversionMethod):
             must = "a registered name or a Method instance"
             raise TypeError(must_be("method", must, repr(self.method)))
         found = InversionRegistry.get(model_type or TorchTwiceDifferentiable, self.method)
         if is_method(found):
-            return found()
+            return self._seeded(found())
         if model_type is None:
             must = "a Method for plain arrays"
             raise ValueError(must_be("method", must, f"the function {self.method!r}, which wants a model"))
         return found
 
-    def _invert(self, A: LinearOperator, shift: float) -> None:
+    def _seeded(self, method: Method) -> Method:
+        """Pass the estimator's random state on to a stochastic method that has none of its own."""
+        if self.random_state is not None and method.get_params().get("random_state", 0) is None:
+            seed = check_random_state(self.random_state).randint(2**31 - 1)
+            method.set_params(random_state=self.random_state if isinstance(self.random_state, int) else seed)
+        return method
+
+    def _invert(self, A: LinearOperator, blocks: BlockDiagonal | None, shift: float) -> None:
         self.curvature_, self.hessian_perturbation_ = A, shift
         self.inverse_: Any = None
         if isinstance(self.method_, Method):
-            self.method_ = self.method_.choose(A, shift)
             check_requirements(self.method_, A)
+            if blocks is not None:
+                self.inverse_ = invert_blocks(self.method_, blocks, shift, self.verbose)
+                return
+            self.method_ = self.method_.choose(A, shift)
             self.inverse_ = self.method_.invert(A, shift, self.verbose)
             if getattr(self.inverse_, "eigenvalues", None) is not None:
                 self.eigenvalues_ = self.inverse_.eigenvalues.cpu().numpy()
@@ -287,6 +306,47 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             return self.method_(self._model, self._data, rows.source, self.hessian_perturbation_)
         x, info = self.inverse_.solve(rows.tensor)
         return InverseHvpResult(rows.back(x), rows.back_info(info))
+
+    def path(self, b: Any, hessian_perturbations: Any) -> Any:
+        """Return the solutions at many λ, for the price of about one solve where the method allows it.
+
+        Parameters
+        ----------
+        b : array or tensor of shape (k, p)
+            Right-hand sides, one per row.
+        hessian_perturbations : iterable of float
+            λ ≥ 0, n_λ of them; the fitted one need not be among them.
+
+        Returns
+        -------
+        array or tensor of shape (n_λ, k, p)
+            x at each λ, of b's kind, dtype and device.
+        """
+        rows = self._rows(b)
+        shifts = [check_hessian_perturbation(shift, "path") for shift in hessian_perturbations]
+        if self.inverse_ is None:
+            raise TypeError(must_be("method", "a Method for path", "a function", "Call `solve` for each λ."))
+        return rows.back(self.inverse_.path(rows.tensor, shifts))
+
+    def spectrum(self, *, n_probes: int = 10, steps: int = 60) -> Spectrum:
+        """Return the eigenvalues of H (without λ) where they are known or cheap, else their density.
+
+        Parameters
+        ----------
+        n_probes, steps : int
+            Random directions of the density, and Lanczos steps of each: ``n_probes`` · ``steps`` products with H.
+
+        Returns
+        -------
+        Spectrum
+            ``eigenvalues``, ``weights``, ``exact``, and ``smallest`` and ``largest`` with bounds of their errors.
+        """
+        check_is_fitted(self, "n_features_in_")
+        if not has_spectrum(self.inverse_):
+            self._need("curvature_", "spectrum")
+        seed = None if self.random_state is None else int(check_random_state(self.random_state).randint(2**31))
+        curvature = getattr(self, "curvature_", None)
+        return spectrum(curvature, self.inverse_, n_probes=n_probes, steps=steps, random_state=seed)
 
     def inverse_transform(self, X: Any) -> Any:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""

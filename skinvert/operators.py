@@ -23,6 +23,12 @@ class TensorState:
     # Names of attributes that are rebuilt when needed and so are never pickled.
     _transient: tuple[str, ...] = ()
 
+    def __copy__(self) -> Any:
+        """Return an object over the same tensors, on their device; the state of a pickle is for files."""
+        duplicate = object.__new__(type(self))
+        duplicate.__dict__.update(self.__dict__)
+        return duplicate
+
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes, tensors as arrays, without what can be rebuilt."""
         state: dict[str, Any] = {}

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ._validation import must_be
+from ._validation import check_choice, must_be
 
-__all__ = ["ParameterLayout", "select_parameters"]
+__all__ = ["ParameterLayout", "select_parameters", "split_blocks"]
 
 
 @dataclass(frozen=True)
@@ -119,3 +119,41 @@ def select_parameters(named: Sequence[tuple[str, torch.Tensor]], params: str | I
     if not chosen:
         raise ValueError(must_be("params", f"globs that match some of {names}", repr(params)))
     return chosen
+
+
+def split_blocks(names: Sequence[str], blocks: Any) -> dict[str, list[str]]:
+    """Return the parameter names of each block: ``"layer"``, ``"parameter"``, or a mapping of names to globs.
+
+    Raises
+    ------
+    ValueError
+        Unless each selected parameter is in exactly one block.
+
+    Examples
+    --------
+    >>> split_blocks(["fc.weight", "fc.bias", "out.weight"], "layer")
+    {'fc': ['fc.weight', 'fc.bias'], 'out': ['out.weight']}
+    """
+    if isinstance(blocks, str):
+        check_choice(blocks, "blocks", ["layer", "parameter"], "None, or a mapping of block names to globs.")
+        found: dict[str, list[str]] = {}
+        for name in names:
+            key = name if blocks == "parameter" else name.rpartition(".")[0]
+            found.setdefault(key, []).append(name)
+        return found
+    if not isinstance(blocks, Mapping):
+        must = 'None, "layer", "parameter" or a mapping of block names to globs'
+        raise TypeError(must_be("blocks", must, repr(blocks)))
+    found = {key: _matching(names, globs) for key, globs in blocks.items()}
+    counts = [sum(name in members for members in found.values()) for name in names]
+    odd = [name for name, count in zip(names, counts, strict=True) if count != 1]
+    if odd or not all(found.values()):
+        must = "a mapping whose globs put each selected parameter into exactly one block"
+        empty = [key for key, members in found.items() if not members]
+        raise ValueError(must_be("blocks", must, f"{odd} in none or several, and empty blocks {empty}"))
+    return found
+
+
+def _matching(names: Sequence[str], globs: str | Iterable[str]) -> list[str]:
+    listed = [globs] if isinstance(globs, str) else list(globs)
+    return [name for name in names if any(fnmatchcase(name, glob) for glob in listed)]

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-__all__ = ["InverseHvpResult", "InversionMethod"]
+import numpy as np
+
+__all__ = ["InverseHvpResult", "InversionMethod", "Spectrum"]
 
 
 class InversionMethod(str, Enum):  # noqa: UP042 (the contract: `str, Enum`)
@@ -24,6 +26,12 @@ class InversionMethod(str, Enum):  # noqa: UP042 (the contract: `str, Enum`)
     Lissa = "lissa"
     Arnoldi = "arnoldi"
     Auto = "auto"
+    Minres = "minres"
+    Nystroem = "nystroem"
+    Kfac = "kfac"
+    Ekfac = "ekfac"
+    HarmonicMean = "harmonic_mean"
+    Diagonal = "diagonal"
 
 
 @dataclass(frozen=True)
@@ -53,3 +61,34 @@ class InverseHvpResult:
     def __iter__(self) -> Iterator[Any]:
         """Yield x, then info."""
         return iter((self.x, self.info))
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The eigenvalues of a curvature H, or nodes and weights of their density.
+
+    The mean of f over the spectrum is ``np.sum(weights * f(eigenvalues))``; times p it is tr f(H).
+
+    Parameters
+    ----------
+    eigenvalues : ndarray of shape (m,), float64
+        Ascending: all of H's, or the nodes of a density.
+    weights : ndarray of shape (m,), float64
+        Share of the spectrum at each; their sum is 1.
+    exact : bool
+        Whether these are the eigenvalues themselves.
+    smallest, largest : tuple of (float, float)
+        The extreme eigenvalues, each with a bound of its error: an eigenvalue of H lies within it. 0 where exact.
+
+    Examples
+    --------
+    >>> spectrum = Spectrum(np.array([1.0, 3.0]), np.array([0.5, 0.5]), True, (1.0, 0.0), (3.0, 0.0))
+    >>> float(np.sum(spectrum.weights * np.log(spectrum.eigenvalues)))  # log det H / p
+    0.549...
+    """
+
+    eigenvalues: np.ndarray
+    weights: np.ndarray
+    exact: bool
+    smallest: tuple[float, float]
+    largest: tuple[float, float]

@@ -30,6 +30,7 @@ FLOORS = {
     "parameters": 0,
     "_rows": 0,
     "operators": 1,
+    "block_operators": 1,
     "models": 2,
     "data": 2,
     "curvature": 3.1,

@@ -79,7 +79,7 @@ def test_register_returns_the_function_and_get_finds_it(name):
 
 
 def test_the_member_and_its_name_are_one_key():
-    InversionRegistry.register(TwiceDifferentiable, "lissa")(solve_by_nothing)
+    InversionRegistry.register(TwiceDifferentiable, "lissa", overwrite=True)(solve_by_nothing)
     assert InversionRegistry.get(TwiceDifferentiable, InversionMethod.Lissa) is solve_by_nothing
 
 
@@ -294,5 +294,5 @@ def test_a_lacking_operator_is_named_with_the_curvatures_that_serve():
 
     model, data, b = least_squares()
     InversionRegistry.register(TwiceDifferentiable, "mine")(NeedsFactor)
-    with pytest.raises(ValueError, match=r"`factor`. Got Hessian.*\['ggn', 'empirical_fisher'\]"):
+    with pytest.raises(ValueError, match=r"`factor`. Got Hessian.*\['ggn', 'fisher', 'empirical_fisher'\]"):
         solve_hvp("mine", model, data, b)

@@ -1,8 +1,8 @@
 """Curvatures: each maps a model and data to a symmetric operator on rows."""
 
 from .base import Objective
-from .build import CURVATURES, build_curvature
-from .fisher import EmpiricalFisher
+from .build import CURVATURES, build_blocks, build_curvature, curvature_name
+from .fisher import EmpiricalFisher, Fisher, SampledFisher
 from .ggn import GGN, split_batch
 from .gram import Gram
 from .held_out import held_out_curvature
@@ -13,11 +13,15 @@ __all__ = [
     "CURVATURES",
     "GGN",
     "EmpiricalFisher",
+    "Fisher",
     "GenericHessian",
     "Gram",
     "Hessian",
     "Objective",
+    "SampledFisher",
+    "build_blocks",
     "build_curvature",
+    "curvature_name",
     "gradient_rows",
     "held_out_curvature",
     "split_batch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,6 +73,14 @@ class Objective:
     def gradient_norm(self) -> float:
         """‖∇L(θ)‖."""
         return float(self.gradient.norm())
+
+    def on_samples(self, rows: torch.Tensor) -> Objective:
+        """Return the objective over m of the n samples, its denominators times m/n; the gradient stays that of all."""
+        part = copy.copy(self)
+        share = len(rows) / self.batches.n_samples
+        part.batches = self.batches.take(rows)
+        part.weight_sum, part.mass_sum = share * self.weight_sum, share * self.mass_sum
+        return part
 
     def _add(self, batch: Any, weights: torch.Tensor) -> None:
         outputs = _forward(self.model, batch)
@@ -182,6 +191,25 @@ class Curvature(LinearOperator):
             product += share(V)
         product /= self.objective.mass_sum
         return product if self.penalty is None else product.addcmul_(V, self.penalty)
+
+    @property
+    def n_samples(self) -> int:
+        """Number n of samples."""
+        return self.objective.batches.n_samples
+
+    def minibatch(self, rows: torch.Tensor) -> LinearOperator:
+        """Return an unbiased estimate of the curvature from the samples ``rows`` (m,), a tensor of indices.
+
+        It is (n/m) Σ over these samples, with the denominator of all of them and the whole penalty; so its mean over
+        samples drawn uniformly is the curvature, sample weights included.
+        """
+        # Not `copy.copy`, which goes by the state of a pickle: all on the CPU.
+        part = object.__new__(type(self))
+        part.__dict__.update(self.__dict__)
+        part.objective = self.objective.on_samples(rows)
+        for name in self._transient:
+            setattr(part, name, None)
+        return part
 
     def _shares(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         if self._graphs is not None:

@@ -1,20 +1,140 @@
-"""The empirical Fisher of the true labels: Σ wᵢ gᵢgᵢᵀ / Σ wᵢ."""
+"""The Fisher of the labels that the model predicts, and the empirical Fisher of the true ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from sklearn.base import BaseEstimator
 
 from .._memory import rows_within, working_memory
 from .._progress import progress
-from ..operators import add_to_diagonal, symmetrise
+from .._validation import check_number
+from ..block_operators import KroneckerFactors
+from ..data import Batches
+from ..models import leading_length
+from ..operators import LinearOperator, LowRank, add_to_diagonal, symmetrise
 from .base import Curvature, Objective
-from .ggn import split_batch
+from .ggn import GGN, split_batch
+from .kronecker import Signals, kronecker_factors
+from .predictive import predictive_of
 from .rows import gradient_rows
 
-__all__ = ["EmpiricalFisher"]
+__all__ = ["EmpiricalFisher", "Fisher", "SampledFisher"]
+
+
+class SampledFisher(BaseEstimator):
+    """Settings of the Fisher by sampled labels: ``HessianInverter(curvature=SampledFisher(n_samples=10))``.
+
+    Its mean over seeds is ``curvature="fisher"``, which takes no samples; its cost is that of ``n_samples`` outputs,
+    however many the model has. Each row of the data has its own draws, which no batch size changes.
+
+    Parameters
+    ----------
+    n_samples : int, default=1
+        Labels drawn per row, ≥ 1. The standard error falls with the root of n · n_samples.
+    random_state : int, default=None
+        Seed of the draws; None is 0.
+
+    Examples
+    --------
+    >>> SampledFisher(n_samples=100)
+    SampledFisher(n_samples=100)
+    """
+
+    def __init__(self, n_samples: int = 1, *, random_state: int | None = None) -> None:
+        self.n_samples = n_samples
+        self.random_state = random_state
+
+    def build(self, objective: Objective) -> Fisher:
+        """Return the operator over all the data."""
+        n_samples = check_number(self.n_samples, "n_samples", owner="SampledFisher", low=1, integer=True)
+        seed = 0 if self.random_state is None else self.random_state
+        return Fisher(
+            objective, n_samples, check_number(seed, "random_state", owner="SampledFisher", low=0, integer=True)
+        )
+
+
+class Fisher(GGN):
+    r"""F = Σᵢ wᵢ s·E_{y∼p(·|xᵢ)}[∇log p ∇log pᵀ] / Σᵢ wᵢ + penalty, for a loss ℓ = −s·log p + const.
+
+    s is 1 for ``cross_entropy``, ``nll`` and ``poisson_nll``, 2/c for ``mse`` over c outputs (unit variance), 1/c for
+    ``bce_with_logits``. The expectation is over the labels that the model itself predicts; class weights and ignored
+    targets stay those of the true ones. It equals the GGN where the output Hessian of the loss does not depend on the
+    label: ``cross_entropy``, ``mse``, ``bce_with_logits`` and ``poisson_nll`` of logarithms. For ``nll`` of
+    log-probabilities it is that of ``cross_entropy``, where the GGN, of a loss linear in them, is zero.
+
+    Parameters
+    ----------
+    objective : Objective
+        Model, data and denominators.
+    n_labels : int or None
+        Labels drawn per row; None takes the expectation in closed form.
+    seed : int
+        Of the draws.
+
+    References
+    ----------
+    Martens (2020), "New insights and perspectives on the natural gradient method", secs. 5 and 9.2.
+    """
+
+    def __init__(self, objective: Objective, n_labels: int | None = None, seed: int = 0) -> None:
+        batch, _ = next(iter(objective.batches))
+        f = objective.model.forward(batch)
+        self.predictive = predictive_of(objective.model, f)
+        self.n_labels = n_labels
+        if n_labels is not None:
+            objective = _with_draws(objective, (n_labels, self.predictive.draws_per_sample(f)), seed)
+        super().__init__(objective)
+        self._c = self._c if n_labels is None else n_labels
+
+    def data_of(self, batch: Any) -> Any:
+        """Return the model's part of a batch, which may carry its draws."""
+        return batch if self.n_labels is None else batch[0]
+
+    def output_factor(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Return Sᵢ (m, c, r) with SᵢSᵢᵀ the Fisher in the outputs: columns of sampled labels, or the closed form."""
+        y = self.data_of(batch)[1]
+        if self.n_labels is not None:
+            return self.predictive.columns(outputs, y, batch[1]).mT / math.sqrt(self.n_labels)
+        diagonal = self.predictive.hessian_diagonal(outputs, y)
+        return super().output_factor(outputs, batch) if diagonal is None else torch.diag_embed(diagonal.sqrt())
+
+    def _output_products(
+        self, outputs: torch.Tensor, batch: Any, weights: torch.Tensor
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        S = self.output_factor(outputs.detach(), batch) * weights.sqrt()[:, None, None]
+        return lambda U: torch.einsum("mcr,kmr->kmc", S, torch.einsum("mcr,kmc->kmr", S, U)).flatten(1)
+
+
+@dataclass
+class _Drawn:
+    """Batches, each with the uniform draws of its rows: the same for a row whatever the batches are."""
+
+    batches: Batches
+    shape: tuple[int, ...]
+    seed: int
+
+    def __call__(self) -> Iterator[Any]:
+        generator = np.random.default_rng(self.seed)
+        # Within the open interval in float32 too: the inverse of a distribution function is infinite at its ends.
+        tiny = float(torch.finfo(torch.float32).eps)
+        for batch in self.batches.raw():
+            draws = generator.random((leading_length(batch), *self.shape)).clip(tiny, 1 - tiny)
+            yield batch, torch.from_numpy(draws).to(self.batches.device, self.batches.dtype)
+
+
+def _with_draws(objective: Objective, shape: tuple[int, ...], seed: int) -> Objective:
+    drawn = _Drawn(objective.batches, shape, seed)
+    kept = None if objective.batches.kept is None else list(drawn())
+    part = copy.copy(objective)
+    part.batches = replace(objective.batches, source=drawn, kept=kept)
+    return part
 
 
 class EmpiricalFisher(Curvature):
@@ -53,6 +173,19 @@ class EmpiricalFisher(Curvature):
             for rows, part in split_batch(batch, weights, chunk):
                 yield self._factor_of(rows, part)
 
+    def gradient_rows(self, verbose: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gᵢ (n, p), and wᵢ/Σw (n,)."""
+        batches = progress(self.objective.batches, "per-sample gradients", verbose)
+        parts = [(self._gradients(batch), weights / self.objective.weight_sum) for batch, weights in batches]
+        return torch.cat([rows for rows, _ in parts]), torch.cat([weights for _, weights in parts])
+
+    def minibatch(self, rows: torch.Tensor) -> LinearOperator:
+        """Return an unbiased estimate from the samples ``rows`` (m,): rows of F where it is kept."""
+        if self._factor is None:
+            return super().minibatch(rows)
+        share = math.sqrt(self.n_samples / len(rows))
+        return LowRank(share * self._factor[rows.to(self.device)], self.penalty)
+
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return (V Fᵀ) F plus the penalty's share; F is kept where it fits the working memory."""
         if self._factor is None and self.factor_shape[0] * self.size * self.dtype.itemsize <= working_memory():
@@ -73,6 +206,20 @@ class EmpiricalFisher(Curvature):
         """Return the diagonal, from the squares of the factor."""
         diagonal = sum((rows.square().sum(0) for rows in self.factor_chunks()), start=torch.zeros(()))
         return diagonal if self.penalty is None else diagonal + self.penalty
+
+    def signals(self, batch: Any, weights: torch.Tensor) -> Signals:
+        """Return √(wᵢ / Σ w) at each row's own loss ℓᵢ."""
+        model = self.objective.model
+        outputs = model.forward(batch)
+        losses = model.per_sample_loss(outputs, batch)
+        directions = self.objective.scale * (weights / self.objective.weight_sum).sqrt()
+        return Signals(losses, directions[None].to(losses), model.mass(outputs, batch))
+
+    def kronecker_factors(
+        self, approx: str = "expand", unsupported: str = "error", verbose: int = 0
+    ) -> KroneckerFactors:
+        """Return the factors of each layer, of the true labels' gradients."""
+        return kronecker_factors(self, approx, unsupported, verbose)
 
     def sample_terms(self, batch: Any, Z: torch.Tensor) -> torch.Tensor:
         """Return zᵢᵀ hᵢ zᵢ (m,) of each row's own term hᵢ = gᵢgᵢᵀ."""

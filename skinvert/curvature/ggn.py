@@ -10,9 +10,11 @@ import torch
 from .._memory import rows_within
 from .._progress import progress
 from .._validation import must_be
+from ..block_operators import KroneckerFactors
 from ..models import map_tensors
 from ..operators import add_to_diagonal, symmetrise
 from .base import Curvature, Objective, flat_products
+from .kronecker import Signals, kronecker_factors
 from .layers import linear_layers, outer_sum
 from .rows import jacobian_rows
 
@@ -36,22 +38,47 @@ class GGN(Curvature):
         super().__init__(objective)
         self.hint = ""
         batch, _ = next(iter(objective.batches))
-        outputs = objective.model.forward(batch)
+        outputs = self.outputs(batch)
         if not isinstance(outputs, torch.Tensor):
             hint = 'Return one tensor from `outputs`, or use curvature="hessian".'
             raise TypeError(must_be("The model's outputs for the GGN", "a tensor", type(outputs).__name__, hint))
         self._c = outputs[0].numel()
         if self._c <= 256:
-            output_factor(objective, outputs, batch)
+            self._c = self.output_factor(outputs.detach(), batch).shape[2]
 
     def graph(self, batch: Any, weights: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the products of Σ wᵢ Jᵢᵀ ∇²_f sᵢ Jᵢ over one batch: forward, output Hessian, backward."""
         model = self.objective.model
-        outputs = model.forward(batch)
+        outputs = self.outputs(batch)
         along = _forward_products(outputs, model.theta)
-        middle = _output_products(model, outputs, batch, weights)
+        middle = self._output_products(outputs, batch, weights)
         back = flat_products(outputs, model.theta)
         return lambda V: back(middle(along(V)))
+
+    def data_of(self, batch: Any) -> Any:
+        """Return the model's part of a batch: all of it."""
+        return batch
+
+    def outputs(self, batch: Any) -> Any:
+        """Return the model's outputs f on a batch, with gradients on."""
+        return self.objective.model.forward(self.data_of(batch))
+
+    def output_factor(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Return Sᵢ (m, c, r) with ∇²_f sᵢ = Sᵢ Sᵢᵀ."""
+        return output_factor(self.objective, outputs, batch)
+
+    def signals(self, batch: Any, weights: torch.Tensor) -> Signals:
+        """Return the columns of √(wᵢ / Σ w m) Sᵢ at the outputs."""
+        outputs = self.outputs(batch)
+        S = self._weighted_factor(outputs.detach(), batch, weights)
+        mass = self.objective.model.mass(outputs, self.data_of(batch))
+        return Signals(outputs, S.permute(2, 0, 1).reshape(-1, *outputs.shape), mass)
+
+    def kronecker_factors(
+        self, approx: str = "expand", unsupported: str = "error", verbose: int = 0
+    ) -> KroneckerFactors:
+        """Return the factors of each layer."""
+        return kronecker_factors(self, approx, unsupported, verbose)
 
     @property
     def factor_shape(self) -> tuple[int, int]:
@@ -98,10 +125,16 @@ class GGN(Curvature):
 
     def _factor_of(self, batch: Any, weights: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            outputs = self.objective.model.forward(batch)
-        S = output_factor(self.objective, outputs, batch)
-        S = S * (weights / self.objective.mass_sum).sqrt()[:, None, None]
-        return jacobian_rows(self.objective.model, batch, S)
+            outputs = self.outputs(batch).detach()
+        return jacobian_rows(self.objective.model, self.data_of(batch), self._weighted_factor(outputs, batch, weights))
+
+    def _weighted_factor(self, outputs: torch.Tensor, batch: Any, weights: torch.Tensor) -> torch.Tensor:
+        return self.output_factor(outputs, batch) * (weights / self.objective.mass_sum).sqrt()[:, None, None]
+
+    def _output_products(
+        self, outputs: torch.Tensor, batch: Any, weights: torch.Tensor
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        return _output_products(self.objective.model, outputs, batch, weights)
 
     def _dense_from_layers(self, verbose: int) -> torch.Tensor | None:
         """Assemble from layer inputs and output derivatives; None where a layer is not a plain Linear.
@@ -109,14 +142,13 @@ class GGN(Curvature):
         The result is checked against a product, which shares none of its code: weights that the model also uses
         outside the layer would go unseen otherwise.
         """
-        layers = linear_layers(self.objective.model, next(iter(self.objective.batches))[0])
+        layers = linear_layers(self.objective.model, self.data_of(next(iter(self.objective.batches))[0]))
         if layers is None:
             return None
         matrix = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         for batch, weights in progress(self.objective.batches, "assembly", verbose):
-            outputs, captured = layers.capture(batch)
-            S = output_factor(self.objective, outputs.detach(), batch)
-            S = S * (weights / self.objective.mass_sum).sqrt()[:, None, None]
+            outputs, captured = layers.capture(self.data_of(batch))
+            S = self._weighted_factor(outputs.detach(), batch, weights)
             outer_sum(matrix, layers, captured, layers.derivatives(outputs, captured, S))
         generator = torch.Generator(self.device).manual_seed(0)
         v = torch.randn(1, self.size, dtype=self.dtype, device=self.device, generator=generator)

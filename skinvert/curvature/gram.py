@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..operators import LowRank
@@ -29,7 +31,21 @@ class Gram(LowRank):
     """
 
     def __init__(self, X: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        scale = torch.full((len(X), 1), 1 / len(X), dtype=X.dtype, device=X.device)
-        if weights is not None:
-            scale = (weights / weights.sum())[:, None]
-        super().__init__(X * scale.sqrt())
+        ones = torch.ones(len(X), dtype=X.dtype, device=X.device)
+        shares = ones / len(X) if weights is None else weights / weights.sum()
+        super().__init__(X * shares.sqrt()[:, None])
+        self.shares = shares
+
+    @property
+    def n_samples(self) -> int:
+        """Number n of rows."""
+        return len(self.rows)
+
+    def minibatch(self, rows: torch.Tensor) -> LowRank:
+        """Return an unbiased estimate of H from the rows of these indices (m,): their sum times n/m."""
+        return LowRank(math.sqrt(self.n_samples / len(rows)) * self.rows[rows.to(self.device)])
+
+    def gradient_rows(self, verbose: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return X (n, p), zero where the weight is, and wᵢ/Σw (n,)."""
+        scale = torch.where(self.shares > 0, self.shares.rsqrt(), 0.0)
+        return self.rows * scale[:, None], self.shares

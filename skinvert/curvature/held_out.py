@@ -10,7 +10,7 @@ from .._validation import must_be
 from ..data import Batches
 from ..models import TorchTwiceDifferentiable
 from .base import Objective
-from .fisher import EmpiricalFisher
+from .fisher import EmpiricalFisher, Fisher
 from .ggn import GGN
 from .rows import gradient_rows
 
@@ -28,6 +28,7 @@ def held_out_curvature(
         hint = "Subclass TorchTwiceDifferentiable for per-sample gradients."
         raise TypeError(must_be("score's model", "a TorchTwiceDifferentiable", type(model).__name__, hint))
     objective = Objective(model, batches)
-    curvature = EmpiricalFisher(objective) if name == "empirical_fisher" else GGN(objective)
+    kinds: dict[str, type[GGN] | type[EmpiricalFisher]] = {"fisher": Fisher, "empirical_fisher": EmpiricalFisher}
+    curvature = kinds.get(name, GGN)(objective)
     gradients = torch.cat([objective.scale * gradient_rows(model, batch) for batch, _ in batches])
     return curvature, gradients, torch.cat([weights for _, weights in batches])

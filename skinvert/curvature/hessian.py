@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from .._validation import must_be
+from ..block_operators import KroneckerFactors
 from ..data import Batches
 from ..models import TwiceDifferentiable
 from ..operators import LinearOperator
 from .base import Curvature, flat_products
+from .ggn import GGN
 
 __all__ = ["GenericHessian", "Hessian"]
 
@@ -33,6 +35,12 @@ class Hessian(Curvature):
         losses = model.per_sample_loss(model.forward(batch), batch)
         gradient = model.gradient_of((losses * weights).sum(), create_graph=True)
         return flat_products(gradient, model.theta)
+
+    def kronecker_factors(
+        self, approx: str = "expand", unsupported: str = "error", verbose: int = 0
+    ) -> KroneckerFactors:
+        """Return the factors of each layer of the GGN: the Hessian has none of its own."""
+        return GGN(self.objective).kronecker_factors(approx, unsupported, verbose)
 
 
 class GenericHessian(LinearOperator):

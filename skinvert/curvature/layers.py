@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .._memory import rows_within
 from ..models import TorchTwiceDifferentiable
 
-__all__ = ["LinearLayers", "linear_layers", "outer_sum"]
+__all__ = ["Call", "LinearLayers", "linear_layers", "outer_sum", "pulled_back", "recording"]
 
-Captured = list[tuple[torch.Tensor, torch.Tensor]]
+
+class Call(NamedTuple):
+    """One call of a layer: its input a, and where to differentiate at its result z, None where z is a constant."""
+
+    input: torch.Tensor
+    shape: torch.Size
+    # Not z itself: an activation in place would turn it into its own result.
+    edge: GradientEdge | None
+
+
+Captured = list[Call]
 
 
 @dataclass
@@ -35,20 +46,14 @@ class LinearLayers:
     places: list[tuple[slice | None, slice | None]]
 
     def capture(self, batch: Any) -> tuple[torch.Tensor, Captured]:
-        """Return the outputs, and for each layer its inputs a and its result z, of one forward pass."""
-        with _recording(self.modules) as calls:
+        """Return the outputs, and for each layer its call, of one forward pass."""
+        with recording(self.modules) as calls:
             outputs = self.model.forward(batch)
         return outputs, [calls[module][0] for module in self.modules]
 
     def derivatives(self, outputs: torch.Tensor, captured: Captured, S: torch.Tensor) -> list[torch.Tensor]:
         """Return Sᵢᵀ ∂fᵢ/∂zᵢ (m, r, d) of each layer, by one backward pass per column of S (m, c, r)."""
-        results = [z for _, z in captured]
-        columns = [
-            torch.autograd.grad(
-                outputs, results, direction.reshape(outputs.shape), retain_graph=True, materialize_grads=True
-            )
-            for direction in S.permute(2, 0, 1)
-        ]
+        columns = [pulled_back(outputs, captured, direction) for direction in S.permute(2, 0, 1)]
         return [torch.stack(parts, dim=1) for parts in zip(*columns, strict=True)]
 
     def homogeneous(self, index: int, inputs: torch.Tensor) -> torch.Tensor:
@@ -83,22 +88,32 @@ def linear_layers(model: TorchTwiceDifferentiable, batch: Any) -> LinearLayers |
 
 
 def _sees_rows(layers: LinearLayers, batch: Any) -> bool:
-    with _recording(layers.modules) as calls:
+    with recording(layers.modules) as calls:
         outputs = layers.model.forward(batch)
     once = all(len(calls.get(module, [])) == 1 for module in layers.modules)
     return once and all(
-        a.ndim == 2 and len(a) == len(outputs) and z.requires_grad for a, z in (calls[m][0] for m in layers.modules)
+        call.input.ndim == 2 and len(call.input) == len(outputs) and call.edge is not None
+        for call in (calls[module][0] for module in layers.modules)
     )
 
 
+def pulled_back(value: torch.Tensor, captured: Captured, direction: torch.Tensor) -> list[torch.Tensor]:
+    """Return the derivative of ``value`` along ``direction`` at each layer's result, zero where it does not reach."""
+    edges: Any = [call.edge for call in captured]
+    parts = torch.autograd.grad(value, edges, direction.reshape(value.shape), retain_graph=True, allow_unused=True)
+    return [value.new_zeros(call.shape) if part is None else part for part, call in zip(parts, captured, strict=True)]
+
+
 @contextmanager
-def _recording(modules: list[nn.Linear]) -> Iterator[dict[nn.Module, Captured]]:
+def recording(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Captured]]:
+    """Record every call of the modules while the context lasts."""
     calls: dict[nn.Module, Captured] = {}
 
-    def record(module: nn.Module, inputs: tuple[torch.Tensor, ...], result: torch.Tensor) -> None:
-        calls.setdefault(module, []).append((inputs[0], result))
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor) -> None:
+        edge = get_gradient_edge(result) if result.requires_grad else None
+        calls.setdefault(module, []).append(Call(args[0] if args else kwargs["input"], result.shape, edge))
 
-    handles = [module.register_forward_hook(record) for module in modules]
+    handles = [module.register_forward_hook(record, with_kwargs=True) for module in modules]
     try:
         yield calls
     finally:
@@ -111,7 +126,7 @@ def outer_sum(matrix: torch.Tensor, layers: LinearLayers, captured: Captured, Z:
 
     One GEMM over the samples per pair: n p² operations, where the factor's own product takes n c p².
     """
-    inputs = [layers.homogeneous(i, a) for i, (a, _) in enumerate(captured)]
+    inputs = [layers.homogeneous(i, call.input) for i, call in enumerate(captured)]
     for i in range(len(inputs)):
         for j in range(i + 1):
             block = _pair_block(Z[i], Z[j], inputs[i], inputs[j])

@@ -10,31 +10,51 @@ from ..operators import LinearOperator
 from .base import InverseOperator, Method
 from .cg import CG
 from .direct import Direct
+from .minres import MINRES
 
 __all__ = ["Auto"]
 
+# The most rows of a matrix to factorise.
+SIDE = 5000
+
 
 class Auto(Method):
-    """``direct`` where its matrix is small, else ``cg``.
+    """Choose by p, the rows of the factor, the memory and the curvature; ``method_`` says what was chosen.
 
-    ========================================  ==========
-    the curvature                             the method
-    ========================================  ==========
-    p ≤ 5,000, and 3 p² numbers fit           direct
-    a factor of r < p rows, r ≤ 5,000, λ > 0  direct
-    otherwise                                 cg
-    ========================================  ==========
+    The first row that holds:
+
+    ==========================================================  ========
+    the curvature                                               method
+    ==========================================================  ========
+    p ≤ 5,000, and 3 p² numbers fit the memory                  direct
+    a factor of r < p rows, r ≤ 5,000, that fits; λ > 0         direct
+    positive semi-definite by construction (not the Hessian)    cg
+    otherwise: perhaps indefinite                               minres
+    ==========================================================  ========
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skinvert.operators import Diagonal
+    >>> Auto().choose(Diagonal(torch.ones(3)), 0.0)
+    Direct()
     """
 
     name: ClassVar[str] = "auto"
+    cost: ClassVar[str] = "the chosen method's"
+    memory: ClassVar[str] = "the chosen method's"
+    exactness: ClassVar[str] = "the chosen method's"
+    choose_it_for: ClassVar[str] = "a first answer: `direct` where it fits, else `cg` or `minres`"
 
     def choose(self, A: LinearOperator, hessian_perturbation: float) -> Method:
         """Return the method for A."""
+        free = available_memory(A.device) // A.dtype.itemsize
         rows = getattr(A, "factor_shape", (math.inf, 0))[0]
-        side = min(A.size, rows) if hessian_perturbation > 0 else A.size
-        held = side * (A.size if side == rows else side)
-        fits = 3 * held * A.dtype.itemsize < available_memory(A.device)
-        return Direct() if side <= 5000 and fits else CG()
+        if A.size <= SIDE and 3 * A.size**2 < free:
+            return Direct()
+        if rows < A.size and rows <= SIDE and hessian_perturbation > 0 and 3 * rows * A.size < free:
+            return Direct()
+        return CG() if A.is_psd else MINRES()
 
     def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> InverseOperator:
         """Invert with the chosen method."""

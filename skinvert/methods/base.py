@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 
 from .._memory import rows_within
+from .._validation import must_be
 from ..operators import LinearOperator, Shifted, TensorState
 from ..results import InverseHvpResult
 
@@ -31,11 +33,18 @@ class Method(BaseEstimator, ABC):
         Operator methods that must exist, such as ``("factor",)``.
     default_curvature : str
         What ``curvature="auto"`` means with this method.
+    cost, memory, exactness, choose_it_for : str
+        Its row in the table of methods: work in products with A, numbers held (p parameters, k right-hand sides, n
+        samples, c outputs, rank or rows r), what the solution is, and when to choose it.
     """
 
     name: ClassVar[str] = ""
     requires: ClassVar[tuple[str, ...]] = ()
     default_curvature: ClassVar[str] = "hessian"
+    cost: ClassVar[str] = ""
+    memory: ClassVar[str] = ""
+    exactness: ClassVar[str] = ""
+    choose_it_for: ClassVar[str] = ""
 
     def choose(self, A: LinearOperator, hessian_perturbation: float) -> Method:
         """Return the method that inverts A: this one, save for ``Auto``."""
@@ -86,9 +95,22 @@ class InverseOperator(TensorState, ABC):
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions (k, p) of rows B (k, p), and what is known of them."""
 
+    def path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> torch.Tensor:
+        """Return the solutions (n_λ, k, p) of rows B at every λ, from one factorisation."""
+        at = getattr(self, "at", None)
+        if at is None:
+            hint = 'Try method="direct", "arnoldi", "nystroem" or "cg".'
+            raise TypeError(must_be("The method of a λ-path", "one that serves every λ", type(self).__name__, hint))
+        X = [at(shift).solve(B).x for shift in hessian_perturbations]
+        return torch.stack(X) if X else B.new_empty(0, *B.shape)
+
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return the solutions alone, so that an inverse is itself an operator on rows."""
         return self.solve(V).x
+
+    def precondition(self, R: torch.Tensor) -> torch.Tensor:
+        """Return M⁻¹ r for each row: ``apply``, or a form that serves conjugate gradients better."""
+        return self.apply(R)
 
 
 def shifted(A: LinearOperator, hessian_perturbation: float) -> Shifted:

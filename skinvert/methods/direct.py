@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,10 +13,11 @@ import scipy.sparse.linalg
 import torch
 
 from .._memory import check_memory, rows_within
-from .._validation import check_number, must_be
+from .._validation import check_hessian_perturbation, check_number, must_be
 from ..operators import Dense, LinearOperator, LowRank, Shifted, add_to_diagonal, check_dense_memory
 from ..results import InverseHvpResult
 from .base import InverseOperator, Method, relative_residual, warn_not_converged
+from .low_rank import LowRankInverse
 
 __all__ = ["Direct"]
 
@@ -51,6 +53,10 @@ class Direct(Method):
 
     name: ClassVar[str] = "direct"
     requires: ClassVar[tuple[str, ...]] = ("to_dense",)
+    cost: ClassVar[str] = "p products (Hessian) or one GEMM of the factor; p³ once, p² a row"
+    memory: ClassVar[str] = "3 p², or 2 r p for a factor of r < p rows"
+    exactness: ClassVar[str] = "exact"
+    choose_it_for: ClassVar[str] = "p up to some 5,000; many right-hand sides; many λ"
 
     def __init__(self, *, rtol: float | None = None) -> None:
         self.rtol = rtol
@@ -97,7 +103,7 @@ class DenseInverse(InverseOperator):
         ``info`` holds ``residual`` (k,) and ``converged`` (k,).
         """
         if self.cholesky is None:
-            self._warn_outside(B)
+            self._warn_outside(B @ self.eigenvectors, B)
         X = self._solve_once(B)
         if self.dtype == torch.float32:
             # One step of refinement on a float64 residual: float32 alone loses the digits of the condition.
@@ -117,6 +123,16 @@ class DenseInverse(InverseOperator):
         other.__dict__.update(self.__dict__, shift=hessian_perturbation, cholesky=None)
         other._judge()
         return other
+
+    def path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> torch.Tensor:
+        """Return the solutions (n_λ, k, p) at every λ: B is projected once, then one GEMM per λ."""
+        inverses = [self.at(shift) for shift in hessian_perturbations]
+        X = B.new_empty(len(inverses), *B.shape)
+        along = B @ inverses[0].eigenvectors if inverses else B
+        for i, inverse in enumerate(inverses):
+            inverse._warn_outside(along, B)
+            X[i] = (along * inverse.inverted) @ inverse.eigenvectors.mT
+        return X
 
     def _decompose(self) -> None:
         self.eigenvalues, self.eigenvectors = torch.linalg.eigh(self.matrix)
@@ -160,8 +176,7 @@ class DenseInverse(InverseOperator):
             residual -= X64[:, rows] @ self.matrix[rows].double()
         return residual.to(B.dtype)
 
-    def _warn_outside(self, B: torch.Tensor) -> None:
-        along = B @ self.eigenvectors
+    def _warn_outside(self, along: torch.Tensor, B: torch.Tensor) -> None:
         lost = torch.where(self.inverted == 0, along, 0.0).norm(dim=1)
         outside = int((lost > self.rtol * B.norm(dim=1)).sum())
         if outside:
@@ -181,6 +196,8 @@ class DenseInverse(InverseOperator):
 class SampleSpaceInverse(InverseOperator):
     """Woodbury: (D + FᵀF)⁻¹ = D⁻¹ − D⁻¹Fᵀ (I + F D⁻¹ Fᵀ)⁻¹ F D⁻¹, with D = R + λ > 0 diagonal."""
 
+    _transient = ("_spectral",)
+
     def __init__(
         self, A: LinearOperator, hessian_perturbation: float, shift: torch.Tensor, rtol: float, verbose: int
     ) -> None:
@@ -188,9 +205,9 @@ class SampleSpaceInverse(InverseOperator):
         way_out = 'Try method="cg", which keeps no matrix.'
         check_memory(2 * rows * A.size * A.dtype.itemsize, f"A factor of {rows:,} rows", way_out, A.device)
         self.rows = A.factor(verbose)  # type: ignore[attr-defined]
-        self.rtol, self.shift, self.inverse_shift = rtol, shift, 1 / shift
-        core = (self.rows * self.inverse_shift) @ self.rows.mT
-        self.cholesky = torch.linalg.cholesky(add_to_diagonal(core, 1.0))
+        self.rtol, self.penalty = rtol, getattr(A, "penalty", None)
+        self._spectral: LowRankInverse | None = None
+        self._factorise(shift)
         self.positive_definite = True
 
     @property
@@ -210,6 +227,38 @@ class SampleSpaceInverse(InverseOperator):
         hint += " or dtype=torch.float64." if self.dtype == torch.float32 else "."
         warn_not_converged("direct", residual, converged, self.rtol, hint)
         return InverseHvpResult(X, {"residual": residual, "converged": converged})
+
+    def at(self, hessian_perturbation: float) -> InverseOperator:
+        """Return the inverse at another λ: from the singular vectors of F where R is a multiple of I, else anew."""
+        R = self.penalty
+        if R is None or bool((R == R[0]).all()):
+            if self._spectral is None:
+                _, sizes, vectors = torch.linalg.svd(self.rows, full_matrices=False)
+                rest = 0.0 if R is None else float(R[0])
+                self._spectral = LowRankInverse(
+                    sizes.square() + rest, vectors, rest, hessian_perturbation, approximate=False, name="direct"
+                )
+                self._spectral.rtol = self.rtol
+            return self._spectral.at(hessian_perturbation)
+        shift = R + check_hessian_perturbation(hessian_perturbation)
+        if not bool((shift > 0).all()):
+            what, got = "hessian_perturbation for fewer rows than parameters", hessian_perturbation
+            raise ValueError(must_be(what, "> 0 where the penalty is 0", got, "Try 1e-3."))
+        other = object.__new__(SampleSpaceInverse)
+        other.__dict__.update(self.__dict__)
+        other._factorise(shift)
+        return other
+
+    def path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> torch.Tensor:
+        """Return the solutions (n_λ, k, p) at every λ."""
+        shifts = list(hessian_perturbations)
+        first = self.at(shifts[0]) if shifts else self
+        return first.path(B, shifts) if isinstance(first, LowRankInverse) else super().path(B, shifts)
+
+    def _factorise(self, shift: torch.Tensor) -> None:
+        self.shift, self.inverse_shift = shift, 1 / shift
+        core = (self.rows * self.inverse_shift) @ self.rows.mT
+        self.cholesky = torch.linalg.cholesky(add_to_diagonal(core, 1.0))
 
     def _apply(self, B: torch.Tensor) -> torch.Tensor:
         scaled = B * self.inverse_shift

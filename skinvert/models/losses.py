@@ -16,7 +16,7 @@ from torch import nn
 
 from .._validation import check_choice, must_be
 
-__all__ = ["LOSSES", "Loss", "as_loss"]
+__all__ = ["LOSSES", "Loss", "ModuleLoss", "as_loss"]
 
 LOSSES = {
     "cross_entropy": nn.CrossEntropyLoss,
@@ -153,6 +153,10 @@ class ModuleLoss(Loss):
             weight = self._class_mass(target, flat.dtype).sqrt()[:, None, None]
             return weight * (torch.diag_embed(p.sqrt()) - p[:, :, None] * p.sqrt()[:, None, :])
         return None
+
+    def elements(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return the unreduced loss."""
+        return self._elements(output, target)
 
     def _elements(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return self.unreduced(output, self._as_float(output, target))

@@ -7,23 +7,22 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from definitions import DEFINITIONS, EXACT_TO, SETTINGS
 from oracles import oracle_matrix, perturbation_for, relative_error, solution
 from problems import number_of_rows, problem, table
 
 from skinvert import HessianInverter, InversionRegistry, TwiceDifferentiable
 from skinvert.methods.base import Method
 
-# What a method promises, where that is not the exact solution of its curvature by its own work.
-GUARANTEE = {"auto": "another method's"}
-# Settings with which an iterative method is as exact as a factorisation.
-SETTINGS = {"cg": {"rtol": 1e-12, "maxiter": 10_000}}
+# What solves another system, or by another's work, is in test_every_method alone.
+NOT_EXACT = {"auto", *DEFINITIONS, *EXACT_TO}
 
 METHODS = {
     name: kind
     for (model_type, name), kind in InversionRegistry.registry.items()
     if model_type is TwiceDifferentiable and isinstance(kind, type) and issubclass(kind, Method)
 }
-EXACT = [name for name in METHODS if GUARANTEE.get(name, "exact") == "exact"]
+EXACT = [name for name in METHODS if name not in NOT_EXACT]
 
 
 def configured(name):
@@ -69,7 +68,7 @@ def test_solves_in_float32(method, dtype, tolerance, model):
     H = oracle_matrix(single(case))
     shift = perturbation_for(H, 1e4)
     b = case.right_hand_sides(7).astype(np.float32)
-    settings = {"cg": {"rtol": None if dtype is None else 1e-10, "maxiter": 10_000}}.get(method, {})
+    settings = {"rtol": None if dtype is None else 1e-10, "maxiter": 10_000} if method in SETTINGS else {}
     inverter = HessianInverter(METHODS[method](**settings), shift, dtype=dtype, **case.settings())
     expected = solution(H, shift, b)
     received = inverter.fit(single(case).module, single(case).data).transform(b)

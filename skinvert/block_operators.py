@@ -1,0 +1,236 @@
+"""Operators of layers: Kronecker products, their eigenbases, block-diagonal sums, and the factors of a curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ._validation import must_be
+from .operators import LinearOperator, TensorState
+
+__all__ = ["BlockDiagonal", "Eigenbasis", "Kronecker", "KroneckerBlock", "KroneckerFactors", "Rotated"]
+
+
+class Kronecker(LinearOperator):
+    r"""G ⊗ A on rows vec(W), with W (d, i) in row-major order: W ↦ G W Aᵀ.
+
+    Parameters
+    ----------
+    left : tensor of shape (d, d)
+        G, symmetric positive semi-definite.
+    right : tensor of shape (i, i) or (i,)
+        A, symmetric positive semi-definite; its diagonal where it is diagonal.
+
+    Examples
+    --------
+    >>> Kronecker(torch.tensor([[2.0]]), torch.tensor([[1.0, 1.0], [1.0, 3.0]])).apply(torch.tensor([[1.0, 0.0]]))
+    tensor([[2., 2.]])
+    """
+
+    is_psd = True
+
+    def __init__(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        super().__init__(len(left) * len(right), left.dtype, left.device)
+        self.left, self.right = left, right
+
+    def apply(self, V: torch.Tensor) -> torch.Tensor:
+        """Return G W A for each row."""
+        W = self.left @ V.reshape(len(V), len(self.left), len(self.right))
+        return (W * self.right if self.right.ndim == 1 else W @ self.right).reshape(V.shape)
+
+    def to_dense(self, verbose: int = 0) -> torch.Tensor:
+        """Return the matrix (d i, d i)."""
+        right = torch.diag(self.right) if self.right.ndim == 1 else self.right
+        return torch.kron(self.left.contiguous(), right.contiguous())
+
+    def diagonal(self) -> torch.Tensor:
+        """Return the outer product of the diagonals, flat."""
+        right = self.right if self.right.ndim == 1 else self.right.diagonal()
+        return torch.outer(self.left.diagonal(), right).reshape(-1)
+
+
+class Eigenbasis(TensorState):
+    """The orthogonal matrix Q = U_G ⊗ U_A, kept as its factors; ``right`` None is the identity.
+
+    Parameters
+    ----------
+    left : tensor of shape (d, d)
+        U_G, eigenvectors in columns.
+    right : tensor of shape (i, i) or None
+        U_A.
+    """
+
+    def __init__(self, left: torch.Tensor, right: torch.Tensor | None) -> None:
+        self.left, self.right = left, right
+
+    def coordinates(self, W: torch.Tensor) -> torch.Tensor:
+        """Return U_Gᵀ W U_A of matrices W (..., d, i)."""
+        return self.left.mT @ (W if self.right is None else W @ self.right)
+
+    def combination(self, C: torch.Tensor) -> torch.Tensor:
+        """Return U_G C U_Aᵀ of coordinates C (..., d, i)."""
+        return self.left @ (C if self.right is None else C @ self.right.mT)
+
+    def of_inputs(self, a: torch.Tensor) -> torch.Tensor:
+        """Return U_Aᵀ a of rows a (..., i)."""
+        return a if self.right is None else a @ self.right
+
+    def of_signals(self, g: torch.Tensor) -> torch.Tensor:
+        """Return U_Gᵀ g of rows g (..., d)."""
+        return g @ self.left
+
+    def quadratic(self, R: torch.Tensor) -> torch.Tensor:
+        """Return diag(Qᵀ diag(R) Q) (d, i) of a diagonal R (d, i)."""
+        right = R if self.right is None else R @ self.right.square()
+        return self.left.square().mT @ right
+
+
+class Rotated(LinearOperator):
+    """Q diag(e) Qᵀ, with Q an ``Eigenbasis`` and e the eigenvalues (d, i)."""
+
+    def __init__(self, basis: Eigenbasis, eigenvalues: torch.Tensor) -> None:
+        super().__init__(eigenvalues.numel(), eigenvalues.dtype, eigenvalues.device)
+        self.basis, self.eigenvalues = basis, eigenvalues
+        self.is_psd = bool((eigenvalues >= 0).all())
+
+    def apply(self, V: torch.Tensor) -> torch.Tensor:
+        """Return the rows, rotated, scaled and rotated back."""
+        C = self.basis.coordinates(V.reshape(len(V), *self.eigenvalues.shape))
+        return self.basis.combination(C * self.eigenvalues).reshape(V.shape)
+
+
+class BlockDiagonal(LinearOperator):
+    """A block-diagonal operator: each block acts on its own entries of a row.
+
+    Parameters
+    ----------
+    operators : sequence of LinearOperator
+        The blocks.
+    indices : sequence of tensor of shape (size of the block,), default=None
+        Which entries of a row each block acts on, in its own order: all of 0, …, p − 1, each once. None is one block
+        after the other.
+
+    Examples
+    --------
+    >>> from skinvert.operators import Dense, Diagonal
+    >>> blocks = [Diagonal(torch.tensor([10.0])), Diagonal(torch.tensor([2.0, 3.0]))]
+    >>> BlockDiagonal(blocks, [torch.tensor([1]), torch.tensor([0, 2])]).apply(torch.ones(1, 3))
+    tensor([[ 2., 10.,  3.]])
+    """
+
+    def __init__(self, operators: Sequence[LinearOperator], indices: Sequence[torch.Tensor] | None = None) -> None:
+        first = operators[0]
+        super().__init__(sum(operator.size for operator in operators), first.dtype, first.device)
+        self.operators = list(operators)
+        self.is_psd = all(operator.is_psd for operator in operators)
+        # One tensor, so that it is pickled as an array.
+        self.order: torch.Tensor | None = None
+        if indices is not None:
+            self.order = torch.cat([index.reshape(-1) for index in indices]).to(first.device)
+            _check_partition(self.order, self.size)
+
+    def apply(self, V: torch.Tensor) -> torch.Tensor:
+        """Return each block's product with its own entries."""
+        return self._joined([A.apply(part) for A, part in zip(self.operators, self.parts(V), strict=True)])
+
+    def to_dense(self, verbose: int = 0) -> torch.Tensor:
+        """Return the matrix (p, p)."""
+        matrix = torch.block_diag(*[operator.to_dense(verbose) for operator in self.operators])
+        if self.order is None:
+            return matrix
+        placed = torch.empty_like(matrix)
+        placed[self.order[:, None], self.order] = matrix
+        return placed
+
+    def diagonal(self) -> torch.Tensor:
+        """Return the diagonals of the blocks, in place."""
+        return self._joined([operator.diagonal()[None] for operator in self.operators])[0]
+
+    def with_operators(self, operators: Sequence[LinearOperator]) -> BlockDiagonal:
+        """Return the operator of other blocks on the same entries."""
+        other = BlockDiagonal(operators)
+        other.order = self.order
+        return other
+
+    def parts(self, V: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return each block's own entries of the rows V (k, p)."""
+        sizes = [operator.size for operator in self.operators]
+        return (V if self.order is None else V[:, self.order]).split(sizes, dim=1)
+
+    def _joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        rows = torch.cat(list(parts), dim=1)
+        if self.order is None:
+            return rows
+        placed = torch.empty_like(rows)
+        placed[:, self.order] = rows
+        return placed
+
+
+@dataclass(frozen=True)
+class KroneckerBlock:
+    """One layer's factors, with H ≈ G ⊗ A + diag(penalty) on its parameters.
+
+    Attributes
+    ----------
+    name : str
+        Of the layer.
+    index : tensor of shape (d, i)
+        Where the layer's matrix [weight, bias] lies in a flat row.
+    left : tensor of shape (d, d)
+        G, of the derivatives at the layer's results.
+    right : tensor of shape (i, i) or (i,)
+        A, of the layer's inputs with the bias's coordinate; its diagonal for an Embedding.
+    penalty : tensor of shape (d, i) or None
+        The penalty's Hessian.
+    """
+
+    name: str
+    index: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+    penalty: torch.Tensor | None
+
+    def decompose(self) -> tuple[Eigenbasis, torch.Tensor]:
+        """Return the eigenbasis of G ⊗ A and its eigenvalues (d, i)."""
+        left, U = torch.linalg.eigh(self.left)
+        right, V = (self.right, None) if self.right.ndim == 1 else torch.linalg.eigh(self.right)
+        # Rounding alone makes zero eigenvalues slightly negative.
+        return Eigenbasis(U, V), torch.outer(left.clamp(min=0), right.clamp(min=0))
+
+    @property
+    def uniform_penalty(self) -> float | None:
+        """The one value of the penalty, 0 without one; None where it differs between the layer's parameters."""
+        if self.penalty is None:
+            return 0.0
+        first = self.penalty.reshape(-1)[0]
+        return float(first) if bool((self.penalty == first).all()) else None
+
+
+@dataclass(frozen=True)
+class KroneckerFactors:
+    """What a layered curvature gives to the methods that invert it layer by layer.
+
+    Attributes
+    ----------
+    blocks : tuple of KroneckerBlock
+        One a layer.
+    rest : tensor of shape (q,)
+        Places of the parameters that no Kronecker layer holds.
+    rest_diagonal : tensor of shape (q,)
+        The exact diagonal of the curvature there, penalty included.
+    refit : callable
+        Maps one ``Eigenbasis`` per block to diag(QᵀHQ) (d, i) of each layer, exact and without the penalty, by one
+        more pass over the data.
+    """
+
+    blocks: tuple[KroneckerBlock, ...]
+    rest: torch.Tensor
+    rest_diagonal: torch.Tensor
+    refit: Callable[[Sequence[Eigenbasis]], list[torch.Tensor]]
+
+
+def _check_partition(order: torch.Tensor, size: int) -> None:
+    if len(order) != size or not bool((order.sort().values == torch.arange(size, device=order.device)).all()):
+        raise ValueError(must_be("indices", f"each of 0, ..., {size - 1} once", f"{len(order)} of them"))

@@ -1,0 +1,108 @@
+"""Any method inside each block of a block-diagonal curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from sklearn.base import clone
+
+from ..block_operators import BlockDiagonal
+from ..operators import LinearOperator
+from ..results import InverseHvpResult
+from .base import InverseOperator, Method
+
+__all__ = ["BlockInverse", "invert_blocks"]
+
+
+def invert_blocks(method: Method, A: BlockDiagonal, hessian_perturbation: float, verbose: int = 0) -> BlockInverse:
+    """Return the inverse of each block by ``method`` (or what it chooses for the block)."""
+    inverses = []
+    for operator in A.operators:
+        own = clone(method).choose(operator, hessian_perturbation)
+        inverses.append(own.invert(operator, hessian_perturbation, verbose))
+    return BlockInverse(inverses, A.order, hessian_perturbation)
+
+
+class BlockInverse(InverseOperator):
+    """(A + λI)⁻¹ of a block-diagonal A, one inverse a block.
+
+    Parameters
+    ----------
+    inverses : sequence of InverseOperator
+        The blocks' inverses.
+    order : tensor of shape (p,) or None
+        Which entries of a row the blocks act on, one block after the other.
+    hessian_perturbation : float
+        λ.
+    """
+
+    def __init__(
+        self, inverses: Sequence[InverseOperator], order: torch.Tensor | None, hessian_perturbation: float
+    ) -> None:
+        self.inverses, self.order, self.shift = list(inverses), order, float(hessian_perturbation)
+        known = [inverse.positive_definite for inverse in self.inverses]
+        self.positive_definite = False if False in known else (None if None in known else True)
+        self.keeps_operator = any(inverse.keeps_operator for inverse in self.inverses)
+
+    @property
+    def operator(self) -> LinearOperator:  # type: ignore[override]
+        """A + λI, block by block as each method inverts it."""
+        return self._blocks([inverse.operator for inverse in self.inverses])
+
+    def solve(self, B: torch.Tensor) -> InverseHvpResult:
+        """Return the solutions.
+
+        ``info`` holds ``residual`` (k,), of the whole block-diagonal system; ``converged`` (k,), in every block;
+        ``approximate`` True; ``blocks``, each block's own info.
+        """
+        results = [inverse.solve(part) for inverse, part in zip(self.inverses, self.parts(B), strict=True)]
+        X = self._joined([result.x for result in results])
+        infos = [result.info for result in results]
+        info = {
+            "residual": self._residual(B, infos),
+            "converged": torch.stack([entry["converged"] for entry in infos]).all(0),
+            "approximate": True,
+            "blocks": infos,
+        }
+        negative = [entry["negative_curvature"] for entry in infos if "negative_curvature" in entry]
+        if negative:
+            info["negative_curvature"] = torch.stack(negative).any(0)
+        return InverseHvpResult(X, info)
+
+    def apply(self, V: torch.Tensor) -> torch.Tensor:
+        """Return the solutions alone."""
+        parts = zip(self.inverses, self.parts(V), strict=True)
+        return self._joined([inverse.apply(part) for inverse, part in parts])
+
+    def at(self, hessian_perturbation: float) -> BlockInverse:
+        """Return the inverse at another λ, where every block's method allows it."""
+        inverses = [inverse.at(hessian_perturbation) for inverse in self.inverses]  # type: ignore[attr-defined]
+        return BlockInverse(inverses, self.order, hessian_perturbation)
+
+    def parts(self, V: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return each block's own entries of the rows V (k, p)."""
+        sizes = [inverse.size for inverse in self.inverses]
+        return (V if self.order is None else V[:, self.order]).split(sizes, dim=1)
+
+    def _joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        rows = torch.cat(list(parts), dim=1)
+        if self.order is None:
+            return rows
+        placed = torch.empty_like(rows)
+        placed[:, self.order] = rows
+        return placed
+
+    def _residual(self, B: torch.Tensor, infos: Sequence[dict]) -> torch.Tensor:
+        """Return ‖r‖ / ‖b‖ of the whole, from the blocks' own: a block with b = 0 has its absolute residual."""
+        total = torch.zeros(len(B), dtype=torch.float64, device=B.device)
+        for part, info in zip(self.parts(B), infos, strict=True):
+            size = part.norm(dim=1).to(total)
+            total += (info["residual"].to(total) * torch.where(size > 0, size, 1.0)).square()
+        size = B.norm(dim=1).to(total)
+        return total.sqrt() / torch.where(size > 0, size, 1.0)
+
+    def _blocks(self, operators: Sequence[LinearOperator]) -> LinearOperator:
+        whole = BlockDiagonal(operators)
+        whole.order = self.order
+        return whole

@@ -1,0 +1,210 @@
+"""What arnoldi and nystroem share: the inverse of r eigenpairs plus one value on all that is orthogonal to them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import scipy.linalg
+import torch
+
+from .._validation import check_hessian_perturbation, must_be
+from ..operators import LinearOperator
+from ..results import InverseHvpResult
+from .base import InverseOperator, relative_residual, warn_not_converged
+
+__all__ = ["LowRankInverse", "Spectral", "rounding"]
+
+
+class Spectral(LinearOperator):
+    """The operator Uᵀ diag(values) U + rest (I − UᵀU) of orthonormal rows U (r, p).
+
+    Examples
+    --------
+    >>> Spectral(torch.tensor([2.0]), torch.tensor([[1.0, 0.0]]), 0.5).apply(torch.ones(1, 2))
+    tensor([[2.0000, 0.5000]])
+    """
+
+    def __init__(self, values: torch.Tensor, vectors: torch.Tensor, rest: float) -> None:
+        super().__init__(vectors.shape[1], vectors.dtype, vectors.device)
+        self.values, self.vectors, self.rest = values, vectors, rest
+        self.is_psd = rest >= 0 and bool((values >= 0).all())
+
+    def apply(self, V: torch.Tensor) -> torch.Tensor:
+        """Return the products, by two GEMMs."""
+        along = V @ self.vectors.mT
+        return self.rest * V + (along * (self.values - self.rest)) @ self.vectors
+
+    def diagonal(self) -> torch.Tensor:
+        """Return the diagonal (p,)."""
+        return self.rest + (self.values - self.rest) @ self.vectors.square()
+
+
+class LowRankInverse(InverseOperator):
+    """Uᵀ (θ + λ)⁻¹ U + (I − UᵀU) / (λ + τ), for r eigenpairs of A; λ enters last, so that one set serves every λ.
+
+    Where some θ + λ are zero to rounding, they are left out (the pseudo-inverse), and a right-hand side with a part
+    along them is warned of.
+
+    Parameters
+    ----------
+    eigenvalues : tensor of shape (r,)
+        θ.
+    eigenvectors : tensor of shape (r, p)
+        U, orthonormal rows.
+    complement : float or None
+        τ, what stands for the other p − r eigenvalues of A; None leaves the complement out.
+    hessian_perturbation : float
+        λ.
+    approximate : bool
+        Whether the operator differs from the exact curvature.
+    name, hint : str
+        The method's name, and what to try where A + λI is indefinite.
+    """
+
+    def __init__(
+        self,
+        eigenvalues: torch.Tensor,
+        eigenvectors: torch.Tensor,
+        complement: float | None,
+        hessian_perturbation: float,
+        *,
+        approximate: bool,
+        name: str,
+        hint: str = "",
+    ) -> None:
+        self.eigenvalues, self.eigenvectors, self.complement = eigenvalues, eigenvectors, complement
+        self.approximate, self.name, self.hint = approximate, name, hint
+        self.rtol = 1e-3 if eigenvectors.dtype == torch.float32 else 1e-6
+        self._set(hessian_perturbation)
+
+    @property
+    def size(self) -> int:
+        """Number p of parameters."""
+        return self.eigenvectors.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Number r of eigenpairs."""
+        return len(self.eigenvalues)
+
+    @property
+    def operator(self) -> LinearOperator:  # type: ignore[override]
+        """Uᵀ diag(θ + λ) U + (λ + τ)(I − UᵀU)."""
+        return Spectral(self.eigenvalues + self.shift, self.eigenvectors, self.rest)
+
+    def at(self, hessian_perturbation: float) -> LowRankInverse:
+        """Return the inverse at another λ, over the same eigenpairs."""
+        other = object.__new__(LowRankInverse)
+        other.__dict__.update(self.__dict__)
+        other._set(hessian_perturbation)
+        return other
+
+    def solve(self, B: torch.Tensor) -> InverseHvpResult:
+        """Return the solutions, or pseudo-solutions where the operator is singular.
+
+        ``info`` holds ``residual`` (k,), against the approximate operator, with what the pseudo-inverse leaves out;
+        ``converged`` (k,); ``approximate``. A complement that was dropped as asked does not count against
+        ``converged``.
+        """
+        along, across = self._split(B)
+        self._warn_of_null_part(along, B)
+        X = self._combine(along, across)
+        residual = relative_residual(self.operator, B, X)
+        judged = relative_residual(self.operator, B - across, X) if self._drops else residual
+        converged = judged <= self.rtol
+        if not bool(self._lost.any()):
+            warn_not_converged(self.name, judged, converged, self.rtol, "Try dtype=torch.float64 or a larger λ.")
+        return InverseHvpResult(X, {"residual": residual, "converged": converged, "approximate": self.approximate})
+
+    def path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> torch.Tensor:
+        """Return the solutions (n_λ, k, p) at every λ: B is projected once, then one GEMM per λ."""
+        along, across = self._split(B)
+        shifts = list(hessian_perturbations)
+        X = B.new_empty(len(shifts), *B.shape)
+        for i, shift in enumerate(shifts):
+            inverse = self.at(shift)
+            inverse._warn_of_null_part(along, B)
+            X[i] = inverse._combine(along, across)
+        return X
+
+    def apply(self, V: torch.Tensor) -> torch.Tensor:
+        """Return the solutions alone, by two GEMMs."""
+        rest = 0.0 if self._drops else 1 / self.rest
+        return rest * V + ((V @ self.eigenvectors.mT) * (self.inverted - rest)) @ self.eigenvectors
+
+    def precondition(self, R: torch.Tensor) -> torch.Tensor:
+        """Return P⁻¹ r with P⁻¹ = (θ_r + λ) Uᵀ (θ + λ)⁻¹ U + (I − UᵀU), θ_r the smallest of the eigenvalues kept.
+
+        The form of Frangella, Tropp & Udell (2023), eq. 1.3 and 5.3: the eigenvalues that are left out count as the
+        smallest one kept, and not as zero.
+        """
+        values = self.eigenvalues + self.shift
+        return R + ((R @ self.eigenvectors.mT) * (values.min() / values - 1)) @ self.eigenvectors
+
+    @property
+    def _drops(self) -> bool:
+        """Whether nothing is inverted on the complement: none is wanted, or there is none."""
+        return self.complement is None or self.rank == self.size
+
+    def _set(self, hessian_perturbation: float) -> None:
+        self.shift = check_hessian_perturbation(hessian_perturbation)
+        values = self.eigenvalues + self.shift
+        self.rest = 0.0 if self._drops or self.complement is None else self.shift + self.complement
+        if not self._drops and self.rest == 0:
+            raise ValueError(self._singular())
+        # With θ ≥ 0, λ alone keeps the sums away from zero, however small it is.
+        positive = self.shift > 0 and bool((self.eigenvalues >= 0).all())
+        cut = 0.0 if positive else rounding(self.eigenvalues, self.size)
+        self.inverted, self._lost = _invert(values, cut)
+        least = min(float(values.min()), float("inf") if self._drops else self.rest)
+        self.positive_definite = bool((values > cut).all()) and (self._drops or self.rest > 0)
+        # Rounding alone makes zero eigenvalues slightly negative.
+        if least < -10 * cut:
+            warnings.warn(
+                f"A = H + λI is indefinite: {self.name} found the eigenvalue {least:.3g}, at hessian_perturbation="
+                f"{self.shift:.3g}. The solution is no minimiser. {self.hint}",
+                scipy.linalg.LinAlgWarning,
+                stacklevel=4,
+            )
+
+    def _singular(self) -> str:
+        what = f"hessian_perturbation + {self.complement:.3g}" if self.complement else "hessian_perturbation"
+        hint = f"The {self.size - self.rank} eigenvalues that are not computed count as {self.complement:.3g}. "
+        return must_be(f"{what} for {self.name} with rank < p", "> 0", self.rest, hint + "Try 1e-3, or rank=p.")
+
+    def _split(self, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the coefficients B Uᵀ (k, r), and the part of B across U (k, p)."""
+        along = B @ self.eigenvectors.mT
+        if self.rank == self.size:
+            return along, torch.zeros_like(B)
+        across = B - along @ self.eigenvectors
+        # Twice: 1/λ would magnify what rounding leaves along U.
+        more = across @ self.eigenvectors.mT
+        return along + more, across - more @ self.eigenvectors
+
+    def _combine(self, along: torch.Tensor, across: torch.Tensor) -> torch.Tensor:
+        X = (along * self.inverted) @ self.eigenvectors
+        return X if self._drops else X + across / self.rest
+
+    def _warn_of_null_part(self, along: torch.Tensor, B: torch.Tensor) -> None:
+        lost = (along * self._lost).norm(dim=1) > self.rtol * B.norm(dim=1)
+        if bool(lost.any()):
+            warnings.warn(
+                f"A = H + λI is singular ({int(self._lost.sum())} of {self.rank} eigenvalues are zero) and "
+                f"{int(lost.sum())} of {len(B)} right-hand sides have a part outside its range: the pseudo-inverse "
+                "leaves it out. Try hessian_perturbation > 0.",
+                scipy.linalg.LinAlgWarning,
+                stacklevel=4,
+            )
+
+
+def rounding(values: torch.Tensor, size: int) -> float:
+    """Return how far from zero a null eigenvalue of a p × p matrix with these eigenvalues comes out."""
+    return (10 + size**0.5) * torch.finfo(values.dtype).eps * float(values.abs().max())
+
+
+def _invert(values: torch.Tensor, cut: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return 1 / values with 0 where they are within ``cut`` of zero, and which those are."""
+    lost = values.abs() <= cut
+    return torch.where(lost, torch.zeros_like(values), 1 / values), lost

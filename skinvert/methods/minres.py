@@ -1,0 +1,257 @@
+"""Minimal residuals for indefinite curvatures, on many right-hand sides at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from .._progress import progress
+from ..operators import LinearOperator, Shifted
+from ..results import InverseHvpResult
+from .base import InverseOperator, Method, relative_residual, shifted, warn_not_converged
+from .krylov import check_settings, products_with, starting_point, within
+
+__all__ = ["MINRES"]
+
+# Steps between two recomputations of r.
+REFRESH = 50
+
+
+class MINRES(Method):
+    r"""Minimal residuals: x in the Krylov space of b that minimises ‖(A + λI)x − b‖; A + λI may be indefinite.
+
+    One product with A per iteration, for all right-hand sides under way together. Each row has its own Lanczos
+    recurrence and stops on its own true residual: where the recurrence claims convergence r is recomputed, and a row
+    whose claim was wrong goes on from there. A + λI may be singular: b in its range gives the pseudo-inverse's
+    solution; b outside it a least-squares one, its part in the null space arbitrary, flagged ``stagnated`` and never
+    ``converged``. Memory: nine arrays of
+    the size of b.
+
+    Parameters
+    ----------
+    rtol : float, default=None
+        A row has converged when its true ‖Ax − b‖ ≤ max(rtol ‖b‖, atol). None is 1e-5 in float32, 1e-8 in float64.
+    atol : float, default=0.0
+        Absolute tolerance.
+    maxiter : int, default=None
+        Most iterations of a row. None is 10·p, at most 1,000.
+    x0 : array or tensor of shape (k, p) or (1, p), default=None
+        Where to start; copied, never written to. None is zero.
+
+    References
+    ----------
+    Paige & Saunders (1975), "Solution of sparse indefinite systems of linear equations", sec. 5 and 6.
+    Choi, Paige & Saunders (2011), "MINRES-QLP: a Krylov subspace method for indefinite or singular symmetric systems",
+    sec. 2.2 and 3, for singular systems; its QLP factorisation is not used.
+
+    Examples
+    --------
+    >>> from skinvert.operators import Diagonal
+    >>> inverse = MINRES().invert(Diagonal(torch.tensor([1.0, -3.0])), 1.0)
+    >>> x, info = inverse.solve(torch.tensor([[2.0, 2.0]]))
+    >>> x, info["converged"], info["n_iter"]
+    (tensor([[ 1.0000, -1.0000]]), tensor([True]), tensor([2]))
+    """
+
+    name: ClassVar[str] = "minres"
+    cost: ClassVar[str] = "one product per iteration, shared by all rows"
+    memory: ClassVar[str] = "6 k p"
+    exactness: ClassVar[str] = "to `rtol`"
+    choose_it_for: ClassVar[str] = "A indefinite, p too large for a matrix"
+
+    def __init__(
+        self, *, rtol: float | None = None, atol: float = 0.0, maxiter: int | None = None, x0: Any = None
+    ) -> None:
+        self.rtol, self.atol, self.maxiter, self.x0 = rtol, atol, maxiter, x0
+
+    def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> InverseOperator:
+        """Check the settings; the work is all in ``solve``."""
+        return MINRESInverse(shifted(A, hessian_perturbation), *check_settings(self, A), self.x0, verbose)
+
+
+@dataclass
+class MINRESInverse(InverseOperator):
+    """(A + λI)⁻¹ by minimal residuals."""
+
+    operator: Shifted
+    rtol: float
+    atol: float
+    maxiter: int
+    x0: Any = None
+    verbose: int = 0
+    keeps_operator: bool = True
+
+    def at(self, hessian_perturbation: float) -> MINRESInverse:
+        """Return the inverse at another λ, over the same operator."""
+        operator = shifted(self.operator.operator, hessian_perturbation)
+        return MINRESInverse(operator, self.rtol, self.atol, self.maxiter, self.x0, self.verbose)
+
+    def solve(self, B: torch.Tensor) -> InverseHvpResult:
+        """Return the solutions of each row.
+
+        ``info`` holds ``residual`` (k,), ``converged`` (k,), ``n_iter`` (k,) and ``stagnated`` (k,): the dtype's floor
+        was reached above the tolerance, or b has a part outside the range of a singular A + λI.
+        """
+        # A hair less than is asked, so that the judgement, which sums in another order, agrees.
+        tolerance = 0.95 * torch.clamp(self.rtol * B.norm(dim=1), min=self.atol)
+        run = _Run(products_with(self.operator), B, starting_point(self.x0, B), tolerance)
+        for _ in progress(range(self.maxiter), "minimal residuals", self.verbose):
+            if not len(run.rows):
+                break
+            run.step()
+        X = run.result()
+        residual = relative_residual(self.operator, B, X)
+        converged = within(residual, B, self.rtol, self.atol)
+        stagnated = run.stagnated & ~converged
+        warn_not_converged("minres", residual, converged, self.rtol, self._hint(bool(stagnated.any())))
+        info = {"residual": residual, "converged": converged, "n_iter": run.n_iter, "stagnated": stagnated}
+        return InverseHvpResult(X, info)
+
+    def _hint(self, stagnated: bool) -> str:
+        if not stagnated:
+            return 'Try a larger `maxiter`, a larger hessian_perturbation, or method="direct".'
+        hint = "A + λI is singular with b outside its range, or rounding does not allow less."
+        more = " or dtype=torch.float64" if self.dtype == torch.float32 else ""
+        return f"{hint} Try a larger hessian_perturbation{more}."
+
+
+@dataclass
+class _Recurrence:
+    """Lanczos and the QR factors of its T, of the rows under way: vectors (a, p) and scalars (a,), as in the paper."""
+
+    previous: torch.Tensor
+    current: torch.Tensor
+    w_before: torch.Tensor
+    w: torch.Tensor
+    beta_before: torch.Tensor
+    beta: torch.Tensor
+    dbar: torch.Tensor
+    epsilon: torch.Tensor
+    phibar: torch.Tensor
+    cs: torch.Tensor
+    sn: torch.Tensor
+
+    @classmethod
+    def of(cls, R: torch.Tensor) -> _Recurrence:
+        """Begin with residuals R."""
+        beta, none, zero = R.norm(dim=1), torch.zeros_like(R), R.new_zeros(len(R))
+        return cls(none, R, none, none, zero + 1, beta, zero, zero, beta, zero - 1, zero)
+
+    def of_rows(self, rows: torch.Tensor) -> _Recurrence:
+        """Return the recurrences of some rows."""
+        return _Recurrence(*(value[rows] for value in vars(self).values()))
+
+    def replaced(self, rows: torch.Tensor, other: _Recurrence) -> _Recurrence:
+        """Return these with ``other`` in the place of some rows."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return _Recurrence(*(mine.index_put((rows,), new) for mine, new in pairs))
+
+
+class _Run:
+    """One solve: X of every row, and the recurrences of the ``rows`` still under way."""
+
+    def __init__(
+        self,
+        products: Callable[[torch.Tensor], torch.Tensor],
+        B: torch.Tensor,
+        x0: torch.Tensor | None,
+        tolerance: torch.Tensor,
+    ) -> None:
+        self.products, self.B, self.tolerance, self.steps = products, B, tolerance, 0
+        self.eps = torch.finfo(B.dtype).eps
+        self.X = torch.zeros_like(B) if x0 is None else x0
+        self.state = _Recurrence.of(B.clone() if x0 is None else B - products(self.X))
+        self.n_iter = torch.zeros(len(B), dtype=torch.int64, device=B.device)
+        self.stagnated = torch.zeros(len(B), dtype=torch.bool, device=B.device)
+        # Per row: the largest column of T so far, which estimates ‖A‖; the best X and its true residual; the best
+        # residual when the recurrence was lost last.
+        self.norm = torch.zeros_like(tolerance)
+        self.best, self.best_size = self.X.clone(), self.state.beta.clone()
+        self.last_size = torch.full_like(tolerance, torch.inf)
+        # Where the recurrence has nothing more to tell: rounding of what it began with.
+        self.floor = self.eps * self.state.beta
+        self.rows = torch.arange(len(B), device=B.device)
+        self._leave(self.state.beta <= tolerance)
+
+    def step(self) -> None:
+        """Advance all rows under way by one iteration."""
+        s, rows = self.state, self.rows
+        v, alpha, rest, beta = self._lanczos()
+
+        # The last rotation on the new column of T, then the rotation that clears what is below its diagonal.
+        delta, gbar, dbar = s.cs * s.dbar + s.sn * alpha, s.sn * s.dbar - s.cs * alpha, -s.cs * beta
+        # ‖Ar‖ / ‖r‖ before this step: where it is rounding, r is in the null space and x a least-squares solution.
+        null = torch.hypot(gbar, dbar) <= 10 * self.eps * self.norm[rows]
+        gamma = torch.where(null, 1.0, torch.hypot(gbar, beta))
+        cs, sn = gbar / gamma, beta / gamma
+
+        w = (v - s.epsilon[:, None] * s.w_before - delta[:, None] * s.w) / gamma[:, None]
+        self.X[rows] += torch.where(null, 0.0, cs * s.phibar)[:, None] * w
+        self.state = _Recurrence(s.current, rest, s.w, w, s.beta, beta, dbar, s.sn * beta, sn * s.phibar, cs, sn)
+        if bool(null.any()):
+            self.stagnated[rows[null]] = True
+            self._keep(rows[null])
+            self._leave(null)
+        self._check(self.state.phibar <= torch.maximum(self.tolerance, self.floor)[self.rows])
+
+    def result(self) -> torch.Tensor:
+        """Return the best X of each row."""
+        if len(self.rows):
+            self._keep(self.rows)
+        return self.best
+
+    def _lanczos(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return v, α, and the next vector with its norm β."""
+        s, rows = self.state, self.rows
+        self.steps += 1
+        self.n_iter[rows] += 1
+        v = s.current / s.beta[:, None]
+        rest = self.products(v) - (s.beta / s.beta_before)[:, None] * s.previous
+        alpha = (v * rest).sum(1)
+        rest = rest - (alpha / s.beta)[:, None] * s.current
+        beta = rest.norm(dim=1)
+        if not bool(torch.isfinite(alpha + beta).all()):
+            message = f"minres met NaN or infinity in iteration {self.steps}. Look at the parameters, or use float64."
+            raise FloatingPointError(message)
+        self.norm[rows] = torch.maximum(self.norm[rows], torch.hypot(alpha, beta))
+        return v, alpha, rest, beta
+
+    def _check(self, claims: torch.Tensor) -> None:
+        """Recompute r where a row claims to be done, and for all now and then; the others go on from their true r."""
+        which = torch.ones_like(claims) if self.steps % REFRESH == 0 else claims
+        if not bool(which.any()):
+            return
+        rows = self.rows[which]
+        R = self._keep(rows)
+        size = R.norm(dim=1)
+        lost = claims[which] | (size > 2 * self.state.phibar[which])
+        # Lost twice, with the residual not halved in between: the dtype's floor, or a least-squares solution.
+        done, stuck = size <= self.tolerance[rows], lost & (self.best_size[rows] > 0.5 * self.last_size[rows])
+        self.last_size[rows[lost]] = self.best_size[rows[lost]]
+        self.stagnated[rows[stuck & ~done]] = True
+        self._restart(which, lost, R)
+        leaving = torch.zeros_like(which)
+        leaving[which] = done | stuck
+        self._leave(leaving)
+
+    def _keep(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the true r of some rows; X is kept where it is better than the best so far."""
+        R = self.B[rows] - self.products(self.X[rows])
+        size = R.norm(dim=1)
+        better = size < self.best_size[rows]
+        self.best[rows[better]], self.best_size[rows[better]] = self.X[rows[better]], size[better]
+        return R
+
+    def _restart(self, which: torch.Tensor, lost: torch.Tensor, R: torch.Tensor) -> None:
+        """Begin anew from the true r where the recurrence ended or has drifted from it."""
+        where = torch.zeros_like(which)
+        where[which] = lost
+        self.state = self.state.replaced(where, _Recurrence.of(R[lost]))
+        self.floor[self.rows[where]] = self.eps * R[lost].norm(dim=1)
+
+    def _leave(self, leaving: torch.Tensor) -> None:
+        if bool(leaving.any()):
+            self.rows, self.state = self.rows[~leaving], self.state.of_rows(~leaving)

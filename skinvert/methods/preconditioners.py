@@ -1,0 +1,41 @@
+"""Methods as preconditioners of conjugate gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sklearn.base import clone
+
+from .._validation import check_choice, must_be
+from ..operators import LinearOperator
+from .base import InverseOperator, Method
+from .diagonal import Diagonal
+from .ekfac import EKFAC
+from .kfac import KFAC
+from .nystroem import Nystroem
+
+__all__ = ["PRECONDITIONERS", "as_preconditioner"]
+
+# A preconditioner need not be as good as a solution: the sketch stops where its error is ten times λ.
+PRECONDITIONERS = {"jacobi": Diagonal(), "nystroem": Nystroem(tol=10.0), "kfac": KFAC(), "ekfac": EKFAC()}
+
+
+def as_preconditioner(
+    preconditioner: Any, A: LinearOperator, hessian_perturbation: float, verbose: int = 0
+) -> InverseOperator | None:
+    """Return the inverse that preconditions A + λI, or None; raise where it is not positive definite."""
+    if preconditioner is None:
+        return None
+    if not isinstance(preconditioner, Method):
+        hint = "A configured method, such as Nystroem(rank=200), is taken too."
+        preconditioner = PRECONDITIONERS[check_choice(preconditioner, "preconditioner", PRECONDITIONERS, hint)]
+    method = clone(preconditioner)
+    for needed in method.requires:
+        if not hasattr(A, needed):
+            must = f"a method that this curvature serves (it has no `{needed}`)"
+            raise ValueError(must_be("preconditioner", must, repr(method), 'Try "jacobi".'))
+    inverse = method.invert(A, hessian_perturbation, verbose)
+    if inverse.positive_definite is False:
+        must = "positive definite"
+        raise ValueError(must_be(f"The preconditioner {method.name}", must, "one that is not", A.hint))
+    return inverse

@@ -1,0 +1,259 @@
+"""Conjugate gradients for many λ at once: one Krylov space, from the smallest λ, serves them all."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sklearn.exceptions import ConvergenceWarning
+
+from .._memory import rows_within
+from .._progress import progress
+from .._validation import check_hessian_perturbation
+from ..operators import LinearOperator
+from .base import warn_not_converged
+from .spectrum import smallest_eigenvalue
+
+__all__ = ["shifted_cg"]
+
+# Times that an iterate is taken up again from its true residual.
+POLISHES = 5
+
+
+def shifted_cg(
+    A: LinearOperator,
+    B: torch.Tensor,
+    shifts: Iterable[float],
+    rtol: float,
+    atol: float,
+    maxiter: int,
+    verbose: int = 0,
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    r"""Return the solutions of (A + λI) x = b for each λ and each row b, by one run of conjugate gradients.
+
+    The seed is the smallest λ, σ. The residual of every other is a multiple of its own, r_λ = ζ_λ r, with
+
+    ζ⁺/ζ = 1 / (1 + (λ − σ) α + (α β₋ / α₋)(1 − ζ/ζ₋)),  α_λ = α ζ⁺/ζ,  β_λ = β (ζ⁺/ζ)²,
+
+    so that one product with A serves all. A λ is frozen when its residual is small enough, before ζ underflows. Then
+    the true residual of each is computed, and those that rounding has left too large are polished: conjugate gradients
+    on the correction, each at its own λ. Memory: 2 n_λ k p numbers. Cost: a solve at σ, and a product per λ and row.
+
+    Parameters
+    ----------
+    A : LinearOperator
+        Without a shift.
+    B : tensor of shape (k, p)
+        Right-hand sides.
+    shifts : iterable of float
+        λ ≥ 0, in any order. A + λI must be positive definite at each.
+    rtol, atol : float
+        A row has converged when its true ‖(A + λI)x − b‖ ≤ max(rtol ‖b‖, atol).
+    maxiter : int
+        Most iterations, of the run and of each polish.
+
+    Returns
+    -------
+    X : tensor of shape (n_λ, k, p)
+        The solutions.
+    info : dict
+        ``residual``, ``converged`` and ``negative_curvature``, each (n_λ, k); ``n_products``: of one row with A.
+
+    References
+    ----------
+    Jegerlehner (1996), "Krylov space solvers for shifted linear systems", arXiv:hep-lat/9612014, sec. 2.4;
+    Frommer & Maass (1999), "Fast CG-based methods for Tikhonov–Phillips regularization", Alg. 3.3.
+
+    Examples
+    --------
+    >>> from skinvert.operators import Diagonal
+    >>> A, B = Diagonal(torch.tensor([1.0, 3.0])), torch.tensor([[2.0, 4.0]])
+    >>> shifted_cg(A, B, [0.0, 1.0], rtol=1e-5, atol=0.0, maxiter=10)[0]
+    tensor([[[2.0000, 1.3333]],
+            [[1.0000, 1.0000]]])
+    """
+    sigma = torch.tensor([check_hessian_perturbation(shift) for shift in shifts], dtype=torch.float64)
+    path = _Path(A, sigma.to(B.device, B.dtype), maxiter, verbose)
+    X = B.new_zeros(len(sigma), *B.shape)
+    residual, negative = X.new_zeros(X.shape[:2]), torch.zeros(X.shape[:2], dtype=torch.bool, device=B.device)
+    tolerance = torch.clamp(rtol * B.norm(dim=1), min=atol)
+    row_bytes = max(1, 4 * len(sigma) * A.size * B.element_size())
+    for rows in torch.arange(len(B), device=B.device).split(rows_within(row_bytes)):
+        found = path.run(B[rows], tolerance[rows])
+        found, residual[:, rows], negative[:, rows] = path.polish(found, B[rows], tolerance[rows])
+        X[:, rows] = found
+    converged = residual <= tolerance
+    size = B.norm(dim=1)
+    relative = torch.where(size > 0, residual / size, residual).to(torch.float64)
+    _warn(A, sigma, relative, converged, negative & ~converged, rtol)
+    info = {"residual": relative, "converged": converged, "negative_curvature": negative & ~converged}
+    return X, {**info, "n_products": path.n_products}
+
+
+@dataclass
+class _Path:
+    """A + λI at every λ of ``sigma`` (n_λ,)."""
+
+    A: LinearOperator
+    sigma: torch.Tensor
+    maxiter: int
+    verbose: int = 0
+    n_products: int = 0
+
+    def products(self, V: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+        """Return A v + λ v, each row with its own λ."""
+        self.n_products += len(V)
+        return self.A.apply(V) + shifts[:, None] * V
+
+    def run(self, B: torch.Tensor, tolerance: torch.Tensor) -> torch.Tensor:
+        """Return the iterates (n_λ, k, p) of one run of conjugate gradients from the smallest λ."""
+        state = _Shifted(self.sigma, B, tolerance)
+        seed = self.sigma.min().expand(len(B)) if len(self.sigma) else self.sigma
+        for step in progress(range(self.maxiter), "conjugate gradients", self.verbose):
+            rows = state.rows
+            if not len(rows):
+                break
+            AP = self.products(state.P[rows], seed[rows])
+            curvature = (state.P[rows] * AP).sum(1)
+            _check_finite(curvature, step)
+            state.advance(rows, AP, curvature)
+        return state.X
+
+    def polish(
+        self, X: torch.Tensor, B: torch.Tensor, tolerance: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Correct what misses its tolerance; return iterates, ‖(A + λI)x − b‖ and where the curvature is negative."""
+        residual = torch.empty_like(X[:, :, 0])
+        for each, shift in enumerate(self.sigma):
+            residual[each] = self._gaps(X[each], B, shift)[1]
+        negative = torch.zeros_like(residual, dtype=torch.bool)
+        open_ = residual > tolerance
+        for _ in range(POLISHES):
+            i, j = open_.nonzero(as_tuple=True)
+            if not len(i):
+                break
+            before, x, shifts = residual[i, j], X[i, j], self.sigma[i]
+            R = self._gaps(x, B[j], shifts)[0]
+            D, negative[i, j] = self._correct(R, shifts, tolerance[j])
+            after = self._gaps(x + D, B[j], shifts)[1]
+            better = after < before
+            X[i[better], j[better]] = (x + D)[better]
+            residual[i, j] = torch.minimum(before, after)
+            # A correction that does not halve the residual has met the dtype's floor, or `maxiter`.
+            open_[i, j] = (after > tolerance[j]) & (after <= 0.5 * before) & ~negative[i, j]
+        return X, residual, negative
+
+    def _gaps(self, X: torch.Tensor, B: torch.Tensor, shifts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        R = B - self.products(X, shifts.expand(len(X)))
+        return R, R.norm(dim=1)
+
+    def _correct(
+        self, R: torch.Tensor, shifts: torch.Tensor, tolerance: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Solve (A + λI) d = r, each row with its own λ; say where negative curvature was met."""
+        X, R, P, rr = torch.zeros_like(R), R.clone(), R.clone(), R.square().sum(1)
+        negative, most = torch.zeros(len(R), dtype=torch.bool, device=R.device), 0.0
+        rows = torch.arange(len(R), device=R.device)
+        for step in range(self.maxiter):
+            # Half of the tolerance: the recurrence may drift by the other half.
+            rows = rows[rr[rows].sqrt() > 0.5 * tolerance[rows]]
+            if not len(rows):
+                break
+            AP = self.products(P[rows], shifts[rows])
+            curvature = (P[rows] * AP).sum(1)
+            _check_finite(curvature, step)
+            quotient = curvature / P[rows].square().sum(1)
+            most = max(most, float(quotient.abs().max()))
+            good = quotient > 10 * torch.finfo(R.dtype).eps * most
+            negative[rows] = quotient < -100 * torch.finfo(R.dtype).eps * most
+            rows, AP, curvature = rows[good], AP[good], curvature[good]
+            alpha = (rr[rows] / curvature)[:, None]
+            X[rows] += alpha * P[rows]
+            R[rows] -= alpha * AP
+            new = R[rows].square().sum(1)
+            P[rows] = R[rows] + (new / rr[rows])[:, None] * P[rows]
+            rr[rows] = new
+        return X, negative
+
+
+class _Shifted:
+    """The state of a run: the seed's residuals and directions (k, p), and those of every λ (n_λ, k, p)."""
+
+    def __init__(self, sigma: torch.Tensor, B: torch.Tensor, tolerance: torch.Tensor) -> None:
+        self.delta, self.tolerance = (sigma - sigma.min())[:, None] if len(sigma) else sigma[:, None], tolerance
+        self.R, self.P, self.rr = B.clone(), B.clone(), B.square().sum(1)
+        self.X = B.new_zeros(len(sigma), *B.shape)
+        self.directions = B.expand_as(self.X).clone()
+        # ζ and its last ratio for every λ and row; α and β of the seed's last step.
+        self.zeta, self.ratio = torch.ones_like(self.X[:, :, 0]), torch.ones_like(self.X[:, :, 0])
+        self.alpha, self.beta = torch.ones_like(self.rr), torch.zeros_like(self.rr)
+        self.most = 0.0
+        self.active = (self.rr.sqrt() > tolerance).expand_as(self.zeta).clone()
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """Rows with a λ under way."""
+        return self.active.any(0).nonzero()[:, 0]
+
+    def advance(self, rows: torch.Tensor, AP: torch.Tensor, curvature: torch.Tensor) -> None:
+        """Take one step of the seed, and the same step for every λ that is not frozen."""
+        quotient = curvature / self.P[rows].square().sum(1)
+        self.most = max(self.most, float(quotient.abs().max()))
+        good = quotient > 10 * torch.finfo(AP.dtype).eps * self.most
+        # A larger λ may still do: what has come so far is polished at its own.
+        self.active[:, rows[~good]] = False
+        rows, AP = rows[good], AP[good]
+        alpha = torch.zeros_like(self.rr).index_put((rows,), self.rr[rows] / curvature[good])
+        drag = torch.where(alpha > 0, alpha * self.beta / self.alpha, 0.0)
+        ratio = 1 / (1 + self.delta * alpha + drag * (1 - self.ratio))
+        self.R[rows] -= alpha[rows, None] * AP
+        new = self.R[rows].square().sum(1)
+        beta = torch.zeros_like(self.rr).index_put((rows,), new / self.rr[rows])
+        self.P[rows] = self.R[rows] + beta[rows, None] * self.P[rows]
+        self.rr[rows] = new
+        self._follow(alpha, beta, ratio)
+        self.alpha[rows], self.beta = alpha[rows], beta
+
+    def _follow(self, alpha: torch.Tensor, beta: torch.Tensor, ratio: torch.Tensor) -> None:
+        """Advance every λ, and freeze those whose residual ζ ‖r‖ is small enough."""
+        self.zeta = torch.where(self.active, self.zeta * ratio, self.zeta)
+        self.ratio = ratio
+        for i in self.active.any(1).nonzero()[:, 0].tolist():
+            on = self.active[i].to(alpha)
+            P = self.directions[i]
+            self.X[i].addcmul_((on * alpha * ratio[i])[:, None], P)
+            P.mul_((on * beta * ratio[i].square())[:, None]).addcmul_((on * self.zeta[i])[:, None], self.R)
+        self.active &= self.zeta * self.rr.sqrt() > self.tolerance
+
+
+def _check_finite(values: torch.Tensor, step: int) -> None:
+    if not bool(torch.isfinite(values).all()):
+        message = f"cg met NaN or infinity in iteration {step}. Look at the parameters, or use float64."
+        raise FloatingPointError(message)
+
+
+def _warn(
+    A: LinearOperator,
+    sigma: torch.Tensor,
+    residual: torch.Tensor,
+    converged: torch.Tensor,
+    negative: torch.Tensor,
+    rtol: float,
+) -> None:
+    if bool(negative.any()):
+        theta, error = smallest_eigenvalue(A)
+        worst = float(sigma[negative.any(1).cpu()].max())
+        need = f"hessian_perturbation must be > {-theta:.3g}" if math.isfinite(error) else "It must be larger"
+        warnings.warn(
+            f"A + λI is not positive definite for λ up to {worst:.3g} of the path, and cg stopped. {need}. {A.hint}",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+    rest = ~negative
+    if len(sigma):
+        hint = 'Try a larger `maxiter` or `rtol`, dtype=torch.float64, or method="direct".'
+        warn_not_converged("cg", residual[rest], converged[rest], rtol, hint)

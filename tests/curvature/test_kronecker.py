@@ -1,0 +1,270 @@
+"""Kronecker factors against factors summed sample by sample, row by row."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from kronecker_oracles import KroneckerOracle
+from torch import nn
+
+from skinvert import HessianInverter
+
+N = 9
+# torch pads an even kernel unevenly, with a copy.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+
+
+def linear():
+    return nn.Sequential(nn.Linear(4, 3)), (4,)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), (4,)
+
+
+def in_place():
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3, bias=False)), (4,)
+
+
+def frozen_bias():
+    net, shape = mlp()
+    net[0].bias.requires_grad_(False)
+    net[2].weight.requires_grad_(False)
+    return net, shape
+
+
+def conv2d():
+    return nn.Sequential(
+        nn.Conv2d(2, 3, (2, 3), stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
+        nn.Tanh(),
+        nn.Conv2d(3, 2, 2, bias=False, padding="same", padding_mode="reflect"),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    ), (2, 4, 6)
+
+
+def conv1d():
+    return nn.Sequential(nn.Conv1d(2, 3, 4, padding="same"), nn.Tanh(), nn.Flatten(), nn.Linear(18, 3)), (2, 6)
+
+
+def sequence():
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)), (5, 3)
+
+
+def tokens():
+    return nn.Sequential(nn.Embedding(6, 3, padding_idx=1), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)), "tokens"
+
+
+SHARED = (conv2d, conv1d, sequence, tokens)
+NETS = (linear, mlp, in_place, frozen_bias, *SHARED)
+
+
+def cross_entropy(f, y):
+    return F.cross_entropy(f, y, reduction="sum")
+
+
+def problem(build, seed=0):
+    torch.manual_seed(seed)
+    net, shape = build()
+    net = net.double()
+    X = torch.randint(6, (N, 4)) if shape == "tokens" else torch.randn(N, *shape, dtype=torch.float64)
+    return net, X, torch.randint(3, (N,))
+
+
+def fitted(net, X, y, method="kfac", shift=0.1, sample_weight=None, **settings):
+    settings = {"loss": "cross_entropy", **settings}
+    return HessianInverter(method, shift, **settings).fit(net, (X, y), sample_weight=sample_weight)
+
+
+def dense(inverter):
+    return inverter.inverse_.operator.to_dense().numpy() - inverter.hessian_perturbation_ * np.eye(
+        inverter.n_features_in_
+    )
+
+
+def relative(received, expected):
+    return np.linalg.norm(received - expected) / np.linalg.norm(expected)
+
+
+def instance(name, **settings):
+    from skinvert.methods import EKFAC, KFAC
+
+    return {"kfac": KFAC, "ekfac": EKFAC}[name](**settings)
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+@pytest.mark.parametrize("curvature", ["ggn", "empirical_fisher"])
+@pytest.mark.parametrize("build", NETS)
+def test_the_dense_definition(build, curvature, method, approx):
+    if build is tokens and approx == "reduce":
+        pytest.skip("refused: see test_embedding_reduced_is_refused")
+    net, X, y = problem(build)
+    oracle = KroneckerOracle(net, X, y, cross_entropy, empirical=curvature == "empirical_fisher")
+    if method == "ekfac" and degenerate(oracle, approx):
+        pytest.skip("an eigenbasis that the factors do not fix")
+    expected = getattr(oracle, method)(approx)
+    received = dense(fitted(net, X, y, instance(method, approx=approx), curvature=curvature, batch_size=4))
+    assert relative(received, expected) <= 1e-8
+
+
+def degenerate(oracle, approx):
+    """Whether a factor has an eigenvalue twice: then EKFAC is not unique.
+
+    Zero may be there twice for "expand": what a factor does not see, the curvature does not either.
+    """
+    for k, M in [(i, M) for i in range(len(oracle.layers)) for M in oracle.factors(i, approx)]:
+        values = np.linalg.eigvalsh(M)
+        seen = (
+            values if approx == "reduce" and len(oracle.samples[0][k][0]) > 1 else values[values > 1e-10 * values[-1]]
+        )
+        if (np.diff(seen) < 1e-6 * values[-1]).any():
+            return True
+    return False
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "fisher", "empirical_fisher"])
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+@pytest.mark.parametrize("batch_size", [1, 4, 9])
+def test_weights_and_denominators(curvature, method, batch_size):
+    net, X, y = problem(mlp)
+    y[:2] = 2
+    class_weight = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+    w = np.array([0, 1, 2, 1, 3, 1, 0.5, 1, 2])
+    loss = nn.CrossEntropyLoss(weight=class_weight, ignore_index=2)
+    oracle = KroneckerOracle(
+        net,
+        X,
+        y,
+        lambda f, t: F.cross_entropy(f, t, class_weight, ignore_index=2, reduction="sum"),
+        lambda t: 0.0 if int(t) == 2 else class_weight[int(t)],
+        w,
+        curvature == "empirical_fisher",
+    )
+    expected = getattr(oracle, method)() + 0.3 * np.eye(len(oracle.kfac()))
+    inverter = fitted(
+        net, X, y, method, 0.1, w, loss=loss, weight_decay=0.3, curvature=curvature, batch_size=batch_size
+    )
+    assert relative(dense(inverter), expected) <= 1e-8
+
+
+def test_an_ignored_row_is_a_row_left_out():
+    net, X, y = problem(conv1d)
+    y[[1, 4]] = -100
+    expected = dense(fitted(net, X[y >= 0], y[y >= 0]))
+    assert relative(dense(fitted(net, X, y)), expected) <= 1e-12
+
+
+@pytest.mark.parametrize("build", SHARED)
+@pytest.mark.parametrize("curvature", ["ggn", "fisher", "empirical_fisher", "hessian"])
+def test_refitted_eigenvalues_are_the_diagonal_in_the_basis(build, curvature):
+    net, X, y = problem(build)
+    kind = "ggn" if curvature == "hessian" else curvature
+    exact = fitted(net, X, y, "direct", curvature=kind).curvature_.to_dense()
+    A = fitted(net, X, y, "kfac", curvature=curvature).curvature_
+    factors = A.kronecker_factors()
+    bases = [block.decompose()[0] for block in factors.blocks]
+    for block, basis, received in zip(factors.blocks, bases, factors.refit(bases), strict=True):
+        right = torch.eye(block.index.shape[1], dtype=torch.float64) if basis.right is None else basis.right
+        Q = torch.kron(basis.left.contiguous(), right.contiguous())
+        index = block.index.reshape(-1)
+        expected = (Q.mT @ exact[index[:, None], index] @ Q).diagonal().reshape(received.shape)
+        assert relative(received.numpy(), expected.numpy()) <= 1e-8
+
+
+def test_memory_changes_nothing():
+    import sklearn
+
+    net, X, y = problem(conv2d)
+    expected = [dense(fitted(net, X, y, method)) for method in ("kfac", "ekfac")]
+    with sklearn.config_context(working_memory=0.01):
+        received = [dense(fitted(net, X, y, method)) for method in ("kfac", "ekfac")]
+    assert max(map(relative, received, expected)) <= 1e-12
+
+
+class Odd(nn.Module):
+    """A network with one thing in it that has no Kronecker factors."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.fc, self.head = what, nn.Linear(4, 4), nn.Linear(4, 3)
+        self.norm = nn.LayerNorm(4) if what == "norm" else None
+        self.conv = nn.Conv1d(4, 4, 1, groups=2) if what == "groups" else None
+        self.tied = nn.Linear(4, 4, bias=False) if what == "tied" else None
+        self.scale = nn.Parameter(torch.ones(4)) if what == "bare" else None
+        self.unused = nn.Linear(2, 2) if what == "never called" else None
+        if what == "tied":
+            self.tied.weight = self.fc.weight
+        if what == "reparametrised":
+            nn.utils.parametrizations.weight_norm(self.fc)
+
+    def forward(self, x):
+        h = self.fc(x).tanh()
+        if self.what == "twice":
+            h = self.fc(h).tanh()
+        if self.what == "outside":
+            h = F.linear(h, self.fc.weight).tanh()
+        for layer in (self.norm, self.tied):
+            h = h if layer is None else layer(h)
+        h = h if self.conv is None else self.conv(h[:, :, None])[:, :, 0]
+        return self.head(h if self.scale is None else h * self.scale)
+
+
+ODD = {
+    "norm": "norm.weight (a LayerNorm)",
+    "groups": "conv.weight (a Conv1d with groups=2)",
+    "tied": "fc.weight (tied weights: in fc and tied)",
+    "bare": "scale (a Odd)",
+    "never called": "unused.weight (never called as a layer)",
+    "reparametrised": "a ParametrizationList",
+    "twice": "fc.weight (called 2 times)",
+    "outside": "fc.weight (its weights are used outside it too)",
+}
+
+
+@pytest.mark.parametrize(("what", "named"), ODD.items())
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+# torch has no batching rule for the backward pass of weight_norm.
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_what_has_no_factors_is_named_or_diagonal(what, named, method):
+    torch.manual_seed(0)
+    net, X, y = Odd(what).double(), torch.randn(N, 4, dtype=torch.float64), torch.randint(3, (N,))
+    with pytest.raises(ValueError, match="Every parameter for Kronecker factors") as error:
+        fitted(net, X, y, method)
+    assert named in str(error.value) and "head" not in str(error.value) and "unsupported=" in str(error.value)
+    inverter = fitted(net, X, y, instance(method, unsupported="diagonal"), weight_decay=0.2)
+    exact = fitted(net, X, y, "direct", curvature="ggn", weight_decay=0.2).curvature_.to_dense().numpy()
+    names = inverter.get_feature_names_out()
+    rest = np.array([not name.startswith(("fc", "head")) for name in names])
+    if what not in ("norm", "groups", "bare", "never called"):
+        rest = np.array([name.startswith("fc") for name in names])
+    received = dense(inverter)
+    np.testing.assert_allclose(received[rest][:, rest], np.diag(np.diag(exact)[rest]), atol=1e-12)
+    assert not received[rest][:, ~rest].any()
+
+
+def test_time_first_is_seen():
+    class TimeFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(x.transpose(0, 1)).sum(0)
+
+    X, y = torch.randn(8, 8, 4), torch.randint(3, (8,))
+    with pytest.raises(ValueError, match="they must come first"):
+        fitted(TimeFirst(), X, y)
+
+
+def test_embedding_reduced_is_refused():
+    with pytest.raises(ValueError, match='Try approx="expand"'):
+        fitted(*problem(tokens), instance("kfac", approx="reduce"))
+
+
+def test_only_unsupported_parameters_are_a_diagonal():
+    net, X, y = problem(lambda: (nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3)), (4,)))
+    inverter = fitted(net, X, y, instance("kfac", unsupported="diagonal"), params="0.*")
+    expected = np.diag(np.diag(fitted(net, X, y, "direct", curvature="ggn", params="0.*").curvature_.to_dense()))
+    np.testing.assert_allclose(dense(inverter), expected, atol=1e-12)
