@@ -1,8 +1,14 @@
 """skinvert solves (H + λI) x = b for a trained model's curvature H, as a scikit-learn estimator."""
 
 from .gradients import PerSampleGradient
-from .inverter import HessianInverter
-from .models import TorchTwiceDifferentiable, TwiceDifferentiable
+from .inverter import HessianInverter, load
+from .models import (
+    SharedModel,
+    SklearnTwiceDifferentiable,
+    TorchTwiceDifferentiable,
+    TwiceDifferentiable,
+    register_model,
+)
 from .registry import InversionRegistry, solve_hvp
 from .results import InverseHvpResult, InversionMethod
 
@@ -14,7 +20,11 @@ __all__ = [
     "InversionMethod",
     "InversionRegistry",
     "PerSampleGradient",
+    "SharedModel",
+    "SklearnTwiceDifferentiable",
     "TorchTwiceDifferentiable",
     "TwiceDifferentiable",
+    "load",
+    "register_model",
     "solve_hvp",
 ]

@@ -14,7 +14,7 @@ from ._progress import progress
 from ._validation import check_number, must_be
 from .curvature import Objective, gradient_rows, split_batch
 from .data import as_batches
-from .models import TorchTwiceDifferentiable, as_model
+from .models import TorchTwiceDifferentiable, as_margin, as_model
 
 __all__ = ["PerSampleGradient"]
 
@@ -27,10 +27,12 @@ class PerSampleGradient(TransformerMixin, BaseEstimator):
 
     Parameters
     ----------
-    model : nn.Module, skorch net or TorchTwiceDifferentiable
+    model : nn.Module, skorch net, fitted scikit-learn model or TorchTwiceDifferentiable
         A trained model; shared by clones, never copied, never changed.
     loss : str, torch loss module or callable, default=None
-        As for ``HessianInverter``.
+        As for ``HessianInverter``. ``"margin"``, for classifiers of any kind, is log(p / (1 − p)) of the true class's
+        probability p, which TRAK linearises; a bare module's outputs are logits. ∇ℓᵢ = −(1 − pᵢ) ∇marginᵢ for the
+        cross-entropy ℓ: the weights 1 − pᵢ come from ``predict_proba``, or a softmax of the outputs.
     params : str or list of str, default=None
         Globs on parameter names; None selects all that require a gradient.
     batch_size : int, default=None
@@ -49,6 +51,10 @@ class PerSampleGradient(TransformerMixin, BaseEstimator):
     parameter_names_ : list of str
         Of the selected parameters.
 
+    References
+    ----------
+    Park, Georgiev, Ilyas, Leclerc & Madry (2023), "TRAK: Attributing model behavior at scale", for the margin.
+
     Examples
     --------
     The gradient of (xᵀθ − y)² is 2 (xᵀθ − y) x.
@@ -57,6 +63,16 @@ class PerSampleGradient(TransformerMixin, BaseEstimator):
     >>> _ = torch.nn.init.zeros_(net.weight)
     >>> PerSampleGradient(net, loss="mse").fit_transform(np.eye(2, dtype="f4"), np.ones((2, 1), dtype="f4")).tolist()
     [[-2.0, -0.0], [-0.0, -2.0]]
+
+    With an inverter behind it H is the empirical Fisher GᵀG / n, here 2I, to which λ = 2 is added. A random projection
+    between them, and ``loss="margin"``, give TRAK's φ(z)ᵀ(ΦᵀΦ)⁻¹, times n; Φ itself is ``pipe[:-1].transform``.
+
+    >>> from sklearn.pipeline import make_pipeline
+    >>> from skinvert import HessianInverter
+    >>> X, y = np.eye(2, dtype="f4"), np.ones((2, 1), dtype="f4")
+    >>> pipe = make_pipeline(PerSampleGradient(net, loss="mse"), HessianInverter("direct", 2.0)).fit(X, y)
+    >>> pipe.transform((X, y)).round(6).tolist()
+    [[-0.5, 0.0], [0.0, -0.5]]
     """
 
     def __init__(
@@ -84,6 +100,7 @@ class PerSampleGradient(TransformerMixin, BaseEstimator):
         objective = Objective(model, self._batches(model, X, y, sample_weight), self.verbose)
         self.loss_scale_, self.n_features_out_ = objective.scale, model.num_params
         self.parameter_names_, self._layout = list(model.layout.names), model.layout
+        self._totals = model.totals
         return self
 
     def transform(self, X: Any) -> Any:
@@ -93,6 +110,7 @@ class PerSampleGradient(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self, "loss_scale_")
         model = self._at_point()
+        model.adopt(self._totals)
         batches = self._batches(model, X, None, None)
         way_out = "Try fewer rows at a time, or fewer parameters with `params`."
         needed = batches.n_samples * model.num_params * model.dtype.itemsize
@@ -129,7 +147,8 @@ class PerSampleGradient(TransformerMixin, BaseEstimator):
         return tags
 
     def _at_point(self) -> TorchTwiceDifferentiable:
-        model = as_model(self.model, self.loss)
+        margin = isinstance(self.loss, str) and self.loss == "margin"
+        model = as_margin(self.model) if margin else as_model(self.model, self.loss)
         if not isinstance(model, TorchTwiceDifferentiable):
             must = "one with per-sample losses"
             raise TypeError(must_be("model", must, type(model).__name__, "Subclass TorchTwiceDifferentiable."))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copyreg
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ._rows import Rows
+from ._state import pack, unpack
 from ._validation import (
     check_hessian_perturbation,
     check_number,
@@ -30,11 +33,12 @@ from .methods.spectrum import has_spectrum, spectrum
 from .models import TorchTwiceDifferentiable, as_model, describe, is_model
 from .operators import LinearOperator, Shifted, as_scipy
 from .parameters import ParameterLayout, split_blocks
+from .persistence import left_out, load_state, require_present, save_state
 from .registry import InversionRegistry, check_requirements, is_method
 from .results import InverseHvpResult, InversionMethod, Spectrum
 from .scores import quadratic_score, rows_score
 
-__all__ = ["HessianInverter"]
+__all__ = ["HessianInverter", "load"]
 
 
 class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
@@ -51,8 +55,10 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         λ ≥ 0, on the scale of the mean loss.
     curvature : {"auto", "hessian", "ggn", "fisher", "empirical_fisher"} or SampledFisher, default="auto"
         H. ``"auto"`` is the Hessian, save for methods that are defined on another curvature.
-    model : nn.Module, skorch net or TwiceDifferentiable, default=None
-        What ``fit(X, y)`` reads, the form that pipelines and searches call. Shared by clones, never copied.
+    model : nn.Module, skorch net, fitted scikit-learn model, Pipeline of these or TwiceDifferentiable, default=None
+        What ``fit(X, y)`` reads, the form that pipelines and searches call. Shared by clones, never copied. In a
+        pipeline that ends in this inverter ``fit`` and ``score`` run through its steps; right-hand sides, which are no
+        inputs, go to the last one: ``pipe[-1].transform(b)``.
     loss : str, torch loss module or callable, default=None
         The loss of a bare module: ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, ``"nll"``, ``"huber"``,
         ``"poisson_nll"``, a torch loss module, or a callable (output, target) that is a mean or a sum over rows.
@@ -85,7 +91,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     inverse_ : InverseOperator
         The fitted inverse.
     curvature_ : LinearOperator
-        H. Not pickled where the factorisation serves without it.
+        H. Neither pickled nor saved, as ``model``, ``loss`` and data, where the factorisation serves without it.
     curvature_name_ : str
         Which curvature; ``"gram"`` for plain rows.
     hessian_perturbation_ : float
@@ -181,7 +187,8 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def _model_curvature(self, model: Any, data: Any, sample_weight: Any) -> Any:
         if data is None:
             raise ValueError(must_be("fit(model, data)'s data", "given", "None", "Try fit(model, (X, y))."))
-        adapted: Any = as_model(model, self.loss, self.weight_decay)
+        model, loss = require_present(model, "model"), require_present(self.loss, "loss")
+        adapted: Any = as_model(model, loss, self.weight_decay)
         if isinstance(adapted, TorchTwiceDifferentiable):
             adapted = adapted.at_point(self.params, self.dtype, self.device)
             self._layout: ParameterLayout | None = adapted.layout
@@ -440,19 +447,83 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         tags.target_tags.required = False
         return tags
 
+    # -- files -----------------------------------------------------------------------------------------------------
+
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the curvature, and with it model and data, where the factorisation serves without it."""
+        """Leave out the curvature, and with it model, loss and data, where the factorisation serves without it.
+
+        An inverter that is not fitted, or solves with the model, keeps them all.
+        """
         state = dict(super().__getstate__())
         if getattr(state.get("inverse_"), "keeps_operator", True) is False:
             for name in ("curvature_", "_model", "_data"):
                 state.pop(name, None)
-        return state
+            state.update({name: left_out(state[name]) for name in ("model", "loss")})
+        return {name: pack(value) if name in ("device", "dtype") else value for name, value in state.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the attributes."""
+        super().__setstate__(
+            {name: unpack(state[name]) if name in ("device", "dtype") else state[name] for name in state}
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Return what pickle, joblib and copy rebuild the inverter from."""
+        return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]
+
+    def __reduce__(self) -> Any:
+        """Refuse a model by name where skops, which alone calls this, would stumble over its tensors."""
+        state = self.__getstate__()
+        if state.get("_model") is not None or isinstance(state["model"], torch.nn.Module):
+            got = "a torch model, which an inverter needs to be fitted, and some methods to solve"
+            raise ValueError(must_be("What skops writes", "without torch models", got, "Try pickle or joblib."))
+        return super().__reduce__()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted inverse to a safetensors file, which ``skinvert.load`` reads anywhere.
+
+        The file holds the factorisation, the settings and the names of the parameters, under a checksum. It holds no
+        model, no data, no code, and no device; metadata requests are left out too. It takes the place of ``path`` once
+        it is complete, so that an interrupted save loses nothing.
+
+        Parameters
+        ----------
+        path : str or Path
+            Overwritten where it exists.
+
+        Raises
+        ------
+        ValueError
+            For a method that solves with the model, such as ``"cg"``, and for settings that are not plain.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> X = np.array([[2.0, 0.0], [0.0, 2.0]])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     HessianInverter("direct", 2.0).fit(X).save(f"{folder}/inverse.safetensors")
+        ...     load(f"{folder}/inverse.safetensors").transform(np.array([[4.0, 8.0]]))
+        array([[1., 2.]])
+        """
+        check_is_fitted(self, "n_features_in_")
+        if type(self) is not HessianInverter:
+            raise TypeError(must_be("save", "called on a HessianInverter itself", type(self).__name__, "Try pickle."))
+        if self.inverse_ is None or self.inverse_.keeps_operator:
+            hint = "It solves with model and data, which a file of arrays cannot hold. Try pickle or joblib."
+            raise ValueError(must_be("method for save", "one that factorises, such as 'direct'", self.method_, hint))
+        state = self.__getstate__()
+        for private in ("_metadata_request", "_skl_callbacks"):
+            state.pop(private, None)
+        save_state(path, type(self).__name__, state)
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
     def _rows(self, b: Any) -> Rows:
         check_is_fitted(self, "n_features_in_")
         target = self.curvature_ if self.inverse_ is None else self.inverse_
+        if self.model is not None and len(np.shape(b)) == 2 and np.shape(b)[1] != target.size:
+            hint = "Rows are gradients, no inputs. In a pipeline they go to its last step: `pipe[-1].transform(b)`."
+            raise ValueError(must_be("b", f"of shape (k, {target.size})", f"shape {tuple(np.shape(b))}", hint))
         if not isinstance(b, torch.Tensor):
             b = validate_data(self, b, dtype=[np.float64, np.float32], reset=False)
         return Rows.of(b, target)
@@ -463,7 +534,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def _need(self, name: str, what: str) -> None:
         if getattr(self, name, None) is None:
-            hint = "A pickled factorisation leaves out model and data: call `fit` again."
+            hint = "A saved or pickled factorisation leaves out model and data: call `fit` again."
             raise ValueError(must_be(f"{what}'s model and data", "at hand", "a loaded inverter", hint))
 
     def _named(self) -> ParameterLayout:
@@ -471,6 +542,34 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         if self._layout is None:
             raise TypeError(must_be("flatten and unflatten", "called after a fit on a model", "a fit on plain rows"))
         return self._layout
+
+
+def load(path: str | os.PathLike[str], device: Any = None) -> HessianInverter:
+    """Return the inverter that ``HessianInverter.save`` wrote: it transforms as the one saved, to the last bit.
+
+    No code in the file is run: it holds numbers, plain values and names of skinvert's own classes. To fit again, give
+    model and loss again.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+    device : str or torch.device, default=None
+        Where it solves: None is the CPU, wherever it was fitted; "auto" a GPU when there is one.
+
+    Returns
+    -------
+    HessianInverter
+        Fitted.
+
+    Raises
+    ------
+    ValueError
+        For a file that is truncated, altered, of a newer format, or none of ``save``'s.
+    """
+    inverter = object.__new__(HessianInverter)
+    inverter.__setstate__(load_state(path, HessianInverter.__name__, resolve_device(device, torch.device("cpu"))))
+    return inverter
 
 
 class _Samples(torch.utils.data.Dataset):

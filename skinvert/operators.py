@@ -12,43 +12,10 @@ import torch
 
 from ._memory import check_memory, rows_within
 from ._progress import progress
+from ._state import TensorState
 from ._validation import must_be
 
 __all__ = ["Dense", "Diagonal", "LinearOperator", "LowRank", "Shifted", "TensorState", "as_scipy"]
-
-
-class TensorState:
-    """Pickles tensors as numpy arrays, so that a fit on an accelerator loads on any machine."""
-
-    # Names of attributes that are rebuilt when needed and so are never pickled.
-    _transient: tuple[str, ...] = ()
-
-    def __copy__(self) -> Any:
-        """Return an object over the same tensors, on their device; the state of a pickle is for files."""
-        duplicate = object.__new__(type(self))
-        duplicate.__dict__.update(self.__dict__)
-        return duplicate
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes, tensors as arrays, without what can be rebuilt."""
-        state: dict[str, Any] = {}
-        for name, value in self.__dict__.items():
-            if name in self._transient:
-                value = None
-            if isinstance(value, torch.Tensor):
-                state[f"tensor:{name}"] = value.detach().cpu().numpy()
-            else:
-                state[name] = torch.device("cpu") if isinstance(value, torch.device) else value
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the attributes; arrays that were tensors become tensors on the CPU."""
-        for name, value in state.items():
-            if name.startswith("tensor:"):
-                # A copy: a memory map is read-only, and torch would write into it.
-                self.__dict__[name.removeprefix("tensor:")] = torch.from_numpy(np.array(value, copy=True))
-            else:
-                self.__dict__[name] = value
 
 
 class LinearOperator(TensorState, ABC):

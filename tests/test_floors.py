@@ -26,6 +26,7 @@ FLOORS = {
     "_memory": 0,
     "_progress": 0,
     "_distributed": 0,
+    "_state": 0,
     "results": 0,
     "parameters": 0,
     "_rows": 0,

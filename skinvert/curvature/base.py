@@ -43,6 +43,7 @@ class Objective:
         self.model, self.batches, self.verbose = model, batches, verbose
         self.layout, self.dtype, self.device = model.layout, model.dtype, model.device
         self.weight_sum = self.mass_sum = 0.0
+        model.settle(batches)
         self.gradient = torch.zeros(model.num_params, dtype=model.dtype, device=model.device)
         self._spread = _SpreadRows()
         for batch, weights in progress(batches, "loss and gradient", verbose):

@@ -18,7 +18,7 @@ from .._validation import check_number
 from ..block_operators import KroneckerFactors
 from ..data import Batches
 from ..models import leading_length
-from ..operators import LinearOperator, LowRank, add_to_diagonal, symmetrise
+from ..operators import LinearOperator, LowRank, TensorState, add_to_diagonal, symmetrise
 from .base import Curvature, Objective
 from .ggn import GGN, split_batch
 from .kronecker import Signals, kronecker_factors
@@ -28,7 +28,7 @@ from .rows import gradient_rows
 __all__ = ["EmpiricalFisher", "Fisher", "SampledFisher"]
 
 
-class SampledFisher(BaseEstimator):
+class SampledFisher(TensorState, BaseEstimator):
     """Settings of the Fisher by sampled labels: ``HessianInverter(curvature=SampledFisher(n_samples=10))``.
 
     Its mean over seeds is ``curvature="fisher"``, which takes no samples; its cost is that of ``n_samples`` outputs,

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .._memory import rows_within
-from ..models import TorchTwiceDifferentiable
+from ..models import Affine, TorchTwiceDifferentiable
 
 __all__ = ["Call", "LinearLayers", "linear_layers", "outer_sum", "pulled_back", "recording"]
 
@@ -68,14 +68,14 @@ def linear_layers(model: TorchTwiceDifferentiable, batch: Any) -> LinearLayers |
     """Return the layers, or None unless each selected parameter is in a Linear called once on rows (m, i)."""
     slices = model.layout.slices
     owners = {id(tensor): name for name, tensor in zip(slices, model.theta, strict=True)}
-    modules: list[nn.Linear] = []
+    modules: list[Any] = []
     places: list[tuple[slice | None, slice | None]] = []
     found: set[str] = set()
     for module in model.module.modules():
         names = {owners[id(tensor)] for tensor in module.parameters(recurse=False) if id(tensor) in owners}
         if not names:
             continue
-        if type(module) is not nn.Linear or found & names:
+        if type(module) not in (nn.Linear, Affine) or found & names:
             return None
         found |= names
         weight, bias = owners.get(id(module.weight)), owners.get(id(module.bias))

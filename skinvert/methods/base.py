@@ -19,7 +19,7 @@ from ..results import InverseHvpResult
 __all__ = ["InverseOperator", "Method"]
 
 
-class Method(BaseEstimator, ABC):
+class Method(TensorState, BaseEstimator, ABC):
     """A way to invert A + λI: a bag of settings with ``invert``.
 
     A method sees an operator, never a model or data. What it needs of one beyond ``apply`` it declares in

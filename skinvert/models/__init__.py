@@ -1,18 +1,26 @@
-"""Models that can be inverted: PyTorch modules, skorch nets, and anything that is ``TwiceDifferentiable``."""
+"""Models that can be inverted: PyTorch modules, skorch nets, scikit-learn models, any ``TwiceDifferentiable``."""
 
-from .adapt import as_model, describe, is_model
+from .adapt import as_margin, as_model, describe, is_model, register_model
+from .affine import Affine
 from .base import TwiceDifferentiable
 from .losses import LOSSES, ModuleLoss
+from .shared import SharedModel
+from .sklearn import SklearnTwiceDifferentiable
 from .torch import TorchTwiceDifferentiable, leading_length, map_tensors
 
 __all__ = [
     "LOSSES",
+    "Affine",
     "ModuleLoss",
+    "SharedModel",
+    "SklearnTwiceDifferentiable",
     "TorchTwiceDifferentiable",
     "TwiceDifferentiable",
+    "as_margin",
     "as_model",
     "describe",
     "is_model",
     "leading_length",
     "map_tensors",
+    "register_model",
 ]

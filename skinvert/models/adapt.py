@@ -2,43 +2,108 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator, is_classifier
 from sklearn.exceptions import NotFittedError
+from sklearn.frozen import FrozenEstimator
+from sklearn.pipeline import Pipeline, make_pipeline
 from torch import nn
 
 from .._validation import must_be
 from .base import TwiceDifferentiable
+from .margin import Margin
+from .shared import UNFITTED, SharedModel
+from .sklearn import SklearnTwiceDifferentiable
 from .skorch import SkorchTwiceDifferentiable
 from .torch import TorchTwiceDifferentiable
 
-__all__ = ["as_model", "describe", "is_model"]
+__all__ = ["as_margin", "as_model", "describe", "is_model", "register_model"]
 
-ACCEPTED = "a torch.nn.Module, an initialised skorch net or a TwiceDifferentiable"
+ACCEPTED = "a torch.nn.Module, an initialised skorch net, a fitted scikit-learn model or a TwiceDifferentiable"
+
+_adapters: dict[type, Callable[[Any], TwiceDifferentiable]] = {}
+
+
+def register_model(model_type: type, adapter: Callable[[Any], TwiceDifferentiable]) -> None:
+    """Say how models of a type, and of its subclasses, become a ``TwiceDifferentiable``.
+
+    The nearest registered base counts, before what is built in; registering a type again replaces its adapter.
+    Processes of a search (``n_jobs``) know what the modules that they import register.
+
+    Parameters
+    ----------
+    model_type : type
+        The class of the models.
+    adapter : callable
+        Returns the ``TwiceDifferentiable`` of one, which brings its own loss and penalty.
+
+    Examples
+    --------
+    >>> class Slope:
+    ...     weight = 3.0
+    >>> def adapt(slope):
+    ...     net = nn.Linear(1, 1, bias=False)
+    ...     nn.init.constant_(net.weight, slope.weight)
+    ...     return TorchTwiceDifferentiable(net, "mse")
+    >>> register_model(Slope, adapt)
+    >>> as_model(Slope()).num_params
+    1
+    """
+    if not isinstance(model_type, type):
+        raise TypeError(must_be("model_type", "a type", repr(model_type)))
+    if not callable(adapter):
+        raise TypeError(must_be("adapter", "a function of a model", repr(adapter)))
+    _adapters[model_type] = adapter
 
 
 def is_model(value: Any) -> bool:
     """Return whether ``value`` is something that was trained, rather than data."""
     # A class is no model either, but an attempt at one: `as_model` says so.
     adapted = isinstance(value, nn.Module | TwiceDifferentiable | type) or _is_skorch(value)
-    return adapted or hasattr(value, "get_params")
+    return adapted or hasattr(value, "get_params") or _adapter_of(value) is not None
 
 
 def as_model(model: Any, loss: Any = None, weight_decay: float = 0.0) -> TwiceDifferentiable:
     """Return ``model`` adapted; ``loss`` and ``weight_decay`` are for what does not bring its own."""
+    model = _unwrap(model)
     if isinstance(model, TwiceDifferentiable):
         _refuse_own(model, loss, weight_decay)
         return model
+    adapter = _adapter_of(model)
+    if adapter is not None:
+        _refuse_own(model, loss, weight_decay)
+        return _checked(adapter(model), model)
     if isinstance(model, nn.Module):
         return TorchTwiceDifferentiable(model, loss, weight_decay)
     if _is_skorch(model):
         return _adapt_skorch(model, loss, weight_decay)
+    if isinstance(model, Pipeline):
+        return _adapt_pipeline(model, loss, weight_decay)
+    if isinstance(model, BaseEstimator):
+        _refuse_own(model, loss, weight_decay)
+        return SklearnTwiceDifferentiable(model)
     if isinstance(model, type):
         raise TypeError(must_be("model", ACCEPTED, f"the class {model.__name__}", "Try an instance of it."))
     raise TypeError(must_be("model", ACCEPTED, type(model).__name__))
+
+
+def as_margin(model: Any) -> TwiceDifferentiable:
+    """Return ``model`` adapted, with the margin of its outputs as its loss; a bare module's outputs are logits."""
+    model = _unwrap(model)
+    if isinstance(model, nn.Module):
+        return TorchTwiceDifferentiable(model, Margin())
+    adapted = copy.copy(as_model(model))
+    estimator = getattr(adapted, "estimator", None)
+    if not isinstance(adapted, TorchTwiceDifferentiable) or (estimator is not None and not is_classifier(estimator)):
+        raise TypeError(must_be("The model for the margin", "a classifier", type(model).__name__))
+    adapted.loss = Margin.in_place_of(adapted.loss, isinstance(adapted, SkorchTwiceDifferentiable))
+    return adapted
 
 
 def describe(model: TwiceDifferentiable) -> dict[str, Any]:
@@ -49,6 +114,23 @@ def describe(model: TwiceDifferentiable) -> dict[str, Any]:
     if isinstance(first, torch.Tensor):
         return {"dtype": first.dtype, "device": first.device}
     return {"dtype": getattr(torch, np.asarray(first).dtype.name), "device": torch.device("cpu")}
+
+
+def _unwrap(model: Any) -> Any:
+    while isinstance(model, SharedModel | FrozenEstimator):
+        model = model.model if isinstance(model, SharedModel) else model.estimator
+    return model
+
+
+def _adapter_of(model: Any) -> Callable[[Any], TwiceDifferentiable] | None:
+    return next((_adapters[base] for base in type(model).__mro__ if base in _adapters), None)
+
+
+def _checked(adapted: Any, model: Any) -> TwiceDifferentiable:
+    if not isinstance(adapted, TwiceDifferentiable):
+        what = f"What the adapter registered for a {type(model).__name__} returns"
+        raise TypeError(must_be(what, "a TwiceDifferentiable", type(adapted).__name__))
+    return adapted
 
 
 def _refuse_own(model: Any, loss: Any, weight_decay: float) -> None:
@@ -69,6 +151,19 @@ def _adapt_skorch(net: Any, loss: Any, weight_decay: float) -> TwiceDifferentiab
         hint = "A skorch net brings its criterion; for another loss, pass `net.module_`."
         raise ValueError(must_be("loss", "None for a skorch net", repr(loss), hint))
     if not getattr(net, "initialized_", False):
-        hint = "Call `net.initialize()` or `net.fit(X, y)` first; `clone` returns an unfitted net."
+        hint = f"Call `net.initialize()` or `net.fit(X, y)` first; {UNFITTED}"
         raise NotFittedError(must_be(f"The {type(net).__name__}", "initialised", "an uninitialised net", hint))
     return SkorchTwiceDifferentiable(net, weight_decay)
+
+
+def _adapt_pipeline(pipeline: Any, loss: Any, weight_decay: float) -> TwiceDifferentiable:
+    """Return the last step's model, which reads data through the steps before it."""
+    adapted = as_model(pipeline.steps[-1][1], loss, weight_decay)
+    if len(pipeline) == 1:
+        return adapted
+    if not isinstance(adapted, TorchTwiceDifferentiable):
+        must = "a TorchTwiceDifferentiable once adapted"
+        raise TypeError(must_be("The last step of a pipeline", must, type(adapted).__name__))
+    adapted, before = copy.copy(adapted), pipeline[:-1]
+    adapted.features = before if adapted.features is None else make_pipeline(before, adapted.features)
+    return adapted

@@ -38,6 +38,7 @@ class SkorchTwiceDifferentiable(TorchTwiceDifferentiable):
 
     def read(self, data: Any) -> Any:
         """Return ``(X, y)`` through the net's own data set and loader, unshuffled."""
+        data = super().read(data)
         if isinstance(data, tuple) and len(data) == 2 and data[1] is not None:
             return self.net.get_iterator(self.net.get_dataset(*data), training=False)
         return data

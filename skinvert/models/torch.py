@@ -158,9 +158,24 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         """The device of θ."""
         return self.theta[0].device
 
+    # The fitted steps of a pipeline before the model; None where it sees the data as they are.
+    features: Any = None
+    # What `settle` took from the training data; None where L depends on nothing of them.
+    totals: Any = None
+
     def read(self, data: Any) -> Any:
-        """Return the user's data as this model reads it: unchanged here; a skorch net uses its own loader."""
-        return data
+        """Return the user's data as this model reads it; a skorch net uses its own loader."""
+        if self.features is None:
+            return data
+        if not isinstance(data, tuple) or len(data) != 2:
+            raise TypeError(must_be("data", "an (X, y) tuple for a Pipeline", f"a {type(data).__name__}"))
+        return (self.features.transform(data[0]), data[1])
+
+    def settle(self, batches: Iterable[Any]) -> None:
+        """Take from the training data, once, what L depends on beside them: nothing here."""
+
+    def adopt(self, totals: Any) -> None:
+        """Take what another object of this model settled."""
 
     def forward(self, batch: Any) -> Any:
         """Return the outputs, with gradients on, checked against the targets."""

@@ -1,0 +1,118 @@
+"""State that any machine can load: tensors as arrays, dtypes and devices by name, without torch's own pickles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["Packed", "TensorState", "pack", "unpack"]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A torch value in numpy and plain Python.
+
+    Parameters
+    ----------
+    kind : {"tensor", "dtype", "device", "numpy dtype"}
+        What it was.
+    value : ndarray or str
+        The tensor's numbers, in the order of memory; or the name.
+    axes : tuple of int
+        The tensor's axes in the order of memory: a factor that LAPACK wrote by columns stays by columns, because a
+        product with it in another order differs in its last bits.
+    """
+
+    kind: str
+    value: Any
+    axes: tuple[int, ...] = ()
+
+    @classmethod
+    def of_tensor(cls, tensor: torch.Tensor) -> Packed:
+        """Pack a tensor, from whatever device; without a copy where it is on the CPU and dense."""
+        array = tensor.detach().cpu().numpy()
+        axes = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
+        return cls("tensor", np.asarray(array.transpose(axes), order="C"), tuple(axes))
+
+    def unpack(self) -> Any:
+        """Return what was packed; a tensor on the CPU, of its own memory."""
+        if self.kind != "tensor":
+            return _NAMED[self.kind](self.value)
+        # A copy, since a memory map is read-only; into torch's own memory, since its alignment too decides last bits.
+        tensor = torch.empty(self.value.shape, dtype=getattr(torch, self.value.dtype.name))
+        tensor.numpy()[...] = self.value
+        return tensor.permute(*np.argsort(self.axes).tolist()) if self.axes else tensor
+
+
+_NAMED: dict[str, Callable[[str], Any]] = {
+    "dtype": lambda name: getattr(torch, name),
+    "device": torch.device,
+    "numpy dtype": np.dtype,
+}
+
+
+def pack(value: Any) -> Any:
+    """Return ``value`` with each tensor, dtype and device ``Packed``, in lists, tuples and dicts too."""
+    if isinstance(value, torch.Tensor):
+        return Packed.of_tensor(value)
+    if isinstance(value, torch.dtype):
+        return Packed("dtype", str(value).removeprefix("torch."))
+    if isinstance(value, torch.device):
+        return Packed("device", str(value))
+    if isinstance(value, np.dtype):
+        return Packed("numpy dtype", value.name)
+    return _within(pack, value)
+
+
+def unpack(value: Any) -> Any:
+    """Return what was packed."""
+    return value.unpack() if isinstance(value, Packed) else _within(unpack, value)
+
+
+class TensorState:
+    """Pickles tensors as numpy arrays, so that a fit on an accelerator loads on any machine.
+
+    Examples
+    --------
+    >>> class Pair(TensorState):
+    ...     def __init__(self):
+    ...         self.entries, self.dtype = [torch.ones(2)], torch.float32
+    >>> Pair().__getstate__()["dtype"]
+    Packed(kind='dtype', value='float32', axes=())
+    >>> loaded = Pair.__new__(Pair)
+    >>> loaded.__setstate__(Pair().__getstate__())
+    >>> loaded.entries
+    [tensor([1., 1.])]
+    """
+
+    # Names of attributes that are rebuilt when needed and so are never pickled.
+    _transient: tuple[str, ...] = ()
+
+    def __copy__(self) -> Any:
+        """Return a shallow copy, on the same device and over the same tensors."""
+        duplicate = object.__new__(type(self))
+        duplicate.__dict__.update(self.__dict__)
+        return duplicate
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes, torch's as ``Packed``, without what can be rebuilt."""
+        state = {name: None if name in self._transient else value for name, value in self.__dict__.items()}
+        on_cpu = torch.device("cpu")
+        return {name: pack(on_cpu if isinstance(value, torch.device) else value) for name, value in state.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the attributes; tensors are on the CPU."""
+        self.__dict__.update({name: unpack(value) for name, value in state.items()})
+
+
+def _within(function: Any, value: Any) -> Any:
+    # Exactly these types: another container may hold its items in its own way.
+    if type(value) in (list, tuple):
+        return type(value)(function(item) for item in value)
+    if type(value) is dict:
+        return {key: function(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,72 @@
+"""The losses that scikit-learn has and torch has not: halves, class weights on one logit, the Gamma deviance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .losses import Loss
+
+__all__ = ["HalfGamma", "HalfSquaredError", "WeightedLogits"]
+
+
+class HalfSquaredError(Loss):
+    """s = ½ Σ (f − y)² over the outputs."""
+
+    def per_sample(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return s (m,)."""
+        return 0.5 * (output - target).square().sum(1)
+
+    def output_factor(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return the identity (m, c, c): the second derivative's root."""
+        return torch.diag_embed(torch.ones_like(output.detach()))
+
+
+class HalfGamma(Loss):
+    """s = Σ f + y e⁻ᶠ: half the Gamma deviance of y and the mean eᶠ, up to what does not depend on f."""
+
+    def per_sample(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return s (m,)."""
+        return (output + target * torch.exp(-output)).sum(1)
+
+    def output_factor(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return √(y e⁻ᶠ) on the diagonal (m, c, c)."""
+        return torch.diag_embed((target * torch.exp(-output.detach())).sqrt())
+
+
+class WeightedLogits(Loss):
+    """s = Σ c (log(1 + eᶠ) − y f) over the logits, c = c₁ where y = 1 and c₀ where y = 0.
+
+    Parameters
+    ----------
+    negative, positive : tensor of shape (c,)
+        c₀ and c₁ of each logit.
+    weights_count : bool
+        Whether the weights are part of the denominator of L, as in a weighted mean.
+    """
+
+    def __init__(self, negative: Any, positive: Any, weights_count: bool) -> None:
+        self.negative, self.positive = torch.as_tensor(negative), torch.as_tensor(positive)
+        self.weights_count = weights_count
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> WeightedLogits:
+        """Return the loss with its weights in ``dtype`` on ``device``."""
+        return WeightedLogits(self.negative.to(device, dtype), self.positive.to(device, dtype), self.weights_count)
+
+    def per_sample(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return s (m,)."""
+        return (self._weights(target) * (F.softplus(output) - target * output)).sum(1)
+
+    def mass(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return c (m,), or 1."""
+        return self._weights(target).sum(1) if self.weights_count else super().mass(output, target)
+
+    def output_factor(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return √(c p (1 − p)) on the diagonal (m, c, c)."""
+        f = output.detach()
+        return torch.diag_embed((self._weights(target) * f.sigmoid() * (-f).sigmoid()).sqrt())
+
+    def _weights(self, target: torch.Tensor) -> torch.Tensor:
+        return torch.where(target > 0.5, self.positive, self.negative)
