@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from .._validation import must_be
-from ..models import TorchTwiceDifferentiable
+from ..models import Affine, TorchTwiceDifferentiable
 
 __all__ = ["KroneckerLayer", "kronecker_layers", "refuse"]
 
-KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
+KINDS = (nn.Linear, Affine, nn.Conv1d, nn.Conv2d, nn.Embedding)
+# scikit-learn's words for the parameters of a linear layer.
+ROLES = {"coef": "weight", "intercept": "bias"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def kronecker_layers(model: TorchTwiceDifferentiable) -> tuple[list[KroneckerLay
     held: list[tuple[str, nn.Module, dict[str, str]]] = []
     for name, module in model.module.named_modules():
         own = {
-            role: owners[id(tensor)]
+            ROLES.get(role, role): owners[id(tensor)]
             for role, tensor in module.named_parameters(recurse=False, remove_duplicate=False)
             if id(tensor) in owners
         }
@@ -138,7 +140,7 @@ def _input_rows(module: Any, a: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
             # torch gives its row no gradient.
             rows[:, :, module.padding_idx] = 0
         return rows
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | Affine):
         return a.reshape(len(a), -1, a.shape[-1])
     return _patches(module, a)
 

@@ -608,3 +608,19 @@ def test_wrong_targets_are_refused(name, change, match, fits):
     model, X, y, _ = fits(name)
     with pytest.raises(ValueError, match=match):
         HessianInverter().fit(model, (X, change(y)))
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+def test_kronecker_factors_of_a_linear_model_are_those_of_its_layer(method):
+    X, y = load_iris(return_X_y=True)
+    fitted = LogisticRegression(C=0.5, max_iter=2000).fit(X, y)
+    layer = torch.nn.Linear(4, 3).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(fitted.coef_))
+        layer.bias.copy_(torch.tensor(fitted.intercept_))
+    b = np.random.default_rng(0).standard_normal((3, 15))
+    # One uniform penalty, which the model's own intercepts do not have: without them both are the same system.
+    settings = {"params": ["coef"]}, {"params": ["weight"], "loss": "cross_entropy", "weight_decay": 1 / (0.5 * len(y))}
+    received = HessianInverter(method, 0.1, **settings[0]).fit(fitted, (X, y)).transform(b[:, :12])
+    expected = HessianInverter(method, 0.1, **settings[1]).fit(layer, (torch.tensor(X), torch.tensor(y)))
+    np.testing.assert_allclose(received, expected.transform(b[:, :12]), rtol=1e-8)
