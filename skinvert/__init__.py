@@ -11,11 +11,13 @@ from .models import (
 )
 from .registry import InversionRegistry, solve_hvp
 from .results import InverseHvpResult, InversionMethod
+from .selection import HessianInverterCV, make_quadratic_scorer
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "HessianInverter",
+    "HessianInverterCV",
     "InverseHvpResult",
     "InversionMethod",
     "InversionRegistry",
@@ -25,6 +27,7 @@ __all__ = [
     "TorchTwiceDifferentiable",
     "TwiceDifferentiable",
     "load",
+    "make_quadratic_scorer",
     "register_model",
     "solve_hvp",
 ]

@@ -36,7 +36,7 @@ from .parameters import ParameterLayout, split_blocks
 from .persistence import left_out, load_state, require_present, save_state
 from .registry import InversionRegistry, check_requirements, is_method
 from .results import InverseHvpResult, InversionMethod, Spectrum
-from .scores import quadratic_score, rows_score
+from .scores import HeldOut, quadratic_score
 
 __all__ = ["HessianInverter", "load"]
 
@@ -171,6 +171,10 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             Itself.
         """
         shift = check_hessian_perturbation(self.hessian_perturbation, "HessianInverter")
+        return self._fit_at(X, y, sample_weight, shift)
+
+    def _fit_at(self, X: Any, y: Any, sample_weight: Any, shift: float) -> Any:
+        """Fit at λ = ``shift``."""
         if self.batch_size is not None:
             check_number(self.batch_size, "batch_size", owner="HessianInverter", low=1, integer=True)
         for name in ("eigenvalues_", "parameter_names_", "gradient_norm_", "feature_names_in_"):
@@ -178,7 +182,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         if is_model(X):
             A, blocks = self._model_curvature(X, y, sample_weight)
         elif self.model is not None:
-            A, blocks = self._model_curvature(self.model, _as_data(X, y), sample_weight)
+            A, blocks = self._model_curvature(self.model, as_data(X, y), sample_weight)
         else:
             A, blocks = self._rows_curvature(X, sample_weight), None
         self._invert(A, blocks, shift)
@@ -331,9 +335,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         rows = self._rows(b)
         shifts = [check_hessian_perturbation(shift, "path") for shift in hessian_perturbations]
-        if self.inverse_ is None:
-            raise TypeError(must_be("method", "a Method for path", "a function", "Call `solve` for each λ."))
-        return rows.back(self.inverse_.path(rows.tensor, shifts))
+        return rows.back(self._factorised("path", "Call `solve` for each λ.").path(rows.tensor, shifts))
 
     def spectrum(self, *, n_probes: int = 10, steps: int = 60) -> Spectrum:
         """Return the eigenvalues of H (without λ) where they are known or cheap, else their density.
@@ -376,6 +378,14 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         applied to gᵢ, H̄ the rows' mean GGN (or the inverter's own curvature where that is positive semi-definite by
         construction), hᵢ a row's own and R the penalty's Hessian.
 
+        What it can tell, and what not:
+
+        - Score on rows of the model's own training data. The gradients of fresh rows are larger than those that the
+          curvature has seen, and favour another λ.
+        - It repairs a curvature of few rows. The Hessian over the whole training set of a converged model wants λ ≈ 0.
+        - Early stopping acts like a λ of some 0.15 to 0.5 / (learning rate · steps), which belongs in λ all the same.
+        - Weight decay belongs in the loss (``weight_decay=``), where it is part of H and no λ need stand for it.
+
         Parameters
         ----------
         X : array of shape (m, ...) or data
@@ -390,21 +400,37 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         float
             The score.
         """
+        return quadratic_score(self._factorised("score"), self._held_out(X, y, sample_weight))
+
+    def _held_out(self, X: Any, y: Any, sample_weight: Any) -> HeldOut:
+        """Return what a score needs of rows that were not fitted."""
         check_is_fitted(self, "n_features_in_")
         if self._layout is None:
-            return self._rows_score(X, sample_weight)
+            X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+            given = check_sample_weight(sample_weight, len(X))
+            rows = Rows.of(X, self.inverse_).tensor
+            return HeldOut(rows, rows.new_ones(len(rows)) if given is None else torch.from_numpy(given).to(rows))
         self._need("_model", "score")
         # fit(model, data) knows batches in a list; a search over `model=` passes samples in one.
-        data = X if self.model is None and y is None else _as_data(X, y)
+        data = X if self.model is None and y is None else as_data(X, y)
         batches = self._batches(self._model, data, sample_weight)
         curvature, gradients, weights = held_out_curvature(self.curvature_name_, self._model, batches)
-        return quadratic_score(self.inverse_, curvature, gradients, weights, batches)
+        return HeldOut(gradients, weights, curvature.penalty, curvature.sample_factors)
 
-    def _rows_score(self, X: Any, sample_weight: Any) -> float:
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        weights = check_sample_weight(sample_weight, len(X))
-        rows = Rows.of(X, self.inverse_).tensor
-        return rows_score(self.inverse_, rows, None if weights is None else torch.from_numpy(weights).to(rows))
+    def _factorised(self, what: str, hint: str = "Call `solve`.") -> Any:
+        check_is_fitted(self, "n_features_in_")
+        if self.inverse_ is None:
+            raise TypeError(must_be("method", f"a Method for {what}", "a function", hint))
+        return self.inverse_
+
+    def _at(self, shift: float) -> Any:
+        """Return this inverter at another λ, over the same curvature: its factorisation is reused where it can be."""
+        inverse, method = self._factorised("another λ"), self.method_
+        found = inverse.at(shift) if hasattr(inverse, "at") else method.invert(self.curvature_, shift, self.verbose)
+        # Not `copy.copy`, which goes by the state of a pickle: without the curvature.
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, hessian_perturbation=shift, hessian_perturbation_=shift, inverse_=found)
+        return other
 
     # -- names, shapes, faces --------------------------------------------------------------------------------------
 
@@ -425,10 +451,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def aslinearoperator(self) -> scipy.sparse.linalg.LinearOperator:
         """Return (H + λI)⁻¹ as a ``scipy.sparse.linalg.LinearOperator``."""
-        check_is_fitted(self, "n_features_in_")
-        if self.inverse_ is None:
-            raise TypeError(must_be("method", "a Method for aslinearoperator", "a function", "Use `transform`."))
-        return as_scipy(self.inverse_)
+        return as_scipy(self._factorised("aslinearoperator", "Use `transform`."))
 
     def __sklearn_clone__(self) -> HessianInverter:
         """Share the model and the loss: a trained model is data, not a setting."""
@@ -585,7 +608,7 @@ class _Samples(torch.utils.data.Dataset):
         return self.samples[index]
 
 
-def _as_data(X: Any, y: Any) -> Any:
+def as_data(X: Any, y: Any) -> Any:
     """Return what ``fit(X, y)`` with a model means: a pair, or a list of samples where a search indexed a data set."""
     if y is not None:
         return (X, y)

@@ -3,57 +3,95 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
+import scipy.linalg
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
+from ._memory import rows_within
 from ._validation import must_be
 from .methods.base import InverseOperator
+from .methods.spectrum import extreme_eigenvalues
 
-__all__ = ["quadratic_score", "rows_score"]
-
-
-def rows_score(inverse: InverseOperator, X: torch.Tensor, weights: torch.Tensor | None = None) -> float:
-    """Return the held-out quadratic of plain rows, which are their own right-hand sides: gᵢ = xᵢ, hᵢ = xᵢxᵢᵀ."""
-    Z = _solve(inverse, X)
-    if Z is None:
-        return -float("inf")
-    w = torch.ones(len(X), dtype=X.dtype, device=X.device) if weights is None else weights
-    # m·zᵢᵀH̄zᵢ = Σⱼ wⱼ (xⱼᵀzᵢ)²
-    total = ((Z @ X.mT).square() * w).sum(1)
-    return combine((X * Z).sum(1), total, (X * Z).sum(1).square(), w)
+__all__ = ["HeldOut", "quadratic_path", "quadratic_score"]
 
 
-def quadratic_score(
-    inverse: InverseOperator, curvature: Any, gradients: torch.Tensor, weights: torch.Tensor, batches: Any
-) -> float:
-    r"""Return mean_i[ gᵢᵀzᵢ − ½ (W zᵢᵀH̄zᵢ − wᵢ zᵢᵀhᵢzᵢ) / (W − wᵢ) − ½ zᵢᵀRzᵢ ].
+@dataclass
+class HeldOut:
+    """What the held-out quadratic needs of m rows.
+
+    Parameters
+    ----------
+    gradients : tensor of shape (m, p)
+        gᵢ, without the penalty; plain rows are their own.
+    weights : tensor of shape (m,)
+        wᵢ.
+    penalty : tensor of shape (p,) or None
+        The diagonal of R.
+    sample_factors : callable or None
+        Returns chunks (r, c, p) of the rows' own Fᵢ, hᵢ = FᵢᵀFᵢ; None is hᵢ = gᵢgᵢᵀ.
+    """
+
+    gradients: torch.Tensor
+    weights: torch.Tensor
+    penalty: torch.Tensor | None = None
+    sample_factors: Callable[[], Iterable[torch.Tensor]] | None = None
+
+    def factors(self) -> Iterable[torch.Tensor]:
+        """Yield the rows' own factors in chunks (r, c, p)."""
+        return [self.gradients[:, None]] if self.sample_factors is None else self.sample_factors()
+
+
+def quadratic_score(inverse: InverseOperator, held: HeldOut, rhs: torch.Tensor | None = None) -> float:
+    r"""Return the held-out quadratic of a fitted inverse; −inf, with a warning, where A is not positive definite.
+
+    Without ``rhs`` the rows' gradients are the right-hand sides, and a row's own curvature is left out of the mean
+    that judges it: mean_i[ gᵢᵀzᵢ − ½ (W zᵢᵀH̄zᵢ − wᵢ zᵢᵀhᵢzᵢ) / (W − wᵢ) − ½ zᵢᵀRzᵢ ].
+    With ``rhs`` B, which is none of the rows', there is nothing to leave out: mean_b[ bᵀz − ½ zᵀ(H̄ + R)z ].
 
     Parameters
     ----------
     inverse : InverseOperator
-        Fitted on other rows; zᵢ is its solution for gᵢ.
-    curvature : GGN or EmpiricalFisher
-        Of the held-out rows: H̄ + R, and ``sample_terms`` gives zᵢᵀhᵢzᵢ.
-    gradients : tensor of shape (m, p)
-        gᵢ, without the penalty.
-    weights : tensor of shape (m,)
-        wᵢ.
-    batches : Batches
-        The held-out rows.
+        Fitted on other rows; z is its solution.
+    held : HeldOut
+        Gradients, weights, penalty and curvature of the held-out rows.
+    rhs : tensor of shape (k, p), default=None
+        Right-hand sides.
     """
-    Z = _solve(inverse, gradients)
-    if Z is None:
-        return -float("inf")
-    penalty = curvature.penalty
-    ridge = (Z.square() * penalty).sum(1) if penalty is not None else torch.zeros_like(weights)
-    total = weights.sum() * ((curvature.apply(Z) * Z).sum(1) - ridge)
-    own, start = [], 0
-    for batch, part in batches:
-        own.append(curvature.sample_terms(batch, Z[start : start + len(part)]))
-        start += len(part)
-    return combine((gradients * Z).sum(1), total, torch.cat(own), weights, ridge)
+    B = held.gradients if rhs is None else rhs
+    definite = _positive_definite(inverse, [inverse])
+    if definite == [True]:
+        X, info = inverse.solve(B)
+        if not bool(torch.as_tensor(info.get("negative_curvature", False)).any()):
+            return _values(X[None], held, rhs)[0]
+    _warn("")
+    return -float("inf")
+
+
+def quadratic_path(
+    inverse: InverseOperator, shifts: Sequence[float], held: HeldOut, rhs: torch.Tensor | None = None
+) -> list[float]:
+    """Return ``quadratic_score`` at each λ of ``shifts``, by one factorisation and one pass over the held-out rows."""
+    B = held.gradients if rhs is None else rhs
+    with warnings.catch_warnings():
+        # An indefinite λ is told of below, once.
+        warnings.simplefilter("ignore", scipy.linalg.LinAlgWarning)
+        inverses = [inverse.at(shift) for shift in shifts]  # type: ignore[attr-defined]
+    definite = _positive_definite(inverse, inverses)
+    kept = [index for index, claim in enumerate(definite) if claim]
+    scores = [-float("inf")] * len(shifts)
+    step = rows_within(2 * B.numel() * B.element_size())
+    for start in range(0, len(kept), step):
+        group = kept[start : start + step]
+        X, negative = _solutions(inverse, [inverses[i] for i in group], [shifts[i] for i in group], B)
+        for i, value, bad in zip(group, _values(X, held, rhs), negative, strict=True):
+            scores[i] = -float("inf") if bad else value
+    failed = [f"{shift:.3g}" for shift, score in zip(shifts, scores, strict=True) if score == -float("inf")]
+    if failed:
+        _warn(f" at hessian_perturbation={', '.join(failed)}")
+    return scores
 
 
 def combine(
@@ -73,12 +111,76 @@ def combine(
     return float((weights * value)[kept].sum() / weights[kept].sum())
 
 
-def _solve(inverse: InverseOperator, rows: torch.Tensor) -> torch.Tensor | None:
-    """Return the solutions, or None, with a warning, where A is not positive definite."""
-    if inverse.positive_definite is not False:
-        X, info = inverse.solve(rows)
-        if not bool(torch.as_tensor(info.get("negative_curvature", False)).any()):
-            return X
-    message = "A = H + λI is not positive definite: the score is -inf. Try a larger hessian_perturbation."
-    warnings.warn(message, ConvergenceWarning, stacklevel=3)
-    return None
+def _values(Z: torch.Tensor, held: HeldOut, rhs: torch.Tensor | None) -> list[float]:
+    """Return the quadratic of each set of solutions, Z (n_λ, k, p)."""
+    total, own = _curvature_terms(Z, held, rhs is None)
+    values = []
+    for i, z in enumerate(Z):
+        ridge = (z.square() * held.penalty).sum(1) if held.penalty is not None else torch.zeros_like(total[i])
+        if rhs is None:
+            values.append(combine((held.gradients * z).sum(1), total[i], own[i], held.weights, ridge))
+        else:
+            values.append(float(((rhs * z).sum(1) - 0.5 * total[i] / held.weights.sum() - 0.5 * ridge).mean()))
+    return values
+
+
+def _curvature_terms(Z: torch.Tensor, held: HeldOut, leave_out: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return Σᵢ wᵢ zᵀhᵢz (n_λ, k), and zᵢᵀhᵢzᵢ (n_λ, m) where row i is z's own, in one pass over the rows."""
+    total, own, start = Z.new_zeros(Z.shape[:2]), Z.new_zeros(len(Z), len(held.weights)), 0
+    n_rows, p = Z.shape[0] * Z.shape[1], Z.shape[2]
+    matrix: torch.Tensor | None = None
+    for F in held.factors():
+        rows = slice(start, start + len(F))
+        start = rows.stop
+        if leave_out:
+            for i, z in enumerate(Z):
+                own[i, rows] = torch.einsum("mcp,mp->mc", F, z[rows]).square().sum(1)
+        flat = (F * held.weights[rows].sqrt()[:, None, None]).flatten(0, 1)
+        # The matrix of the chunk, where it costs less than products of its rows with every z.
+        if p <= rows_within(2 * p * Z.element_size()) and p * len(flat) + p * n_rows < n_rows * len(flat):
+            matrix = Z.new_zeros(p, p) if matrix is None else matrix
+            matrix.addmm_(flat.mT, flat)
+        else:
+            total += torch.stack([(z @ flat.mT).square().sum(1) for z in Z])
+    if matrix is not None:
+        total += torch.stack([((z @ matrix) * z).sum(1) for z in Z])
+    return total, own
+
+
+def _solutions(
+    inverse: InverseOperator, inverses: list[InverseOperator], shifts: list[float], B: torch.Tensor
+) -> tuple[torch.Tensor, list[bool]]:
+    """Return the solutions (n_λ, k, p), and at which λ negative curvature was met."""
+    if hasattr(inverse, "solve_path"):
+        X, info = inverse.solve_path(B, shifts)
+        return X, info["negative_curvature"].any(1).tolist()
+    # A factorisation's path leaves out the refinement that float32 needs.
+    if inverses[0].positive_definite and B.dtype == torch.float64:
+        return inverse.path(B, shifts), [False] * len(shifts)
+    found = [each.solve(B) for each in inverses]
+    negative = [bool(torch.as_tensor(info.get("negative_curvature", False)).any()) for _, info in found]
+    return torch.stack([x for x, _ in found]), negative
+
+
+def _positive_definite(inverse: InverseOperator, inverses: list[InverseOperator]) -> list[bool]:
+    """Return whether A + λI is positive definite, of inverses of one A at several λ.
+
+    Where the method cannot know, the smallest eigenvalue of A says so: right-hand sides may miss its direction.
+    """
+    known = [each.positive_definite for each in inverses]
+    operator = inverse.operator
+    if None not in known or getattr(operator, "is_psd", False):
+        return [claim is not False for claim in known]
+    (lowest, _), _ = extreme_eigenvalues(operator)
+    lowest -= _shift(inverse)
+    pairs = zip(known, inverses, strict=True)
+    return [claim is not False and lowest + _shift(each) > 0 for claim, each in pairs]
+
+
+def _shift(inverse: InverseOperator) -> float:
+    return float(getattr(inverse, "shift", getattr(inverse.operator, "shift", 0.0)))
+
+
+def _warn(where: str) -> None:
+    message = f"A = H + λI is not positive definite{where}: the score is -inf. Try a larger hessian_perturbation."
+    warnings.warn(message, ConvergenceWarning, stacklevel=4)

@@ -221,9 +221,10 @@ class EmpiricalFisher(Curvature):
         """Return the factors of each layer, of the true labels' gradients."""
         return kronecker_factors(self, approx, unsupported, verbose)
 
-    def sample_terms(self, batch: Any, Z: torch.Tensor) -> torch.Tensor:
-        """Return zᵢᵀ hᵢ zᵢ (m,) of each row's own term hᵢ = gᵢgᵢᵀ."""
-        return (self._gradients(batch) * Z).sum(1).square()
+    def sample_factors(self) -> Iterator[torch.Tensor]:
+        """Yield Fᵢ = gᵢᵀ (m, 1, p), with FᵢᵀFᵢ = gᵢgᵢᵀ, each row's own term without its weight."""
+        for batch, _ in self.objective.batches:
+            yield self._gradients(batch)[:, None]
 
     def _factor_of(self, batch: Any, weights: torch.Tensor) -> torch.Tensor:
         return self._gradients(batch) * (weights / self.objective.weight_sum).sqrt()[:, None]

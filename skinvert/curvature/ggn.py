@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,16 +97,12 @@ class GGN(Curvature):
             for rows, part in split_batch(batch, weights, chunk):
                 yield self._factor_of(rows, part).flatten(0, 1)
 
-    def sample_terms(self, batch: Any, Z: torch.Tensor) -> torch.Tensor:
-        """Return zᵢᵀ hᵢ zᵢ (m,) of each row's own GGN term hᵢ, for rows Z (m, p)."""
-        ones = torch.ones(len(Z), dtype=self.dtype, device=self.device)
+    def sample_factors(self) -> Iterator[torch.Tensor]:
+        """Yield Fᵢ (m, r, p) with FᵢᵀFᵢ = hᵢ, each row's own GGN term, without its weight, in chunks of rows."""
         chunk = rows_within(3 * self._c * self.size * self.dtype.itemsize)
-        terms = []
-        for start, (rows, part) in zip(range(0, len(Z), chunk), split_batch(batch, ones, chunk), strict=True):
-            factor = self._factor_of(rows, part)
-            along = torch.einsum("mcp,mp->mc", factor, Z[start : start + chunk])
-            terms.append(along.square().sum(1))
-        return torch.cat(terms) * self.objective.weight_sum
+        for batch, weights in self.objective.batches:
+            for rows, part in split_batch(batch, torch.ones_like(weights), chunk):
+                yield math.sqrt(self.objective.weight_sum) * self._factor_of(rows, part)
 
     def to_dense(self, verbose: int = 0) -> torch.Tensor:
         """Return the matrix (p, p): Σᵢ Dᵢ ⊗ aᵢaᵢᵀ for Linear layers, else one GEMM per chunk of the factor."""
