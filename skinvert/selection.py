@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from ._progress import progress
 from ._validation import check_hessian_perturbation, check_sample_weight, must_be
 from .inverter import HessianInverter, as_data
-from .models import is_model
+from .models import SklearnTwiceDifferentiable, as_model, is_model
 from .scores import quadratic_path, quadratic_score
 
 __all__ = ["HessianInverterCV", "make_quadratic_scorer"]
@@ -191,10 +191,11 @@ class HessianInverterCV(HessianInverter):
         model, data = self._model_and_data(X, y)
         n, targets = _n_rows(data)
         weights = check_sample_weight(sample_weight, n)
+        folded = self._settled(model, data, weights)
         splitter = check_cv(self.cv, targets, classifier=False)
         splits = list(splitter.split(np.zeros((n, 1)), targets))
         folds = progress(splits, "folds", self.verbose, len(splits))
-        scores = np.array([self._fold_scores(model, data, weights, shifts, *fold) for fold in folds]).T
+        scores = np.array([self._fold_scores(folded, data, weights, shifts, *fold) for fold in folds]).T
         self._choose(shifts, scores)
         return self._fit_at(X, y, sample_weight, shifts[self.best_index_])
 
@@ -206,6 +207,15 @@ class HessianInverterCV(HessianInverter):
             return None, as_data(X, y)
         rows = X.detach().cpu().numpy() if isinstance(X, torch.Tensor) else X
         return None, validate_data(self, rows, dtype=[np.float64, np.float32])
+
+    def _settled(self, model: Any, data: Any, weights: Any) -> Any:
+        """Return the model of the folds: scikit-learn's penalties are divided by the rows of the fit, not of a fold."""
+        given = self.model if model is None else model
+        adapted = None if given is None else as_model(given, self.loss, self.weight_decay)
+        if not isinstance(adapted, SklearnTwiceDifferentiable) or adapted.totals is not None:
+            return model
+        adapted.settle(self._batches(adapted, data, weights))
+        return adapted
 
     def _fold_scores(
         self, model: Any, data: Any, weights: Any, shifts: list[float], train: np.ndarray, test: np.ndarray

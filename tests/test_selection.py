@@ -13,14 +13,23 @@ import torch
 from oracles import Oracle, oracle_matrix, solution
 from problems import problem
 from sklearn.base import clone
+from sklearn.datasets import load_diabetes
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch.utils.data import DataLoader, TensorDataset
 
-from skinvert import HessianInverter, HessianInverterCV, InverseHvpResult, make_quadratic_scorer, methods
+from skinvert import (
+    HessianInverter,
+    HessianInverterCV,
+    InverseHvpResult,
+    SklearnTwiceDifferentiable,
+    make_quadratic_scorer,
+    methods,
+)
 from skinvert.methods import CG, KFAC, MINRES, Arnoldi, Diagonal, Direct, Nystroem
 from skinvert.operators import Dense
 
@@ -342,3 +351,19 @@ def test_the_scored_perturbation_predicts_retraining():
     best, score, naive = (np.mean([each[name][1] for each in found]) for name in ("best", "score", "naive"))
     assert best - score <= 0.06
     assert score - naive >= 0.2
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["set", "passed"])
+def test_a_penalty_is_of_the_whole_fit(given):
+    # Ridge's α/n: a fold's own n would make it a quarter larger.
+    X, y = load_diabetes(return_X_y=True)
+    ridge = Ridge(alpha=5.0).fit(X[:100], y[:100])
+    shifts = [1e-4, 1e-2]
+    inverter = HessianInverter("direct", model=SklearnTwiceDifferentiable(ridge, y[:100]))
+    grid = GridSearchCV(inverter, {"hessian_perturbation": shifts}).fit(X[:100], y[:100])
+    if given:
+        received = HessianInverterCV(shifts, method="direct").fit(ridge, (X[:100], y[:100]))
+    else:
+        received = HessianInverterCV(shifts, method="direct", model=ridge).fit(X[:100], y[:100])
+    expected = grid.cv_results_["mean_test_score"]
+    np.testing.assert_allclose(received.cv_results_["mean_test_score"], expected, rtol=1e-8)
