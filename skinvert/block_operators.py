@@ -133,7 +133,7 @@ class BlockDiagonal(LinearOperator):
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return each block's product with its own entries."""
-        return self._joined([A.apply(part) for A, part in zip(self.operators, self.parts(V), strict=True)])
+        return self.joined([A.apply(part) for A, part in zip(self.operators, self.parts(V), strict=True)])
 
     def to_dense(self, verbose: int = 0) -> torch.Tensor:
         """Return the matrix (p, p)."""
@@ -146,7 +146,7 @@ class BlockDiagonal(LinearOperator):
 
     def diagonal(self) -> torch.Tensor:
         """Return the diagonals of the blocks, in place."""
-        return self._joined([operator.diagonal()[None] for operator in self.operators])[0]
+        return self.joined([operator.diagonal()[None] for operator in self.operators])[0]
 
     def with_operators(self, operators: Sequence[LinearOperator]) -> BlockDiagonal:
         """Return the operator of other blocks on the same entries."""
@@ -159,7 +159,8 @@ class BlockDiagonal(LinearOperator):
         sizes = [operator.size for operator in self.operators]
         return (V if self.order is None else V[:, self.order]).split(sizes, dim=1)
 
-    def _joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return rows (k, p) of each block's own entries."""
         rows = torch.cat(list(parts), dim=1)
         if self.order is None:
             return rows

@@ -11,28 +11,36 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def test_mislabelled_digits_are_found(tmp_path):
-    script = shutil.copy(EXAMPLES / "plot_mislabelled_digits.py", tmp_path)
-    # -W error: the demo runs without a warning. Agg: it needs no display.
+    # Chance is 5 % and 10 %.
+    figures = figures_of(printed("mislabelled_digits", tmp_path))
+    assert [name for name, _, _ in figures] == ["loss", "self-influence"] * 2
+    for _, precision, found in figures:
+        assert precision > 60
+        assert found > 85
+
+
+def test_pipelines_agree(tmp_path):
+    found = dict(re.findall(r"^(\w+) .*: ([+-]\d\.\d+)$", printed("pipelines", tmp_path), re.MULTILINE))
+    assert float(found["projected"]) > 0.8
+    assert float(found["TRAK"]) > 0.2
+
+
+def printed(name, folder):
+    """Return what an example prints; it writes its picture."""
+    script = shutil.copy(EXAMPLES / f"plot_{name}.py", folder)
+    # -W error: an example runs without a warning. Agg: it needs no display.
     environment = {**os.environ, "MPLBACKEND": "Agg", "PYTHONIOENCODING": "utf-8"}
     run = subprocess.run(
         [sys.executable, "-W", "error", script],
-        cwd=tmp_path,
+        cwd=folder,
         env=environment,
         capture_output=True,
         encoding="utf-8",
         timeout=240,
     )
     assert run.returncode == 0, run.stderr
-
-    # Chance is 5 % and 10 %.
-    figures = figures_of(run.stdout)
-    assert [name for name, _, _ in figures] == ["loss", "self-influence"] * 2
-    for _, precision, found in figures:
-        assert precision > 60
-        assert found > 85
-
-    picture = tmp_path / "output" / "mislabelled_digits.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (folder / "output" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    return run.stdout
 
 
 def figures_of(text):

@@ -21,7 +21,7 @@ def invert_blocks(method: Method, A: BlockDiagonal, hessian_perturbation: float,
     for operator in A.operators:
         own = clone(method).choose(operator, hessian_perturbation)
         inverses.append(own.invert(operator, hessian_perturbation, verbose))
-    return BlockInverse(inverses, A.order, hessian_perturbation)
+    return BlockInverse(inverses, A, hessian_perturbation)
 
 
 class BlockInverse(InverseOperator):
@@ -31,16 +31,15 @@ class BlockInverse(InverseOperator):
     ----------
     inverses : sequence of InverseOperator
         The blocks' inverses.
-    order : tensor of shape (p,) or None
-        Which entries of a row the blocks act on, one block after the other.
+    blocks : BlockDiagonal
+        Which entries of a row each block acts on.
     hessian_perturbation : float
         λ.
     """
 
-    def __init__(
-        self, inverses: Sequence[InverseOperator], order: torch.Tensor | None, hessian_perturbation: float
-    ) -> None:
-        self.inverses, self.order, self.shift = list(inverses), order, float(hessian_perturbation)
+    def __init__(self, inverses: Sequence[InverseOperator], blocks: BlockDiagonal, hessian_perturbation: float) -> None:
+        self.inverses, self.shift = list(inverses), float(hessian_perturbation)
+        self.order = blocks.order
         known = [inverse.positive_definite for inverse in self.inverses]
         self.positive_definite = False if False in known else (None if None in known else True)
         self.keeps_operator = any(inverse.keeps_operator for inverse in self.inverses)
@@ -48,7 +47,14 @@ class BlockInverse(InverseOperator):
     @property
     def operator(self) -> LinearOperator:  # type: ignore[override]
         """A + λI, block by block as each method inverts it."""
-        return self._blocks([inverse.operator for inverse in self.inverses])
+        return self._blocks
+
+    @property
+    def _blocks(self) -> BlockDiagonal:
+        # Made when asked for: kept, a pickle would hold every block's matrix twice.
+        whole = BlockDiagonal([inverse.operator for inverse in self.inverses])
+        whole.order = self.order
+        return whole
 
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions.
@@ -56,8 +62,8 @@ class BlockInverse(InverseOperator):
         ``info`` holds ``residual`` (k,), of the whole block-diagonal system; ``converged`` (k,), in every block;
         ``approximate`` True; ``blocks``, each block's own info.
         """
-        results = [inverse.solve(part) for inverse, part in zip(self.inverses, self.parts(B), strict=True)]
-        X = self._joined([result.x for result in results])
+        results = [inverse.solve(part) for inverse, part in zip(self.inverses, self._blocks.parts(B), strict=True)]
+        X = self._blocks.joined([result.x for result in results])
         infos = [result.info for result in results]
         info = {
             "residual": self._residual(B, infos),
@@ -72,37 +78,19 @@ class BlockInverse(InverseOperator):
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return the solutions alone."""
-        parts = zip(self.inverses, self.parts(V), strict=True)
-        return self._joined([inverse.apply(part) for inverse, part in parts])
+        parts = zip(self.inverses, self._blocks.parts(V), strict=True)
+        return self._blocks.joined([inverse.apply(part) for inverse, part in parts])
 
     def at(self, hessian_perturbation: float) -> BlockInverse:
         """Return the inverse at another λ, where every block's method allows it."""
         inverses = [inverse.at(hessian_perturbation) for inverse in self.inverses]  # type: ignore[attr-defined]
-        return BlockInverse(inverses, self.order, hessian_perturbation)
-
-    def parts(self, V: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return each block's own entries of the rows V (k, p)."""
-        sizes = [inverse.size for inverse in self.inverses]
-        return (V if self.order is None else V[:, self.order]).split(sizes, dim=1)
-
-    def _joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        rows = torch.cat(list(parts), dim=1)
-        if self.order is None:
-            return rows
-        placed = torch.empty_like(rows)
-        placed[:, self.order] = rows
-        return placed
+        return BlockInverse(inverses, self._blocks, hessian_perturbation)
 
     def _residual(self, B: torch.Tensor, infos: Sequence[dict]) -> torch.Tensor:
         """Return ‖r‖ / ‖b‖ of the whole, from the blocks' own: a block with b = 0 has its absolute residual."""
         total = torch.zeros(len(B), dtype=torch.float64, device=B.device)
-        for part, info in zip(self.parts(B), infos, strict=True):
+        for part, info in zip(self._blocks.parts(B), infos, strict=True):
             size = part.norm(dim=1).to(total)
             total += (info["residual"].to(total) * torch.where(size > 0, size, 1.0)).square()
         size = B.norm(dim=1).to(total)
         return total.sqrt() / torch.where(size > 0, size, 1.0)
-
-    def _blocks(self, operators: Sequence[LinearOperator]) -> LinearOperator:
-        whole = BlockDiagonal(operators)
-        whole.order = self.order
-        return whole
