@@ -3,7 +3,7 @@ PYTHON ?= python3
 ARGS ?=
 
 # One thread a worker: two pytest workers with all threads each would fight for the cores.
-PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:

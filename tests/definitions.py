@@ -77,7 +77,7 @@ DEFINITIONS = {
     "ekfac": kronecker("ekfac"),
 }
 # rtol times the condition.
-EXACT_TO = {"lissa": 2e-3}
+EXACT_TO = {"lissa": 5e-4}
 
 
 def definition_of(name):

@@ -15,7 +15,7 @@ from skinvert.methods.base import Method
 
 MODELS = {"linear": "mse", "softmax": "cross_entropy", "mlp": "cross_entropy", "cnn2d": "cross_entropy"}
 # A Neumann series takes some 20 times the condition in steps.
-CONDITION = {"lissa": 20.0}
+CONDITION = {"lissa": 5.0}
 
 
 def registered():
