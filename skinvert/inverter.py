@@ -211,6 +211,8 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         self.parameter_names_, self.n_features_in_ = list(self._layout.names), A.size
         if self.blocks is None:
             return A, None
+        if not isinstance(method, Method):
+            raise ValueError(must_be("blocks", "None for a method that is a function", repr(self.blocks)))
         members = split_blocks(self._layout.names, self.blocks)
         return A, build_blocks(chosen, adapted, batches, members, self.verbose)
 
@@ -219,6 +221,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return as_batches(read, batch_size=self.batch_size, sample_weight=sample_weight, **describe(adapted))
 
     def _rows_curvature(self, X: Any, sample_weight: Any) -> LinearOperator:
+        home = X.device if isinstance(X, torch.Tensor) else torch.device("cpu")
         if isinstance(X, torch.Tensor):
             X = X.detach().cpu().numpy()
         X = validate_data(self, X, dtype=[np.float64, np.float32])
@@ -230,7 +233,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             hint = "Plain rows have one curvature, XᵀX/n. For a model's, give a model."
             raise ValueError(must_be("curvature for plain rows", "'auto'", repr(self.curvature), hint))
         rows = torch.from_numpy(np.array(X, order="C", copy=True))
-        device = resolve_device(self.device, rows.device)
+        device = resolve_device(self.device, home)
         rows = rows.to(device, resolve_dtype(self.dtype, rows.dtype))
         self.method_, self.n_samples_, self.curvature_name_ = method, len(X), "gram"
         self._layout, self._model, self._data = None, None, None

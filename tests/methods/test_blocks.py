@@ -118,5 +118,16 @@ def test_refuses_plain_rows():
         HessianInverter("direct", 0.1, blocks="layer").fit(torch.eye(3))
 
 
+def test_refuses_a_function(monkeypatch):
+    monkeypatch.setattr(InversionRegistry, "registry", dict(InversionRegistry.registry))
+
+    @InversionRegistry.register(TwiceDifferentiable, "a_function")
+    def solve(model, training_data, b, hessian_perturbation=0.0):
+        return b
+
+    with pytest.raises(ValueError, match="blocks must be None for a method that is a function"):
+        fitted("a_function", "layer")
+
+
 def test_a_model_of_one_layer_is_one_block():
     assert split_blocks(["weight", "bias"], "layer") == {"": ["weight", "bias"]}
