@@ -128,7 +128,7 @@ class PerSampleGradient(TransformerMixin, BaseEstimator):
         """Fit, and return the gradients of the same rows."""
         return self.fit(X, y, **fit_params).transform((X, y) if y is not None else X)
 
-    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:  # noqa: ARG002
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """Return the p names of the columns: ``"fc1.weight[0,3]"``."""
         check_is_fitted(self, "loss_scale_")
         return np.asarray(self._layout.feature_names(), dtype=object)
