@@ -68,7 +68,7 @@ class KFAC(Method):
     cost: ClassVar[str] = "c backward passes once; (d + i) d i a layer and row"
     memory: ClassVar[str] = "2 (d² + i²) a layer"
     exactness: ClassVar[str] = "one Kronecker product a layer"
-    choose_it_for: ClassVar[str] = "networks of millions of parameters"
+    choose_it_for: ClassVar[str] = "layered networks too large for a matrix"
 
     def __init__(self, *, approx: str = "expand", unsupported: str = "error") -> None:
         self.approx = approx
