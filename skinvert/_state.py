@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+
+from ._validation import must_be
 
 __all__ = ["Packed", "TensorState", "pack", "unpack"]
 
@@ -43,16 +45,33 @@ class Packed:
         if self.kind != "tensor":
             return _NAMED[self.kind](self.value)
         # A copy, since a memory map is read-only; into torch's own memory, since its alignment too decides last bits.
-        tensor = torch.empty(self.value.shape, dtype=getattr(torch, self.value.dtype.name))
+        tensor = torch.empty(self.value.shape, dtype=_dtype(self.value.dtype.name))
         tensor.numpy()[...] = self.value
         return tensor.permute(*np.argsort(self.axes).tolist()) if self.axes else tensor
 
 
-_NAMED: dict[str, Callable[[str], Any]] = {
-    "dtype": lambda name: getattr(torch, name),
-    "device": torch.device,
-    "numpy dtype": np.dtype,
+# The dtypes that a state may name. A closed list: a name from a file is never looked up anywhere else.
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    )
 }
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(must_be("A dtype's name", f"one of {sorted(_DTYPES)}", repr(name)))
+    return _DTYPES[name]
+
+
+def _numpy_dtype(name: str) -> np.dtype:
+    # NumPy reads whole records out of such a string.
+    return torch.empty(0, dtype=_dtype(name)).numpy().dtype
+
+
+_NAMED: dict[str, Callable[[str], Any]] = {"dtype": _dtype, "device": torch.device, "numpy dtype": _numpy_dtype}
 
 
 def pack(value: Any) -> Any:
@@ -91,6 +110,8 @@ class TensorState:
 
     # Names of attributes that are rebuilt when needed and so are never pickled.
     _transient: tuple[str, ...] = ()
+    # What a file may hold of an object, each attribute with its type in the words of `schema`; without it, no file may.
+    _fields: ClassVar[Mapping[str, str]]
 
     def __copy__(self) -> Any:
         """Return a shallow copy, on the same device and over the same tensors."""

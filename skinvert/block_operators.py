@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -28,6 +29,14 @@ class Kronecker(LinearOperator):
     >>> Kronecker(torch.tensor([[2.0]]), torch.tensor([[1.0, 1.0], [1.0, 3.0]])).apply(torch.tensor([[1.0, 0.0]]))
     tensor([[2., 2.]])
     """
+
+    _fields: ClassVar[dict[str, str]] = {
+        "size": "int",
+        "dtype": "dtype",
+        "device": "device",
+        "left": "tensor[d,d]",
+        "right": "tensor[i,i]|tensor[i]",
+    }
 
     is_psd = True
 
@@ -62,6 +71,11 @@ class Eigenbasis(TensorState):
         U_A.
     """
 
+    _fields: ClassVar[dict[str, str]] = {
+        "left": "tensor[d,d]",
+        "right": "tensor[i,i]|None",
+    }
+
     def __init__(self, left: torch.Tensor, right: torch.Tensor | None) -> None:
         self.left, self.right = left, right
 
@@ -89,6 +103,15 @@ class Eigenbasis(TensorState):
 
 class Rotated(LinearOperator):
     """Q diag(e) Qᵀ, with Q an ``Eigenbasis`` and e the eigenvalues (d, i)."""
+
+    _fields: ClassVar[dict[str, str]] = {
+        "size": "int",
+        "dtype": "dtype",
+        "device": "device",
+        "basis": "Eigenbasis",
+        "eigenvalues": "tensor[d,i]",
+        "is_psd": "bool",
+    }
 
     def __init__(self, basis: Eigenbasis, eigenvalues: torch.Tensor) -> None:
         super().__init__(eigenvalues.numel(), eigenvalues.dtype, eigenvalues.device)
@@ -119,6 +142,15 @@ class BlockDiagonal(LinearOperator):
     >>> BlockDiagonal(blocks, [torch.tensor([1]), torch.tensor([0, 2])]).apply(torch.ones(1, 3))
     tensor([[ 2., 10.,  3.]])
     """
+
+    _fields: ClassVar[dict[str, str]] = {
+        "size": "int",
+        "dtype": "dtype",
+        "device": "device",
+        "operators": "list[LinearOperator]",
+        "is_psd": "bool",
+        "order": "index[p]|None",
+    }
 
     def __init__(self, operators: Sequence[LinearOperator], indices: Sequence[torch.Tensor] | None = None) -> None:
         first = operators[0]

@@ -24,6 +24,7 @@ from ._validation import (
     resolve_device,
     resolve_dtype,
 )
+from .answers import answer, check_answer, file_fields
 from .block_operators import BlockDiagonal
 from .curvature import Gram, build_blocks, build_curvature, curvature_name, held_out_curvature
 from .data import as_batches
@@ -33,7 +34,7 @@ from .methods.spectrum import has_spectrum, spectrum
 from .models import TorchTwiceDifferentiable, as_model, describe, is_model
 from .operators import LinearOperator, Shifted, as_scipy
 from .parameters import ParameterLayout, split_blocks
-from .persistence import left_out, load_state, require_present, save_state
+from .persistence import left_out, load_state, refusing_damage, require_present, save_state
 from .registry import InversionRegistry, check_requirements, is_method
 from .results import InverseHvpResult, InversionMethod, Spectrum
 from .scores import HeldOut, quadratic_score
@@ -540,7 +541,8 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         state = self.__getstate__()
         for private in ("_metadata_request", "_skl_callbacks"):
             state.pop(private, None)
-        save_state(path, type(self).__name__, state)
+        state["answer"] = answer(self.inverse_)
+        save_state(path, type(self).__name__, state, file_fields(HessianInverter))
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
@@ -593,8 +595,12 @@ def load(path: str | os.PathLike[str], device: Any = None) -> HessianInverter:
     ValueError
         For a file that is truncated, altered, of a newer format, or none of ``save``'s.
     """
+    where = resolve_device(device, torch.device("cpu"))
+    state = load_state(path, HessianInverter.__name__, where, file_fields(HessianInverter))
+    with refusing_damage(path, "one whose inverse gives another answer than it was saved with"):
+        check_answer(state)
     inverter = object.__new__(HessianInverter)
-    inverter.__setstate__(load_state(path, HessianInverter.__name__, resolve_device(device, torch.device("cpu"))))
+    inverter.__setstate__(state)
     return inverter
 
 

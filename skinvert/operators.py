@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.sparse.linalg
@@ -144,6 +144,13 @@ class Dense(LinearOperator):
 class Diagonal(LinearOperator):
     """The operator of a diagonal matrix, given as its diagonal (p,)."""
 
+    _fields: ClassVar[dict[str, str]] = {
+        "size": "int",
+        "dtype": "dtype",
+        "device": "device",
+        "entries": "tensor[p]",
+    }
+
     def __init__(self, entries: torch.Tensor) -> None:
         super().__init__(len(entries), entries.dtype, entries.device)
         self.entries = entries
@@ -210,6 +217,16 @@ class Shifted(LinearOperator):
     >>> Shifted(Diagonal(torch.ones(2)), 0.5).diagonal()
     tensor([1.5000, 1.5000])
     """
+
+    _fields: ClassVar[dict[str, str]] = {
+        "size": "int",
+        "dtype": "dtype",
+        "device": "device",
+        "operator": "LinearOperator",
+        "shift": "float",
+        "is_psd": "bool",
+        "hint": "str",
+    }
 
     def __init__(self, operator: LinearOperator, shift: float) -> None:
         super().__init__(operator.size, operator.dtype, operator.device)

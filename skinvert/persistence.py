@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import platform
 import secrets
+import shutil
 import stat
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
-from ._state import Packed, TensorState, pack, unpack
+from ._schema import check_fields
+from ._state import unpack
 from ._validation import must_be
-from .parameters import ParameterLayout
+from .encoding import LeftOut, Writer, decode_state
 
-__all__ = ["LeftOut", "left_out", "load_state", "require_present", "save_state"]
+__all__ = ["left_out", "load_state", "require_present", "save_state"]
 
-FORMAT, VERSION = "skinvert", 1
+FORMAT, VERSION = "skinvert", 2
 HEADER = ("format", "version", "kind", "state", "sha256")
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """Stands for a setting that a file leaves out, so that a later fit cannot take it for one that was never given.
-
-    Parameters
-    ----------
-    what : str
-        The type of what was left out.
-    """
-
-    what: str
-
-    def __repr__(self) -> str:
-        return f"<{self.what}, left out of the file>"
+# Names of parameters and plain values, no numbers of a curvature: a larger header is none of ours.
+HEADER_BYTES = 16 * 2**20
 
 
 def left_out(value: Any) -> Any:
@@ -59,19 +48,22 @@ def require_present(value: Any, name: str) -> Any:
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
-def save_state(path: str | os.PathLike[str], kind: str, state: dict[str, Any]) -> None:
+def save_state(path: str | os.PathLike[str], kind: str, state: dict[str, Any], fields: Mapping[str, str]) -> None:
     """Write ``state`` to a safetensors file, whole or not at all.
 
-    The file is written beside ``path`` under another name, flushed to the disk and then renamed.
+    The file is written beside ``path`` under another name, flushed to the disk and then renamed. What an earlier save
+    left there when it was killed is removed.
 
     Parameters
     ----------
     path : str or Path
-        Overwritten where it exists.
+        Overwritten where it exists; an ordinary file, no device or pipe.
     kind : str
         What the state is of; ``load_state`` asks for the same.
     state : dict
         Of plain values, containers, arrays, tensors and objects of this package that hold nothing else.
+    fields : mapping of str to str
+        The types of the state's entries, in the words of ``check_fields``; not all need be there.
 
     Raises
     ------
@@ -79,25 +71,37 @@ def save_state(path: str | os.PathLike[str], kind: str, state: dict[str, Any]) -
         Where the state holds anything else.
     FileNotFoundError
         Where the folder does not exist.
+    OSError
+        Where the disk is full; the file before is as it was.
     """
     save_file = _safetensors().numpy.save_file
-    writer = _Writer()
+    writer = Writer()
     # The root first: what it refers to is collected on the way.
     root = writer.encode(state, kind)
+    check_fields(kind, fields, unpack(state), frozenset(fields))
     text = json.dumps({"root": root, "objects": writer.objects})
     header = {"format": FORMAT, "version": str(VERSION), "kind": kind, "state": text}
     header["sha256"] = _checksum(header, writer.arrays)
-    with _replacing(path) as temporary:
-        save_file(writer.arrays, temporary, header)
+    needed = len(text) + sum(array.nbytes for array in writer.arrays.values())
+    if len(text) > HEADER_BYTES // 2:
+        raise ValueError(must_be("What save writes beside arrays", "small", f"{len(text):,} bytes", "Try pickle."))
+    with _replacing(path, needed) as temporary:
+        try:
+            save_file(writer.arrays, temporary, header)
+        except _safetensors().SafetensorError as error:
+            # Its own error for whatever the system refuses.
+            raise OSError(errno.EIO, f"{os.fspath(path)!r} could not be written: {error}") from error
 
 
-def load_state(path: str | os.PathLike[str], kind: str, device: torch.device) -> dict[str, Any]:
-    """Return the state that ``save_state`` wrote, with its operators on ``device``.
+def load_state(
+    path: str | os.PathLike[str], kind: str, device: torch.device, fields: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the state that ``save_state`` wrote, checked entry by entry, with its operators on ``device``.
 
     Raises
     ------
     ValueError
-        Where the file is damaged, altered, of another kind, or of a format newer than this one.
+        Where the file is damaged, altered, of another kind or of another version of the format.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(must_be("path", "a file that exists", repr(os.fspath(path))))
@@ -106,14 +110,24 @@ def load_state(path: str | os.PathLike[str], kind: str, device: torch.device) ->
         raise ValueError(_damaged(path, "contents that do not fit their checksum"))
     if header["kind"] != kind:
         raise ValueError(must_be(f"{os.fspath(path)!r}", f"the file of a {kind}", f"one of a {header['kind']}"))
+    with refusing_damage(path, "a state that cannot be read"):
+        state = decode_state(json.loads(header["state"]), arrays, device)
+        check_fields(kind, fields, state, frozenset(fields))
+        return state
+
+
+@contextmanager
+def refusing_damage(path: str | os.PathLike[str], got: str) -> Iterator[None]:
+    """Turn what a state raises that no ``save`` has written into the one error of damaged files."""
     try:
-        return _decoded(json.loads(header["state"]), arrays, device)
+        yield
     except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(_damaged(path, f"a state that cannot be read ({error})")) from error
+        raise ValueError(_damaged(path, f"{got} ({error})")) from error
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     safe_open = _safetensors().safe_open
+    _check_size(path)
     try:
         with safe_open(os.fspath(path), framework="numpy") as file:
             header: dict[str, str] = file.metadata() or {}
@@ -127,6 +141,14 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, np.nd
     return header, arrays
 
 
+def _check_size(path: str | os.PathLike[str]) -> None:
+    """Raise where the length that the file gives for its header is more than any of ours, or than the file."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(HEADER_BYTES, max(os.path.getsize(path) - 8, 0)):
+        raise ValueError(_damaged(path, f"a damaged one (a header of {length:,} bytes)"))
+
+
 class _Foreign(ValueError):
     """A sound safetensors file that is none of ours, or one of a newer format."""
 
@@ -136,9 +158,11 @@ def _check_header(header: dict[str, str], path: str | os.PathLike[str]) -> None:
         must = "a file that `save` wrote"
         got = f"a safetensors file of format {header.get('format')!r}"
         raise _Foreign(must_be(repr(os.fspath(path)), must, got))
-    if int(header["version"]) > VERSION:
-        got, hint = f"version {header['version']}", "Try a newer skinvert."
-        raise _Foreign(must_be(f"The format of {os.fspath(path)!r}", f"of version {VERSION} or older", got, hint))
+    if int(header["version"]) != VERSION:
+        newer = int(header["version"]) > VERSION
+        hint = "Try a newer skinvert." if newer else "Fit again and save again."
+        got = f"version {header['version']}"
+        raise _Foreign(must_be(f"The format of {os.fspath(path)!r}", f"of version {VERSION}", got, hint))
     if missing := [name for name in HEADER if name not in header]:
         message = f"its header has no {', '.join(missing)}"
         raise ValueError(message)
@@ -160,15 +184,13 @@ def _damaged(path: str | os.PathLike[str], got: str) -> str:
 
 
 @contextmanager
-def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def _replacing(path: str | os.PathLike[str], needed: int) -> Iterator[Path]:
     """Yield a path beside ``path``; what is written there then takes its place at once, or is removed."""
     # Through a link to what it points at: a rename would replace the link itself.
     target = Path(os.path.realpath(os.fspath(path)))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(must_be("The folder of path", "one that exists", repr(str(target.parent))))
-    if target.is_dir():
-        raise IsADirectoryError(must_be("path", "that of a file", f"the folder {str(target)!r}"))
-    temporary = target.with_name(f".skinvert-{secrets.token_hex(8)}.tmp")
+    _check_target(target, needed)
+    _remove_abandoned(target.parent)
+    temporary = target.with_name(f"{_own_prefix()}{os.getpid()}-{secrets.token_hex(8)}.tmp")
     try:
         temporary.touch(exist_ok=False)
         # Whatever writes the file, its permissions are those of an ordinary one, or of the one before.
@@ -189,6 +211,33 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(folder)
 
 
+def _own_prefix() -> str:
+    """Return how the names of this machine's temporary files begin: processes of another are not ours to judge."""
+    return f".skinvert-{hashlib.sha256(platform.node().encode()).hexdigest()[:8]}-"
+
+
+def _check_target(target: Path, needed: int) -> None:
+    if not target.parent.is_dir():
+        raise FileNotFoundError(must_be("The folder of path", "one that exists", repr(str(target.parent))))
+    if target.is_dir():
+        raise IsADirectoryError(must_be("path", "that of a file", f"the folder {str(target)!r}"))
+    if target.exists() and not target.is_file():
+        raise ValueError(must_be("path", "that of an ordinary file", f"the device, pipe or socket {str(target)!r}"))
+    free = shutil.disk_usage(target.parent).free
+    if needed > free:
+        message = must_be(f"The disk of {str(target)!r}", f"one with {needed:,} bytes free", f"{free:,}")
+        raise OSError(errno.ENOSPC, message)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what killed saves left: temporary files of processes that are no more."""
+    for left in folder.glob(f"{_own_prefix()}*.tmp"):
+        process = left.name.removeprefix(_own_prefix()).partition("-")[0]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            with suppress(OSError):
+                left.unlink()
+
+
 def _safetensors() -> Any:
     try:
         import safetensors
@@ -200,142 +249,3 @@ def _safetensors() -> Any:
 
 
 _INSTALL = 'Try `pip install "skinvert[persistence]"`, or pickle.'
-
-
-# -- state <-> JSON and arrays -----------------------------------------------------------------------------------------
-
-
-def _table() -> dict[str, type]:
-    """Return the classes that a file may name: ours that hold state. No other name is ever looked up."""
-    found: list[type] = [LeftOut, ParameterLayout, *_below(TensorState)]
-    return {_name_of(cls): cls for cls in found if _is_ours(cls)}
-
-
-def _below(cls: type) -> list[type]:
-    children: list[type] = cls.__subclasses__()
-    return [below for child in children for below in (child, *_below(child))]
-
-
-def _name_of(cls: type) -> str:
-    return f"{cls.__module__.partition('.')[2]}.{cls.__qualname__}"
-
-
-def _is_ours(cls: type) -> bool:
-    package = __name__.partition(".")[0]
-    ours = cls.__module__.partition(".")[0] == package
-    return ours and getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls
-
-
-class _Writer:
-    """Collects arrays and objects while it turns values into JSON; what is met twice is written once.
-
-    A list is ``["list", ...]``, and so is everything else that JSON has no form for, under its own tag.
-    """
-
-    def __init__(self) -> None:
-        self.arrays: dict[str, np.ndarray] = {}
-        self.objects: list[list[Any]] = []
-        self._seen: dict[tuple[Any, ...], Any] = {}
-        self._names = {cls: name for name, cls in _table().items()}
-        # Kept alive, so that no address is used twice.
-        self._kept: list[Any] = []
-
-    def encode(self, value: Any, where: str) -> Any:
-        """Return ``value`` as JSON; ``where`` it stands is for the error."""
-        value = pack(_plain(value))
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-        if isinstance(value, Packed):
-            return ["packed", value.kind, self.encode(value.value, where), list(value.axes)]
-        if isinstance(value, np.ndarray):
-            return self._array(value, where)
-        if type(value) in (list, tuple):
-            return [type(value).__name__, [self.encode(item, f"{where}[{i}]") for i, item in enumerate(value)]]
-        if type(value) is dict:
-            pairs = [[self.encode(k, where), self.encode(v, f"{where}.{k}")] for k, v in value.items()]
-            return ["dict", pairs]
-        return self._object(value, where)
-
-    def _array(self, array: np.ndarray, where: str) -> Any:
-        if array.dtype == object:
-            return ["object array", self.encode(array.tolist(), where)]
-        if array.dtype.kind not in "biuf":
-            raise ValueError(self._refusal(f"an array of dtype {array.dtype}", where))
-        array = np.asarray(array, order="C")
-        # Empty arrays have no address of their own.
-        place = array.ctypes.data if array.size else f"empty {len(self.arrays)}"
-        key = (place, array.shape, array.dtype.str)
-        if key not in self._seen:
-            self._seen[key] = f"array{len(self.arrays)}"
-            self.arrays[self._seen[key]] = array
-        return ["array", self._seen[key]]
-
-    def _object(self, value: Any, where: str) -> Any:
-        if type(value) not in self._names:
-            raise ValueError(self._refusal(type(value).__name__, where))
-        key = ("object", id(value))
-        if key not in self._seen:
-            self._seen[key] = len(self.objects)
-            self._kept.append(value)
-            entry = [self._names[type(value)], None]
-            self.objects.append(entry)
-            entry[1] = self.encode(value.__getstate__(), f"{where}.{type(value).__name__}")
-        return ["object", self._seen[key]]
-
-    def _refusal(self, got: str, where: str) -> str:
-        return must_be(f"What save writes, {where},", "plain, or skinvert's own", got, "Try pickle or joblib.")
-
-
-def _plain(value: Any) -> Any:
-    """Return NumPy scalars as Python's, and classes that name a dtype as dtypes."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, type) and (value in (float, int) or issubclass(value, np.generic)):
-        return np.dtype(value)
-    return value
-
-
-def _decoded(content: dict[str, Any], arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Any]:
-    table = _table()
-    # All objects first, empty, since they may refer to one another.
-    objects: list[Any] = [object.__new__(table[name]) for name, _ in content["objects"]]
-    for found, (_, state) in zip(objects, content["objects"], strict=True):
-        _fill(found, _decode(state, arrays, objects), device)
-    return dict(unpack(_decode(content["root"], arrays, objects)))
-
-
-def _decode(value: Any, arrays: dict[str, np.ndarray], objects: list[Any]) -> Any:
-    if not isinstance(value, list):
-        return value
-    tag, content = value[0], value[1]
-    if tag == "packed":
-        return Packed(content, _decode(value[2], arrays, objects), tuple(value[3]))
-    if tag == "array":
-        return arrays[content]
-    if tag == "object":
-        return objects[content]
-    if tag == "object array":
-        return np.array(_decode(content, arrays, objects), dtype=object)
-    if tag == "dict":
-        return {_decode(k, arrays, objects): _decode(v, arrays, objects) for k, v in content}
-    return {"list": list, "tuple": tuple}[tag](_decode(item, arrays, objects) for item in content)
-
-
-def _fill(found: Any, state: dict[str, Any], device: torch.device) -> None:
-    if not isinstance(found, TensorState):
-        found.__dict__.update(state)
-        return
-    found.__setstate__(state)
-    found.__dict__.update({name: _moved(value, device) for name, value in found.__dict__.items()})
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.device):
-        return device
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if type(value) in (list, tuple):
-        return type(value)(_moved(item, device) for item in value)
-    if type(value) is dict:
-        return {key: _moved(item, device) for key, item in value.items()}
-    return value

@@ -22,6 +22,7 @@ from sklearn.model_selection import GridSearchCV
 
 import skinvert
 from skinvert import HessianInverter, methods
+from skinvert.answers import file_fields
 from skinvert.curvature import Gram
 from skinvert.methods import CG, Direct
 from skinvert.persistence import _checksum, load_state
@@ -268,10 +269,13 @@ def test_a_map_of_a_file_is_not_written_to(tmp_path):
 
 def test_an_object_met_twice_is_one_object(tmp_path):
     inverter = on_rows()
-    inverter.inverse_.again = [inverter.inverse_.matrix, inverter.method_]
+    inverter.method = inverter.method_
+    inverter.inverse_.eigenvectors = inverter.inverse_.matrix
     loaded = reloaded(inverter, tmp_path)
-    assert loaded.inverse_.again[1] is loaded.method_
-    assert len(list(safetensors.safe_open(tmp_path / "file", framework="numpy").keys())) == 2
+    assert loaded.method is loaded.method_
+    assert loaded.inverse_.eigenvectors is loaded.inverse_.matrix
+    # The matrix, its factor, and the answer.
+    assert len(list(safetensors.safe_open(tmp_path / "file", framework="numpy").keys())) == 3
 
 
 # -- model, loss and data stay behind ----------------------------------------------------------------------------------
@@ -385,7 +389,9 @@ def test_a_device_that_is_not_there_is_named(tmp_path):
 
 def test_operators_move_to_the_device(tmp_path):
     on_rows().save(tmp_path / "file")
-    inverse = load_state(tmp_path / "file", "HessianInverter", torch.device("meta"))["inverse_"]
+    inverse = load_state(tmp_path / "file", "HessianInverter", torch.device("meta"), file_fields(HessianInverter))[
+        "inverse_"
+    ]
     assert inverse.device.type == inverse.matrix.device.type == inverse.cholesky.device.type == "meta"
 
 
@@ -461,13 +467,14 @@ def _with_another_class(path):
     ("header", "message"),
     [
         ({"format": "pt"}, "a file that `save` wrote. Got a safetensors file of format 'pt'"),
-        ({"version": "2"}, "of version 1 or older. Got version 2 instead. Try a newer skinvert"),
+        ({"version": "3"}, "of version 2. Got version 3 instead. Try a newer skinvert"),
+        ({"version": "1"}, "of version 2. Got version 1 instead. Fit again and save again"),
         ({"version": "one"}, "Got a damaged one"),
         ({"kind": "Other"}, "do not fit their checksum"),
         ({"sha256": "0" * 64}, "do not fit their checksum"),
         (_with_another_class, "do not fit their checksum"),
     ],
-    ids=["magic", "newer", "no version", "kind", "checksum", "class"],
+    ids=["magic", "newer", "older", "no version", "kind", "checksum", "class"],
 )
 def test_an_altered_header_is_named(header, message, tmp_path):
     on_rows().save(tmp_path / "file")

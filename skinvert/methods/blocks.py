@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from sklearn.base import clone
@@ -36,6 +37,14 @@ class BlockInverse(InverseOperator):
     hessian_perturbation : float
         λ.
     """
+
+    _fields: ClassVar[dict[str, str]] = {
+        "inverses": "list[InverseOperator]",
+        "shift": "float",
+        "order": "index[p]|None",
+        "positive_definite": "bool|None",
+        "keeps_operator": "bool",
+    }
 
     def __init__(self, inverses: Sequence[InverseOperator], blocks: BlockDiagonal, hessian_perturbation: float) -> None:
         self.inverses, self.shift = list(inverses), float(hessian_perturbation)

@@ -52,6 +52,15 @@ class Diagonal(Method):
 class DiagonalInverse(InverseOperator):
     """(diag(A) + λI)⁻¹, or its pseudo-inverse."""
 
+    _fields: ClassVar[dict[str, str]] = {
+        "entries": "tensor[p]",
+        "shift": "float",
+        "is_psd": "bool",
+        "hint": "str",
+        "inverted": "tensor[p]",
+        "positive_definite": "bool",
+    }
+
     def __init__(self, entries: torch.Tensor, hessian_perturbation: float, is_psd: bool, hint: str) -> None:
         if not bool(torch.isfinite(entries).all()):
             raise ValueError(must_be("The curvature", "finite", "NaN or infinity", "Look at the parameters."))

@@ -77,6 +77,18 @@ class Direct(Method):
 class DenseInverse(InverseOperator):
     """The factorised inverse of a dense matrix plus λI."""
 
+    _fields: ClassVar[dict[str, str]] = {
+        "matrix": "tensor[p,p]",
+        "shift": "float",
+        "rtol": "float",
+        "hint": "str",
+        "cholesky": "tensor[p,p]|None",
+        "eigenvalues": "tensor[p]|None",
+        "eigenvectors": "tensor[p,p]|None",
+        "inverted": "tensor[p]|None",
+        "positive_definite": "bool",
+    }
+
     def __init__(self, matrix: torch.Tensor, hessian_perturbation: float, rtol: float, hint: str) -> None:
         self.matrix, self.shift, self.rtol, self.hint = matrix, hessian_perturbation, rtol, hint
         if not bool(torch.isfinite(matrix).all()):
@@ -195,6 +207,16 @@ class DenseInverse(InverseOperator):
 
 class SampleSpaceInverse(InverseOperator):
     """Woodbury: (D + FᵀF)⁻¹ = D⁻¹ − D⁻¹Fᵀ (I + F D⁻¹ Fᵀ)⁻¹ F D⁻¹, with D = R + λ > 0 diagonal."""
+
+    _fields: ClassVar[dict[str, str]] = {
+        "rows": "tensor[r,p]",
+        "rtol": "float",
+        "penalty": "tensor[p]|None",
+        "shift": "tensor[p]",
+        "inverse_shift": "tensor[p]",
+        "cholesky": "tensor[r,r]",
+        "positive_definite": "bool",
+    }
 
     _transient = ("_spectral",)
 

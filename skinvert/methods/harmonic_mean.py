@@ -64,6 +64,14 @@ class HarmonicMean(Method):
 class HarmonicMeanInverse(InverseOperator):
     """D⁻¹ − D⁻¹ Fᵀ diag(c) F D⁻¹, with rows fᵢ = √(wᵢ/Σw) gᵢ of F and cᵢ = 1 / (1 + gᵢᵀD⁻¹gᵢ)."""
 
+    _fields: ClassVar[dict[str, str]] = {
+        "rows": "tensor[n,p]",
+        "weights": "tensor[n]",
+        "penalty": "tensor[p]|None",
+        "shift": "tensor[p]",
+        "damping": "tensor[n]",
+    }
+
     positive_definite = True
 
     def __init__(

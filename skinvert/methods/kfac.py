@@ -99,6 +99,14 @@ class KroneckerInverse(InverseOperator):
         λ.
     """
 
+    _fields: ClassVar[dict[str, str]] = {
+        "curvature": "LinearOperator",
+        "spectrum": "LinearOperator",
+        "shift": "float",
+        "inverted": "LinearOperator",
+        "positive_definite": "bool",
+    }
+
     def __init__(self, curvature: BlockDiagonal, spectrum: BlockDiagonal, hessian_perturbation: float) -> None:
         self.curvature, self.spectrum, self.shift = curvature, spectrum, float(hessian_perturbation)
         pairs = [_inverted(block, self.shift) for block in spectrum.operators]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import ClassVar
 
 import scipy.linalg
 import torch
@@ -61,6 +62,21 @@ class LowRankInverse(InverseOperator):
     name, hint : str
         The method's name, and what to try where A + λI is indefinite.
     """
+
+    _fields: ClassVar[dict[str, str]] = {
+        "eigenvalues": "tensor[r]",
+        "eigenvectors": "tensor[r,p]",
+        "complement": "float|None",
+        "approximate": "bool",
+        "name": "str",
+        "hint": "str",
+        "rtol": "float",
+        "shift": "float",
+        "rest": "float",
+        "inverted": "tensor[r]",
+        "_lost": "mask[r]",
+        "positive_definite": "bool",
+    }
 
     def __init__(
         self,

@@ -1,0 +1,73 @@
+"""What a file of an inverter holds, and the one answer in it that tells a sound inverse from an altered one."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import torch
+
+from ._validation import must_be
+from .methods.base import InverseOperator
+
+__all__ = ["answer", "check_answer", "file_fields"]
+
+FITTED = {
+    "n_features_in_": "int",
+    "n_samples_": "int",
+    "feature_names_in_": "names",
+    "method_": "Method",
+    "inverse_": "InverseOperator",
+    "curvature_name_": "str",
+    "hessian_perturbation_": "float",
+    "gradient_norm_": "float",
+    "parameter_names_": "names",
+    "eigenvalues_": "array",
+    "_layout": "ParameterLayout|None",
+    "_sklearn_output_config": "plain",
+    "answer": "tensor[2,p]",
+}
+REQUIRED = ("n_features_in_", "method_", "inverse_", "hessian_perturbation_", "_layout", "answer")
+# Another machine rounds otherwise, as much as the condition allows; an altered inverse answers something else.
+TOLERANCE = {torch.float32: 5e-2, torch.float64: 1e-3}
+
+
+def file_fields(cls: type) -> dict[str, str]:
+    """Return the types of all that a file of ``cls`` may hold: its settings, which ``fit`` checks, and FITTED."""
+    settings = dict.fromkeys(inspect.signature(cls).parameters, "plain|Method|SampledFisher|LeftOut")
+    return {**settings, **FITTED}
+
+
+def answer(inverse: InverseOperator) -> torch.Tensor:
+    """Return (A + λI)⁻¹b and (A + λI)b (2, p) of one fixed b, of numbers that any machine makes alike."""
+    b = torch.cos(torch.arange(1, inverse.size + 1, dtype=torch.float64))[None].to(inverse.device, inverse.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.cat([inverse.solve(b).x, inverse.operator.apply(b)]).cpu()
+
+
+def check_answer(state: dict[str, Any]) -> None:
+    """Raise ValueError unless the inverse of a decoded state is whole, of its size, and gives the answer kept."""
+    if missing := [name for name in REQUIRED if name not in state]:
+        raise ValueError(must_be("The state", "one of a fitted inverter", f"one without {missing}"))
+    inverse, expected, layout = state["inverse_"], state.pop("answer"), state["_layout"]
+    _check_layout(layout, state["n_features_in_"])
+    if not inverse.size == expected.shape[1] == state["n_features_in_"]:
+        got = f"an inverse of size {inverse.size} for {state['n_features_in_']} parameters"
+        raise ValueError(must_be("The inverse", f"of size {expected.shape[1]}", got))
+    found, expected = answer(inverse).double(), expected.double()
+    error = (found - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-300)
+    # Not (error > ...): NaN compares false.
+    if not bool((error <= TOLERANCE[inverse.dtype]).all()):
+        got = f"another one, by {float(error.max()):.3g} of it"
+        raise ValueError(must_be("The inverse's answer", "the one that it was saved with", got))
+
+
+def _check_layout(layout: Any, size: int) -> None:
+    if layout is None:
+        return
+    sound = type(layout.names) is tuple and type(layout.shapes) is tuple and len(layout.names) == len(layout.shapes)
+    sound = sound and all(type(s) is tuple and all(type(i) is int and 0 < i < 2**40 for i in s) for s in layout.shapes)
+    if not sound or len(set(layout.names)) != len(layout.names) or layout.num_params != size:
+        raise ValueError(must_be("The layout", f"of {size} parameters, one shape a name", repr(layout)[:200]))

@@ -1,0 +1,251 @@
+"""State as JSON and arrays, and back: only values, and objects of a closed list of classes with typed attributes."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+
+from ._schema import check_fields
+from ._state import Packed, TensorState, pack
+from ._validation import must_be
+from .parameters import ParameterLayout
+
+__all__ = ["LeftOut", "Writer", "decode_state"]
+
+# More levels than any state of ours has.
+DEPTH = 32
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Stands for a setting that a file leaves out, so that a later fit cannot take it for one that was never given.
+
+    Parameters
+    ----------
+    what : str
+        The type of what was left out.
+    """
+
+    what: str
+
+    def __repr__(self) -> str:
+        return f"<{self.what}, left out of the file>"
+
+
+def _table() -> dict[str, type]:
+    """Return the classes that a file may name: ours that say what a file holds of them. No other is ever looked up."""
+    found: list[type] = [LeftOut, ParameterLayout, *_below(TensorState)]
+    return {_name_of(cls): cls for cls in found if _is_ours(cls) and _fields_of(cls) is not None}
+
+
+def _fields_of(cls: type) -> Mapping[str, str] | None:
+    """Return the types of a class's attributes: as it declares them, or those of its settings; None where neither."""
+    if cls is LeftOut:
+        return {"what": "str"}
+    if cls is ParameterLayout:
+        return {"names": "names", "shapes": "plain"}
+    declared = cls.__dict__.get("_fields")
+    if declared is not None:
+        return dict(declared)
+    if issubclass(cls, BaseEstimator):
+        # Settings of a method or a curvature, which `fit` checks again; one may be a method (a preconditioner).
+        settings = list(inspect.signature(cls).parameters)
+        return dict.fromkeys(settings, "plain|Method")
+    return None
+
+
+def _below(cls: type) -> list[type]:
+    children: list[type] = cls.__subclasses__()
+    return [below for child in children for below in (child, *_below(child))]
+
+
+def _name_of(cls: type) -> str:
+    return f"{cls.__module__.partition('.')[2]}.{cls.__qualname__}"
+
+
+def _is_ours(cls: type) -> bool:
+    package = __name__.partition(".")[0]
+    ours = cls.__module__.partition(".")[0] == package
+    return ours and getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls and not inspect.isabstract(cls)
+
+
+class Writer:
+    """Collects arrays and objects while it turns values into JSON; what is met twice is written once.
+
+    A list is ``["list", ...]``, and so is everything else that JSON has no form for, under its own tag.
+    """
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+        self.objects: list[list[Any]] = []
+        self._seen: dict[tuple[Any, ...], Any] = {}
+        self._names = {cls: name for name, cls in _table().items()}
+        # Kept alive, so that no address is used twice.
+        self._kept: list[Any] = []
+
+    def encode(self, value: Any, where: str) -> Any:
+        """Return ``value`` as JSON; ``where`` it stands is for the error."""
+        value = pack(_plain(value))
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, Packed):
+            return ["packed", value.kind, self.encode(value.value, where), list(value.axes)]
+        if isinstance(value, np.ndarray):
+            return self._array(value, where)
+        if type(value) in (list, tuple):
+            return [type(value).__name__, [self.encode(item, f"{where}[{i}]") for i, item in enumerate(value)]]
+        if type(value) is dict:
+            pairs = [[self.encode(k, where), self.encode(v, f"{where}.{k}")] for k, v in value.items()]
+            return ["dict", pairs]
+        return self._object(value, where)
+
+    def _array(self, array: np.ndarray, where: str) -> Any:
+        if array.dtype == object:
+            return ["object array", self.encode(array.tolist(), where)]
+        if array.dtype.kind not in "biuf":
+            raise ValueError(self._refusal(f"an array of dtype {array.dtype}", where))
+        array = np.asarray(array, order="C")
+        # Empty arrays have no address of their own.
+        place = array.ctypes.data if array.size else f"empty {len(self.arrays)}"
+        key = (place, array.shape, array.dtype.str)
+        if key not in self._seen:
+            self._seen[key] = f"array{len(self.arrays)}"
+            self.arrays[self._seen[key]] = array
+        return ["array", self._seen[key]]
+
+    def _object(self, value: Any, where: str) -> Any:
+        if type(value) not in self._names:
+            raise ValueError(self._refusal(type(value).__name__, where))
+        key = ("object", id(value))
+        if key not in self._seen:
+            self._seen[key] = len(self.objects)
+            self._kept.append(value)
+            entry = [self._names[type(value)], None]
+            self.objects.append(entry)
+            # What is rebuilt when needed stands as None in a pickle, and not at all in a file.
+            transient = getattr(value, "_transient", ())
+            state = {name: part for name, part in value.__getstate__().items() if name not in transient}
+            entry[1] = self.encode(state, f"{where}.{type(value).__name__}")
+        return ["object", self._seen[key]]
+
+    def _refusal(self, got: str, where: str) -> str:
+        return must_be(f"What save writes, {where},", "plain, or skinvert's own", got, "Try pickle or joblib.")
+
+
+def _plain(value: Any) -> Any:
+    """Return NumPy scalars as Python's, and classes that name a dtype as dtypes."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, type) and (value in (float, int) or issubclass(value, np.generic)):
+        return np.dtype(value)
+    return value
+
+
+def decode_state(content: Any, arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Any]:
+    """Return the root's state, its objects checked by type and shape and moved to ``device``.
+
+    Raises
+    ------
+    ValueError, TypeError, LookupError, RecursionError
+        For a state that ``Writer`` would not have written.
+    """
+    return _Reader(content, arrays, device).root()
+
+
+class _Reader:
+    """Builds each object once, and each tensor once however often it is referred to."""
+
+    def __init__(self, content: Any, arrays: dict[str, np.ndarray], device: torch.device) -> None:
+        self.content, self.arrays, self.device = content, arrays, device
+        self.table = _table()
+        self.tensors: dict[Any, torch.Tensor] = {}
+        self.objects: dict[int, Any] = {}
+        self.open: set[int] = set()
+
+    def root(self) -> dict[str, Any]:
+        if type(self.content) is not dict or set(self.content) != {"root", "objects"}:
+            raise ValueError(must_be("The state", "an object with root and objects", type(self.content).__name__))
+        state = self.decode(self.content["root"])
+        if type(state) is not dict or not all(type(key) is str for key in state):
+            raise ValueError(must_be("The root", "a mapping of names", type(state).__name__))
+        return state
+
+    def decode(self, value: Any, depth: int = 0) -> Any:
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        if type(value) is not list or depth > DEPTH or not value or type(value[0]) is not str:
+            raise ValueError(must_be("An entry of the state", "a plain value or a tagged list", repr(value)[:80]))
+        return getattr(self, _TAGS[value[0]])(*value[1:], depth=depth + 1)
+
+    def _packed(self, kind: str, value: Any, axes: Any, depth: int) -> Any:
+        if kind != "tensor":
+            return Packed(str(kind), str(self.decode(value, depth)), ()).unpack()
+        array, key = self.decode(value, depth), json_key(value, axes)
+        if not isinstance(array, np.ndarray) or sorted(axes) != list(range(array.ndim)):
+            raise ValueError(must_be("A tensor's axes", "each of its array's once", repr(axes)[:80]))
+        if key not in self.tensors:
+            self.tensors[key] = Packed("tensor", array, tuple(axes)).unpack().to(self.device)
+        return self.tensors[key]
+
+    def _array(self, name: str, depth: int) -> np.ndarray:
+        return self.arrays[name]
+
+    def _object_array(self, content: Any, depth: int) -> np.ndarray:
+        items = self.decode(content, depth)
+        array = np.empty(len(items), dtype=object)
+        array[:] = items
+        return array
+
+    def _dict(self, content: Any, depth: int) -> dict[Any, Any]:
+        return {self.decode(key, depth): self.decode(item, depth) for key, item in content}
+
+    def _list(self, content: Any, depth: int) -> list[Any]:
+        return [self.decode(item, depth) for item in content]
+
+    def _tuple(self, content: Any, depth: int) -> tuple[Any, ...]:
+        return tuple(self._list(content, depth))
+
+    def _object(self, index: Any, depth: int) -> Any:
+        if type(index) is not int or not 0 <= index < len(self.content["objects"]) or index in self.open:
+            raise ValueError(must_be("An object", "one of the file's, and no part of itself", repr(index)[:80]))
+        if index not in self.objects:
+            self.open.add(index)
+            self.objects[index] = self._built(*self.content["objects"][index], depth=depth)
+            self.open.discard(index)
+        return self.objects[index]
+
+    def _built(self, name: str, state: Any, depth: int) -> Any:
+        cls = self.table[name]
+        fields: Any = _fields_of(cls)
+        values = self.decode(state, depth)
+        if type(values) is not dict:
+            raise ValueError(must_be(f"The state of a {name}", "a mapping", type(values).__name__))
+        check_fields(cls.__name__, fields, values, frozenset())
+        built = object.__new__(cls)
+        moved = {key: self.device if isinstance(value, torch.device) else value for key, value in values.items()}
+        built.__dict__.update(moved, **dict.fromkeys(getattr(cls, "_transient", ())))
+        return built
+
+
+def json_key(value: Any, axes: Any) -> str:
+    """Return what tells a reference to an array from every other."""
+    return repr((value, axes))
+
+
+# The methods that a tag may name: a closed list.
+_TAGS = {
+    "packed": "_packed",
+    "array": "_array",
+    "object array": "_object_array",
+    "dict": "_dict",
+    "list": "_list",
+    "tuple": "_tuple",
+    "object": "_object",
+}

@@ -1,0 +1,267 @@
+"""Files written on purpose, with a checksum that fits: none runs code; each is an error or gives the same answer."""
+
+import copy
+import json
+import warnings
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+import torch
+from torch import nn
+
+import skinvert
+from skinvert import HessianInverter
+from skinvert._state import Packed
+from skinvert.encoding import decode_state
+from skinvert.methods import EKFAC, KFAC, Arnoldi, Direct, Nystroem
+from skinvert.persistence import HEADER_BYTES, _checksum
+
+
+def fitted(method="direct", on="rows", dtype=torch.float64, **settings):
+    X = np.random.default_rng(0).standard_normal((20, 3))
+    if on == "rows":
+        return HessianInverter(method, 0.1, dtype=dtype, **settings).fit(X)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    y = np.arange(20) % 3
+    settings = {"curvature": "ggn", "loss": "cross_entropy", **settings}
+    return HessianInverter(method, 0.1, **settings).fit(net, (X, y))
+
+
+def read(path):
+    with safetensors.safe_open(path, framework="numpy") as file:
+        header = file.metadata()
+    return header, json.loads(header["state"]), safetensors.numpy.load_file(path)
+
+
+def write(path, header, state, arrays):
+    """Write a file with this state, and with the checksum that fits."""
+    header = {**header, "state": state if isinstance(state, str) else json.dumps(state)}
+    header["sha256"] = _checksum(header, arrays)
+    safetensors.numpy.save_file(arrays, path, header)
+
+
+def entry(state, name):
+    """Return the root's [key, value] of this name."""
+    return next(pair for pair in state["root"][1] if pair[0] == name)
+
+
+def crafted(tmp_path, change, inverter=None):
+    """Save, change the decoded state in place, and return the path."""
+    path = tmp_path / "file"
+    (inverter or fitted()).save(path)
+    header, state, arrays = read(path)
+    change(state, arrays)
+    write(path, header, state, arrays)
+    return path
+
+
+# -- no name of a file is looked up beyond closed lists ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cond", "save", "load", "_import_dotted_name", "hub", "Tensor", "float32x", ""])
+@pytest.mark.parametrize("kind", ["dtype", "numpy dtype"])
+def test_a_dtype_is_one_of_a_list(kind, name):
+    with pytest.raises(ValueError, match="A dtype's name must be one of"):
+        Packed(kind, name).unpack()
+
+
+FUNCTION = ["packed", "dtype", "save", []]
+
+
+@pytest.mark.parametrize("name", ["method", "method_", "inverse_", "dtype", "loss", "model", "random_state", "_layout"])
+def test_no_function_stands_anywhere(name, tmp_path):
+    def change(state, arrays):
+        entry(state, name)[1] = FUNCTION
+
+    with pytest.raises(ValueError, match="a state that cannot be read"):
+        skinvert.load(crafted(tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("inverse_", None, "inverse_ must be of type InverseOperator"),
+        ("method_", "direct", "method_ must be of type Method"),
+        ("method_", ["object", 1], "method_ must be of type Method"),
+        ("n_features_in_", 10**15, "the inverse's|The inverse must be of size|layout"),
+        ("n_features_in_", 10**400, "n_features_in_ must be of type int"),
+        ("hessian_perturbation_", float("nan"), "must be of type float"),
+        ("answer", ["packed", "tensor", ["array", "array0"], [0, 1]], "answer must be of type"),
+        ("answer", ["packed", "tensor", ["array", "array0"], [0, 0]], "axes must be"),
+        ("_layout", ["list", []], "_layout must be of type"),
+    ],
+)
+def test_each_entry_has_its_type(name, value, message, tmp_path):
+    def change(state, arrays):
+        entry(state, name)[1] = value
+
+    with pytest.raises(ValueError, match=message):
+        skinvert.load(crafted(tmp_path, change))
+
+
+@pytest.mark.parametrize("name", ["_model", "_data", "curvature_", "transform", "__class__", "solve"])
+def test_no_further_entry_is_taken(name, tmp_path):
+    def change(state, arrays):
+        state["root"][1].append([name, None])
+
+    with pytest.raises(ValueError, match="alone"):
+        skinvert.load(crafted(tmp_path, change))
+    with pytest.raises(ValueError, match="alone"):
+        skinvert.load(crafted(tmp_path, lambda state, arrays: state["objects"][-1][1][1].append([name, None])))
+
+
+def test_an_object_is_no_part_of_itself(tmp_path):
+    def change(state, arrays):
+        blocks = next(found for found in state["objects"] if found[0].endswith("BlockInverse"))
+        where = next(i for i, found in enumerate(state["objects"]) if found is blocks)
+        next(pair for pair in blocks[1][1] if pair[0] == "inverses")[1] = ["list", [["object", where]]]
+
+    with pytest.raises(ValueError, match="no part of itself"):
+        skinvert.load(crafted(tmp_path, change, fitted(on="net", blocks="layer")))
+
+
+@pytest.mark.parametrize("letter", ["cholesky", "matrix"])
+def test_two_arrays_of_one_shape_are_not_exchanged(letter, tmp_path):
+    def change(state, arrays):
+        fields = dict(next(found for found in state["objects"] if found[0].endswith("DenseInverse"))[1][1])
+        other = {"cholesky": "matrix", "matrix": "cholesky"}[letter]
+        fields[letter][2] = fields[other][2]
+
+    with pytest.raises(ValueError, match="another answer"):
+        skinvert.load(crafted(tmp_path, change))
+
+
+# -- and nothing large is made of something small ----------------------------------------------------------------------
+
+
+def test_a_header_is_bounded_before_it_is_read(tmp_path):
+    fitted().save(tmp_path / "file")
+    content = (tmp_path / "file").read_bytes()
+    for length in (2**62, HEADER_BYTES + 1, len(content), 0):
+        (tmp_path / "file").write_bytes(length.to_bytes(8, "little") + content[8:])
+        with pytest.raises(ValueError, match="a header of"):
+            skinvert.load(tmp_path / "file")
+
+
+def test_an_array_met_often_is_kept_once():
+    reference = ["packed", "tensor", ["array", "a"], [0, 1]]
+    content = {"root": ["dict", [["many", ["list", [reference] * 1000]]]], "objects": []}
+    many = decode_state(content, {"a": np.zeros((600, 600))}, torch.device("cpu"))["many"]
+    assert len({tensor.data_ptr() for tensor in many}) == 1
+
+
+@pytest.mark.parametrize("levels", [40, 900, 100_000])
+def test_a_deep_state_is_an_error(levels, tmp_path):
+    fitted().save(tmp_path / "file")
+    header, state, arrays = read(tmp_path / "file")
+    text = json.dumps(state).replace('"random_state", null', '"random_state", ' + '["list", [' * levels + "]]" * levels)
+    write(tmp_path / "file", header, text, arrays)
+    with pytest.raises(ValueError, match="a state that cannot be read"):
+        skinvert.load(tmp_path / "file")
+
+
+# -- a fuzz of the decoded state ---------------------------------------------------------------------------------------
+
+SAVED = [
+    ("direct", "rows", {}),
+    ("direct", "net", {"blocks": "layer"}),
+    (Direct(rtol=1e-3), "net", {"params": ["0.*"], "curvature": "empirical_fisher"}),
+    (Arnoldi(rank=3), "net", {}),
+    (Nystroem(rank=3, random_state=1), "net", {"dtype": torch.float32}),
+    ("diagonal", "net", {}),
+    (KFAC(), "net", {"weight_decay": 0.1}),
+    (EKFAC(), "net", {}),
+    ("harmonic_mean", "net", {"curvature": "empirical_fisher"}),
+]
+ATOMS = [
+    *(None, True, False, 0, 1, -1, 2, 3, 10**9, 10**30, 10**400, 0.0, -0.5, 1e-320, 1e308, float("nan"), float("inf")),
+    *(
+        "",
+        "direct",
+        "cpu",
+        "cuda:7",
+        "meta",
+        "float32",
+        "array0",
+        "array1",
+        "tensor",
+        "dtype",
+        "save",
+        "os.system",
+        "dict",
+    ),
+    *([], {}, ["list", []], ["dict", []], ["object", 0], ["object", 1], ["array", "array0"], FUNCTION),
+    *(
+        "methods.direct.DenseInverse",
+        "operators.Diagonal",
+        "methods.kfac.KroneckerInverse",
+        "parameters.ParameterLayout",
+    ),
+]
+
+
+def places(value, found):
+    """Collect (container, key) of every part of a JSON value."""
+    keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        found.append((value, key))
+        places(value[key], found)
+    return found
+
+
+def mutate(state, generator):
+    """Change one to three parts: another's value, an atom, an exchange, a part less or twice."""
+    for _ in range(generator.integers(1, 4)):
+        found = places(state, [])
+        (one, i), (other, j) = (found[k] for k in generator.integers(len(found), size=2))
+        kind = generator.integers(4)
+        if kind == 0:
+            one[i] = copy.deepcopy(other[j])
+        elif kind == 1:
+            one[i] = copy.deepcopy(ATOMS[generator.integers(len(ATOMS))])
+        elif kind == 2:
+            one[i], other[j] = copy.deepcopy(other[j]), copy.deepcopy(one[i])
+        elif isinstance(one, list) and generator.integers(2):
+            one.insert(i, copy.deepcopy(one[i]))
+        else:
+            del one[i]
+
+
+def outcomes(saved, trials, seed, tmp_path):
+    """Return how many mutated files are errors; assert that the others give the same answer."""
+    method, on, settings = saved
+    inverter, generator, failed = fitted(method, on, **settings), np.random.default_rng(seed), 0
+    b = generator.standard_normal((2, inverter.n_features_in_))
+    path = tmp_path / "file"
+    inverter.save(path)
+    header, state, arrays = read(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = inverter.transform(b)
+        for _ in range(trials):
+            changed = copy.deepcopy(state)
+            mutate(changed, generator)
+            write(path, header, changed, arrays)
+            try:
+                received = skinvert.load(path).set_output(transform="default").transform(b)
+            except ValueError as error:
+                assert "must be" in str(error)
+                failed += 1
+            else:
+                np.testing.assert_allclose(received, expected, rtol=1e-5, atol=1e-8, err_msg=json.dumps(changed))
+    return failed
+
+
+@pytest.mark.parametrize("case", range(len(SAVED)))
+def test_mutated_states_are_errors_or_change_nothing(case, tmp_path):
+    assert outcomes(SAVED[case], 30, case, tmp_path) > 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(len(SAVED)))
+def test_10_000_mutated_states(case, tmp_path):
+    trials = -(-10_000 // len(SAVED))
+    assert outcomes(SAVED[case], trials, 100 + case, tmp_path) > trials // 2
