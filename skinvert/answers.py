@@ -11,7 +11,7 @@ import torch
 from ._validation import must_be
 from .methods.base import InverseOperator
 
-__all__ = ["answer", "check_answer", "file_fields"]
+__all__ = ["OPTIONAL", "answer", "check_answer", "file_fields"]
 
 FITTED = {
     "n_features_in_": "int",
@@ -28,7 +28,7 @@ FITTED = {
     "_sklearn_output_config": "plain",
     "answer": "tensor[2,p]",
 }
-REQUIRED = ("n_features_in_", "method_", "inverse_", "hessian_perturbation_", "_layout", "answer")
+OPTIONAL = frozenset(FITTED) - {"n_features_in_", "method_", "inverse_", "hessian_perturbation_", "_layout", "answer"}
 # Another machine rounds otherwise, as much as the condition allows; an altered inverse answers something else.
 TOLERANCE = {torch.float32: 5e-2, torch.float64: 1e-3}
 
@@ -48,9 +48,7 @@ def answer(inverse: InverseOperator) -> torch.Tensor:
 
 
 def check_answer(state: dict[str, Any]) -> None:
-    """Raise ValueError unless the inverse of a decoded state is whole, of its size, and gives the answer kept."""
-    if missing := [name for name in REQUIRED if name not in state]:
-        raise ValueError(must_be("The state", "one of a fitted inverter", f"one without {missing}"))
+    """Raise ValueError unless the inverse of a decoded state is of its size, and gives the answer kept."""
     inverse, expected, layout = state["inverse_"], state.pop("answer"), state["_layout"]
     _check_layout(layout, state["n_features_in_"])
     if not inverse.size == expected.shape[1] == state["n_features_in_"]:

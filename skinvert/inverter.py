@@ -24,7 +24,7 @@ from ._validation import (
     resolve_device,
     resolve_dtype,
 )
-from .answers import answer, check_answer, file_fields
+from .answers import OPTIONAL, answer, check_answer, file_fields
 from .block_operators import BlockDiagonal
 from .curvature import Gram, build_blocks, build_curvature, curvature_name, held_out_curvature
 from .data import as_batches
@@ -542,7 +542,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         for private in ("_metadata_request", "_skl_callbacks"):
             state.pop(private, None)
         state["answer"] = answer(self.inverse_)
-        save_state(path, type(self).__name__, state, file_fields(HessianInverter))
+        save_state(path, type(self).__name__, state, file_fields(HessianInverter), OPTIONAL)
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
@@ -596,7 +596,7 @@ def load(path: str | os.PathLike[str], device: Any = None) -> HessianInverter:
         For a file that is truncated, altered, of a newer format, or none of ``save``'s.
     """
     where = resolve_device(device, torch.device("cpu"))
-    state = load_state(path, HessianInverter.__name__, where, file_fields(HessianInverter))
+    state = load_state(path, HessianInverter.__name__, where, file_fields(HessianInverter), OPTIONAL)
     with refusing_damage(path, "one whose inverse gives another answer than it was saved with"):
         check_answer(state)
     inverter = object.__new__(HessianInverter)

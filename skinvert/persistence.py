@@ -48,7 +48,13 @@ def require_present(value: Any, name: str) -> Any:
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
-def save_state(path: str | os.PathLike[str], kind: str, state: dict[str, Any], fields: Mapping[str, str]) -> None:
+def save_state(
+    path: str | os.PathLike[str],
+    kind: str,
+    state: dict[str, Any],
+    fields: Mapping[str, str],
+    optional: frozenset[str] = frozenset(),
+) -> None:
     """Write ``state`` to a safetensors file, whole or not at all.
 
     The file is written beside ``path`` under another name, flushed to the disk and then renamed. What an earlier save
@@ -63,7 +69,9 @@ def save_state(path: str | os.PathLike[str], kind: str, state: dict[str, Any], f
     state : dict
         Of plain values, containers, arrays, tensors and objects of this package that hold nothing else.
     fields : mapping of str to str
-        The types of the state's entries, in the words of ``check_fields``; not all need be there.
+        The types of the state's entries, in the words of ``check_fields``.
+    optional : frozenset of str
+        Those that need not be there.
 
     Raises
     ------
@@ -78,7 +86,7 @@ def save_state(path: str | os.PathLike[str], kind: str, state: dict[str, Any], f
     writer = Writer()
     # The root first: what it refers to is collected on the way.
     root = writer.encode(state, kind)
-    check_fields(kind, fields, unpack(state), frozenset(fields))
+    check_fields(kind, fields, unpack(state), optional)
     text = json.dumps({"root": root, "objects": writer.objects})
     header = {"format": FORMAT, "version": str(VERSION), "kind": kind, "state": text}
     header["sha256"] = _checksum(header, writer.arrays)
@@ -94,7 +102,11 @@ def save_state(path: str | os.PathLike[str], kind: str, state: dict[str, Any], f
 
 
 def load_state(
-    path: str | os.PathLike[str], kind: str, device: torch.device, fields: Mapping[str, str]
+    path: str | os.PathLike[str],
+    kind: str,
+    device: torch.device,
+    fields: Mapping[str, str],
+    optional: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
     """Return the state that ``save_state`` wrote, checked entry by entry, with its operators on ``device``.
 
@@ -112,7 +124,7 @@ def load_state(
         raise ValueError(must_be(f"{os.fspath(path)!r}", f"the file of a {kind}", f"one of a {header['kind']}"))
     with refusing_damage(path, "a state that cannot be read"):
         state = decode_state(json.loads(header["state"]), arrays, device)
-        check_fields(kind, fields, state, frozenset(fields))
+        check_fields(kind, fields, state, optional)
         return state
 
 
