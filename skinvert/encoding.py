@@ -217,18 +217,19 @@ class _Reader:
             raise ValueError(must_be("An object", "one of the file's, and no part of itself", repr(index)[:80]))
         if index not in self.objects:
             self.open.add(index)
-            self.objects[index] = self._built(*self.content["objects"][index], depth=depth)
+            self.objects[index] = self._built(self.content["objects"][index], depth)
             self.open.discard(index)
         return self.objects[index]
 
-    def _built(self, name: str, state: Any, depth: int) -> Any:
+    def _built(self, entry: Any, depth: int) -> Any:
+        name, state = entry
         cls = self.table[name]
         fields: Any = _fields_of(cls)
         values = self.decode(state, depth)
         if type(values) is not dict:
             raise ValueError(must_be(f"The state of a {name}", "a mapping", type(values).__name__))
         check_fields(cls.__name__, fields, values, frozenset())
-        built = object.__new__(cls)
+        built: Any = object.__new__(cls)
         moved = {key: self.device if isinstance(value, torch.device) else value for key, value in values.items()}
         built.__dict__.update(moved, **dict.fromkeys(getattr(cls, "_transient", ())))
         return built

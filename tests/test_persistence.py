@@ -22,7 +22,7 @@ from sklearn.model_selection import GridSearchCV
 
 import skinvert
 from skinvert import HessianInverter, methods
-from skinvert.answers import file_fields
+from skinvert.answers import OPTIONAL, file_fields
 from skinvert.curvature import Gram
 from skinvert.methods import CG, Direct
 from skinvert.persistence import _checksum, load_state
@@ -389,9 +389,8 @@ def test_a_device_that_is_not_there_is_named(tmp_path):
 
 def test_operators_move_to_the_device(tmp_path):
     on_rows().save(tmp_path / "file")
-    inverse = load_state(tmp_path / "file", "HessianInverter", torch.device("meta"), file_fields(HessianInverter))[
-        "inverse_"
-    ]
+    fields = file_fields(HessianInverter)
+    inverse = load_state(tmp_path / "file", "HessianInverter", torch.device("meta"), fields, OPTIONAL)["inverse_"]
     assert inverse.device.type == inverse.matrix.device.type == inverse.cholesky.device.type == "meta"
 
 
