@@ -23,13 +23,13 @@ lint: .venv/.installed
 test-slow: .venv/.installed
 	$(call PYTEST,.venv) -m slow $(ARGS)
 
-# On the interpreter at hand, with whatever torch it has: a GPU machine often brings its own.
 # Random cases, each of four ways; what fails is listed once a kind, with the case to build again.
 FUZZ ?= 1250
 SEED ?= 0
 fuzz: .venv/.installed
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 .venv/bin/python -W ignore -m fuzz.sweep $(FUZZ) $(SEED) $(ARGS)
 
+# On the interpreter at hand, with whatever torch it has: a GPU machine often brings its own.
 test-cuda:
 	$(PYTHON) -m pytest tests -m cuda -p no:cacheprovider $(ARGS)
 

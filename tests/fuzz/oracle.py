@@ -36,7 +36,9 @@ class Oracle:
         return sum(w * self.loss.summed(f[i : i + 1], self.y[i : i + 1]) for i, w in enumerate(self.weights) if w)
 
     def flat(self, parts):
-        return torch.cat([(torch.zeros_like(t) if g is None else g).reshape(-1) for g, t in zip(parts, self.theta)])
+        return torch.cat(
+            [(torch.zeros_like(t) if g is None else g).reshape(-1) for g, t in zip(parts, self.theta, strict=True)]
+        )
 
     def derivative(self, value, **settings):
         if not value.requires_grad:

@@ -186,9 +186,8 @@ def _judge(case, oracle, loss, inverter, b, x, info, told, _):
     wrong = converged & ~(residual <= 10 * rtol + floor)
     if bool(wrong.any()) and not told:
         claimed = torch.as_tensor(np.asarray(info["residual"]))[wrong].max()
-        raise Silent(
-            f"residual {residual[wrong].max():.3g}, told {claimed:.3g}, allowed {10 * rtol:.3g} + {floor[wrong].max():.3g}\n{case!r}"
-        )
+        allowed = f"{10 * rtol:.3g} + {floor[wrong].max():.3g}"
+        raise Silent(f"residual {residual[wrong].max():.3g}, told {claimed:.3g}, allowed {allowed}\n{case!r}")
     return "warned" if told else "solved" if bool(converged.all()) else "not converged"
 
 

@@ -15,7 +15,7 @@ LAMBDA = {"direct": 0.5, "cg": 2.0, "ekfac": 0.5}
 
 def gradient(value, theta, **settings):
     parts = torch.autograd.grad(value, theta, allow_unused=True, **settings)
-    return torch.cat([(torch.zeros_like(t) if g is None else g).reshape(-1) for g, t in zip(parts, theta)])
+    return torch.cat([(torch.zeros_like(t) if g is None else g).reshape(-1) for g, t in zip(parts, theta, strict=True)])
 
 
 def twin_of(case):
