@@ -7,7 +7,7 @@ PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(1)/bin/pyt
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-cuda test-oldest lint clean
+.PHONY: demo fuzz test test-slow test-cuda test-oldest lint clean
 
 demo: .venv/.installed
 	.venv/bin/python examples/plot_mislabelled_digits.py
@@ -22,6 +22,12 @@ lint: .venv/.installed
 
 test-slow: .venv/.installed
 	$(call PYTEST,.venv) -m slow $(ARGS)
+
+# Random cases, each of four ways; what fails is listed once a kind, with the case to build again.
+FUZZ ?= 1250
+SEED ?= 0
+fuzz: .venv/.installed
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 .venv/bin/python -W ignore -m fuzz.sweep $(FUZZ) $(SEED) $(ARGS)
 
 # On the interpreter at hand, with whatever torch it has: a GPU machine often brings its own.
 test-cuda:
