@@ -40,7 +40,7 @@ class SampledFisher(TensorState, BaseEstimator):
     n_samples : int, default=1
         Labels drawn per row, ≥ 1. The standard error falls with the root of n · n_samples.
     random_state : int, default=None
-        Seed of the draws; None is 0.
+        Seed of the draws; None is the estimator's own, and 0 without one.
 
     Examples
     --------

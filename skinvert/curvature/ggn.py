@@ -121,7 +121,7 @@ class GGN(Curvature):
 
     def sample_factors(self) -> Iterator[torch.Tensor]:
         """Yield Fᵢ (m, r, p) with FᵢᵀFᵢ = hᵢ, each row's own GGN term, without its weight, in chunks of rows."""
-        way_out = "Try curvature=SampledFisher(n_samples=10)."
+        way_out = "Try fewer parameters with `params`."
         check_memory(self._c * self.size * self.dtype.itemsize, "One row's factor", way_out, self.device)
         for batch, weights in self.objective.batches:
             for rows, part in split_batch(batch, torch.ones_like(weights), self._chunk()):
