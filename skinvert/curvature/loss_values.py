@@ -25,16 +25,17 @@ class LossValues:
 
     def __init__(self, model: TorchTwiceDifferentiable) -> None:
         self.model = model
-        self._before: tuple[torch.Tensor, Any] | None = None
+        # Outputs, targets and loss of one row.
+        self._before: Any = None
 
     def add(self, outputs: Any, batch: Any, losses: torch.Tensor) -> None:
         """Raise unless the loss of the batch is what these losses (m,) of its rows make."""
         if not isinstance(outputs, torch.Tensor) or not isinstance(batch, tuple) or not len(losses):
             return
-        outputs, targets = outputs.detach(), batch[1]
-        self.model.verify_loss(outputs, targets, losses.detach())
+        values = (outputs.detach(), batch[1], losses.detach())
+        self.model.verify_loss(*values)
         # Cloned: a view would keep the whole batch.
-        row = map_tensors(lambda tensor: tensor[:1].clone() if tensor.ndim else tensor, (outputs, targets))
+        row = map_tensors(lambda tensor: tensor[:1].clone() if tensor.ndim else tensor, values)
         if self._before is not None and _shapes(row) == _shapes(self._before):
             self.model.verify_loss(*_joined(self._before, row))
         self._before = row

@@ -198,10 +198,9 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
             return torch.ones_like(self.per_sample_loss(outputs, batch).detach())
         return self._loss().mass(outputs.detach(), batch[1])
 
-    def verify_loss(self, outputs: Any, targets: Any, losses: torch.Tensor | None = None) -> None:
-        """Raise unless the user's own loss of these rows is what the losses of single rows make."""
+    def verify_loss(self, outputs: Any, targets: Any, losses: torch.Tensor) -> None:
+        """Raise unless the user's own loss of these rows is what these losses of single rows make."""
         if not self._own_loss():
-            losses = self._loss().per_sample(outputs, targets) if losses is None else losses
             self._loss().verify_values(outputs, targets, losses)
 
     def gradient_of(self, value: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
