@@ -1,5 +1,6 @@
 """skinvert solves (H + λI) x = b for a trained model's curvature H, as a scikit-learn estimator."""
 
+from .curvature import SampledFisher
 from .gradients import PerSampleGradient
 from .inverter import HessianInverter, load
 from .models import (
@@ -22,6 +23,7 @@ __all__ = [
     "InversionMethod",
     "InversionRegistry",
     "PerSampleGradient",
+    "SampledFisher",
     "SharedModel",
     "SklearnTwiceDifferentiable",
     "TorchTwiceDifferentiable",

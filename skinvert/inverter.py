@@ -26,7 +26,7 @@ from ._validation import (
 )
 from .answers import OPTIONAL, answer, check_answer, file_fields
 from .block_operators import BlockDiagonal
-from .curvature import Gram, build_blocks, build_curvature, curvature_name, held_out_curvature
+from .curvature import Gram, build_blocks, build_curvature, curvature_name, held_out_curvature, seeded_curvature
 from .data import as_batches
 from .methods.base import Method, relative_residual
 from .methods.blocks import invert_blocks
@@ -54,8 +54,10 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         A name in the ``InversionRegistry`` or a configured instance, such as ``CG(rtol=1e-6)``.
     hessian_perturbation : float, default=0.0
         λ ≥ 0, on the scale of the mean loss.
-    curvature : {"auto", "hessian", "ggn", "fisher", "empirical_fisher"} or SampledFisher, default="auto"
-        H. ``"auto"`` is the Hessian, save for methods that are defined on another curvature.
+    curvature : str or SampledFisher, default="auto"
+        H: ``"hessian"``, ``"ggn"``, ``"fisher"``, ``"empirical_fisher"``, or ``"sampled_fisher"``, which is
+        ``SampledFisher()``: one sampled label a row, at a cost that does not grow with the outputs. ``"auto"`` is the
+        Hessian, save for methods that are defined on another curvature.
     model : nn.Module, skorch net, fitted scikit-learn model, Pipeline of these or TwiceDifferentiable, default=None
         What ``fit(X, y)`` reads, the form that pipelines and searches call. Shared by clones, never copied. In a
         pipeline that ends in this inverter ``fit`` and ``score`` run through its steps; right-hand sides, which are no
@@ -77,7 +79,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     dtype : torch.dtype or numpy dtype, default=None
         float32 or float64; None is the model's own.
     random_state : int, RandomState or None, default=None
-        For stochastic methods.
+        For stochastic methods and curvatures.
     verbose : int, default=0
         1 shows progress bars on long work.
 
@@ -203,6 +205,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         method = self._method(type(adapted))
         default = getattr(method, "default_curvature", "hessian")
         chosen = default if self.curvature == "auto" else self.curvature
+        chosen = seeded_curvature(chosen, self.random_state)
         self.curvature_name_ = curvature_name(chosen)
         batches = self._batches(adapted, data, sample_weight)
         A: Any = build_curvature(chosen, adapted, batches, self.verbose)

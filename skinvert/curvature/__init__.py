@@ -1,7 +1,7 @@
 """Curvatures: each maps a model and data to a symmetric operator on rows."""
 
 from .base import Objective
-from .build import CURVATURES, build_blocks, build_curvature, curvature_name
+from .build import CURVATURES, build_blocks, build_curvature, curvature_name, seeded_curvature
 from .fisher import EmpiricalFisher, Fisher, SampledFisher
 from .ggn import GGN, split_batch
 from .gram import Gram
@@ -24,5 +24,6 @@ __all__ = [
     "curvature_name",
     "gradient_rows",
     "held_out_curvature",
+    "seeded_curvature",
     "split_batch",
 ]

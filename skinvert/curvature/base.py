@@ -14,6 +14,7 @@ from .._validation import must_be
 from ..data import Batches
 from ..models import TorchTwiceDifferentiable, map_tensors
 from ..operators import LinearOperator
+from .loss_values import LossValues
 
 __all__ = ["Curvature", "Objective"]
 
@@ -45,11 +46,10 @@ class Objective:
         self.weight_sum = self.mass_sum = 0.0
         model.settle(batches)
         self.gradient = torch.zeros(model.num_params, dtype=model.dtype, device=model.device)
-        self._spread = _SpreadRows()
+        self._values = LossValues(model)
         for batch, weights in progress(batches, "loss and gradient", verbose):
             self._add(batch, weights)
-        self._spread.verify(model)
-        del self._spread
+        del self._values
         if not self.mass_sum > 0:
             raise ValueError(must_be("The targets", "valid for at least one weighted row", "all ignored"))
         self.gradient = self.gradient / self.mass_sum
@@ -87,11 +87,11 @@ class Objective:
         outputs = _forward(self.model, batch)
         if self.weight_sum == 0:
             check_rows_alone(self.model, outputs, batch)
-        self._spread.add(outputs, batch)
         losses = self.model.per_sample_loss(outputs, batch)
         if losses.shape != weights.shape:
             must = f"of shape {tuple(weights.shape)}, one per row of the batch"
             raise ValueError(must_be("The per-sample losses", must, f"shape {tuple(losses.shape)}"))
+        self._values.add(outputs, batch, losses)
         self.gradient += self.model.gradient_of((losses * weights).sum())
         self.weight_sum += float(weights.sum())
         self.mass_sum += float((weights * self.model.mass(outputs, batch)).sum())
@@ -105,30 +105,6 @@ def _forward(model: TorchTwiceDifferentiable, batch: Any) -> Any:
         map_tensors(lambda tensor: shapes.append(f"{tuple(tensor.shape)} {tensor.dtype}"), batch)
         message = must_be("The data", "what the model takes", f"a batch of {', '.join(shapes)}", str(error))
         raise ValueError(message) from error
-
-
-class _SpreadRows:
-    """One row of a batch now and then, over all the data: a callable that weighs classes is a mean within one class."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.seen, self.stride = 0, 1
-
-    def add(self, outputs: Any, batch: Any) -> None:
-        """Keep the first row of every ``stride``-th batch, of the first one's shape; at most 64."""
-        self.seen += 1
-        if not isinstance(outputs, torch.Tensor) or not isinstance(batch, tuple) or (self.seen - 1) % self.stride:
-            return
-        row = (outputs[:1].detach(), batch[1][:1])
-        if not self.rows or all(a.shape == b.shape for a, b in zip(row, self.rows[0], strict=True)):
-            self.rows.append(row)
-        if len(self.rows) == 64:
-            self.rows, self.stride = self.rows[::2], 2 * self.stride
-
-    def verify(self, model: TorchTwiceDifferentiable) -> None:
-        """Hold the loss of the rows together against that of each alone."""
-        if len(self.rows) > 1:
-            model.verify_loss(self.rows)
 
 
 def check_rows_alone(model: TorchTwiceDifferentiable, outputs: Any, batch: Any) -> None:
@@ -221,6 +197,8 @@ class Curvature(LinearOperator):
         for batch, weights in self.objective.batches:
             if keep is None:
                 share, size = _measured(lambda: self.graph(batch, weights))  # noqa: B023 (called at once)
+                # What it holds beside what autograd saves.
+                size += getattr(share, "nbytes", 0)
                 keep = size * self.objective.batches.n_samples / len(weights) <= working_memory()
             else:
                 share = self.graph(batch, weights)

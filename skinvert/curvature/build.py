@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from glob import escape
+from typing import Any
 
 import torch
+from sklearn.utils import check_random_state
 
 from .._validation import check_choice, must_be
 from ..block_operators import BlockDiagonal
@@ -17,9 +19,11 @@ from .fisher import EmpiricalFisher, Fisher, SampledFisher
 from .ggn import GGN
 from .hessian import GenericHessian, Hessian
 
-__all__ = ["CURVATURES", "build_blocks", "build_curvature", "curvature_name"]
+__all__ = ["CURVATURES", "build_blocks", "build_curvature", "curvature_name", "seeded_curvature"]
 
 CURVATURES = {"hessian": Hessian, "ggn": GGN, "fisher": Fisher, "empirical_fisher": EmpiricalFisher}
+# The Fisher by its settings, at their defaults.
+SAMPLED = "sampled_fisher"
 
 
 def build_curvature(
@@ -27,6 +31,7 @@ def build_curvature(
 ) -> LinearOperator:
     """Return the curvature, given by name or by its settings, of a model at a fixed point over all the data."""
     name = curvature_name(curvature)
+    curvature = seeded_curvature(curvature)
     if isinstance(model, TorchTwiceDifferentiable):
         objective = Objective(model, batches, verbose)
         return curvature.build(objective) if isinstance(curvature, SampledFisher) else CURVATURES[name](objective)
@@ -59,4 +64,15 @@ def curvature_name(curvature: str | SampledFisher) -> str:
     """Return the name of a curvature that is given by name or by its settings."""
     if isinstance(curvature, SampledFisher):
         return "fisher"
-    return check_choice(curvature, "curvature", CURVATURES, "A SampledFisher is taken too.")
+    name = check_choice(curvature, "curvature", [*CURVATURES, SAMPLED], "A SampledFisher is taken too.")
+    return "fisher" if name == SAMPLED else name
+
+
+def seeded_curvature(curvature: Any, random_state: Any = None) -> Any:
+    """Return ``"sampled_fisher"`` as its settings; settings without a seed get one from ``random_state``."""
+    if isinstance(curvature, str) and curvature == SAMPLED:
+        curvature = SampledFisher()
+    if random_state is None or not isinstance(curvature, SampledFisher) or curvature.random_state is not None:
+        return curvature
+    seed = check_random_state(random_state).randint(2**31 - 1)
+    return SampledFisher(curvature.n_samples, random_state=random_state if isinstance(random_state, int) else seed)

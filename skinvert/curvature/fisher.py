@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,12 +17,13 @@ from .._progress import progress
 from .._validation import check_number
 from ..block_operators import KroneckerFactors
 from ..data import Batches
-from ..models import leading_length
+from ..models import DiagonalHessian, FactoredHessian, OutputHessian, leading_length
 from ..operators import LinearOperator, LowRank, TensorState, add_to_diagonal, symmetrise
 from .base import Curvature, Objective
+from .columns import Columns
 from .ggn import GGN, split_batch
 from .kronecker import Signals, kronecker_factors
-from .predictive import predictive_of
+from .predictive import SampledHessian, predictive_of
 from .rows import gradient_rows
 
 __all__ = ["EmpiricalFisher", "Fisher", "SampledFisher"]
@@ -39,7 +40,7 @@ class SampledFisher(TensorState, BaseEstimator):
     n_samples : int, default=1
         Labels drawn per row, ≥ 1. The standard error falls with the root of n · n_samples.
     random_state : int, default=None
-        Seed of the draws; None is 0.
+        Seed of the draws; None is the estimator's own, and 0 without one.
 
     Examples
     --------
@@ -91,25 +92,18 @@ class Fisher(GGN):
         if n_labels is not None:
             objective = _with_draws(objective, (n_labels, self.predictive.draws_per_sample(f)), seed)
         super().__init__(objective)
-        self._c = self._c if n_labels is None else n_labels
 
     def data_of(self, batch: Any) -> Any:
         """Return the model's part of a batch, which may carry its draws."""
         return batch if self.n_labels is None else batch[0]
 
-    def output_factor(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
-        """Return Sᵢ (m, c, r) with SᵢSᵢᵀ the Fisher in the outputs: columns of sampled labels, or the closed form."""
+    def closed_hessian(self, outputs: torch.Tensor, batch: Any) -> OutputHessian | None:
+        """Return the Fisher in the outputs: columns of sampled labels, or the closed form; None is the loss's own."""
         y = self.data_of(batch)[1]
         if self.n_labels is not None:
-            return self.predictive.columns(outputs, y, batch[1]).mT / math.sqrt(self.n_labels)
+            return SampledHessian(self.predictive, outputs, y, batch[1])
         diagonal = self.predictive.hessian_diagonal(outputs, y)
-        return super().output_factor(outputs, batch) if diagonal is None else torch.diag_embed(diagonal.sqrt())
-
-    def _output_products(
-        self, outputs: torch.Tensor, batch: Any, weights: torch.Tensor
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        S = self.output_factor(outputs.detach(), batch) * weights.sqrt()[:, None, None]
-        return lambda U: torch.einsum("mcr,kmr->kmc", S, torch.einsum("mcr,kmc->kmr", S, U)).flatten(1)
+        return super().closed_hessian(outputs, batch) if diagonal is None else DiagonalHessian(diagonal)
 
 
 @dataclass
@@ -212,8 +206,9 @@ class EmpiricalFisher(Curvature):
         model = self.objective.model
         outputs = model.forward(batch)
         losses = model.per_sample_loss(outputs, batch)
-        directions = self.objective.scale * (weights / self.objective.weight_sum).sqrt()
-        return Signals(losses, directions[None].to(losses), model.mass(outputs, batch))
+        factor = FactoredHessian(torch.full_like(losses.detach(), self.objective.scale)[:, None, None])
+        columns = Columns(factor, (weights / self.objective.weight_sum).to(losses), losses.shape)
+        return Signals(losses, columns, model.mass(outputs, batch))
 
     def kronecker_factors(
         self, approx: str = "expand", unsupported: str = "error", verbose: int = 0

@@ -8,18 +8,22 @@ from typing import Any
 
 import torch
 
-from .._memory import rows_within
+from .._memory import check_memory, rows_within
 from .._progress import progress
 from .._validation import must_be
 from ..block_operators import KroneckerFactors
-from ..models import map_tensors
+from ..models import FactoredHessian, OutputHessian, map_tensors
 from ..operators import add_to_diagonal, symmetrise
 from .base import Curvature, Objective, flat_products
+from .columns import Columns
 from .kronecker import Signals, kronecker_factors
 from .layers import linear_layers, outer_sum
 from .rows import jacobian_rows
 
 __all__ = ["GGN"]
+
+# The backward passes a chunk of rows that Kronecker factors may take.
+MOST_PASSES = 5_000
 
 
 class GGN(Curvature):
@@ -43,18 +47,23 @@ class GGN(Curvature):
         if not isinstance(outputs, torch.Tensor):
             hint = 'Return one tensor from `outputs`, or use curvature="hessian".'
             raise TypeError(must_be("The model's outputs for the GGN", "a tensor", type(outputs).__name__, hint))
-        self._c = outputs[0].numel()
-        if self._c <= 256:
-            self._c = self.output_factor(outputs.detach(), batch).shape[2]
+        # r of the factor's columns, and c.
+        self._c = self._outputs = outputs[0].numel()
+        closed = self.closed_hessian(outputs.detach(), batch)
+        if closed is not None:
+            self._c = closed.rank
+        elif self._c <= 256:
+            # A loss that is not convex is told of at once.
+            some = slice(self._chunk())
+            self.output_hessian(outputs.detach()[some], map_tensors(lambda tensor: tensor[some], batch))
 
     def graph(self, batch: Any, weights: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the products of Σ wᵢ Jᵢᵀ ∇²_f sᵢ Jᵢ over one batch: forward, output Hessian, backward."""
-        model = self.objective.model
         outputs = self.outputs(batch)
-        along = _forward_products(outputs, model.theta)
-        middle = self._output_products(outputs, batch, weights)
-        back = flat_products(outputs, model.theta)
-        return lambda V: back(middle(along(V)))
+        along = _forward_products(outputs, self.objective.model.theta)
+        middle, held = self._output_products(outputs, batch, weights)
+        back = flat_products(outputs, self.objective.model.theta)
+        return _Share(along, middle, back, 3 * outputs.numel() * outputs.element_size(), held)
 
     def data_of(self, batch: Any) -> Any:
         """Return the model's part of a batch: all of it."""
@@ -64,16 +73,29 @@ class GGN(Curvature):
         """Return the model's outputs f on a batch, with gradients on."""
         return self.objective.model.forward(self.data_of(batch))
 
-    def output_factor(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
-        """Return Sᵢ (m, c, r) with ∇²_f sᵢ = Sᵢ Sᵢᵀ."""
-        return output_factor(self.objective, outputs, batch)
+    def closed_hessian(self, outputs: torch.Tensor, batch: Any) -> OutputHessian | None:
+        """Return ∇²_f sᵢ where the loss has it in closed form, else None."""
+        return self.objective.model.output_hessian(outputs, batch)
+
+    def output_hessian(self, outputs: torch.Tensor, batch: Any) -> OutputHessian:
+        """Return ∇²_f sᵢ: the closed form, else by an eigendecomposition (m, c, c)."""
+        closed = self.closed_hessian(outputs, batch)
+        if closed is not None:
+            return closed
+        size = 6 * len(outputs) * self._outputs**2 * self.dtype.itemsize
+        way_out = 'Try a torch loss module, a method that needs products alone ("cg"), or curvature="empirical_fisher".'
+        check_memory(size, f"The output Hessian of {self._outputs:,} outputs", way_out, self.device)
+        return FactoredHessian(output_factor(self.objective, outputs, self.data_of(batch)))
 
     def signals(self, batch: Any, weights: torch.Tensor) -> Signals:
         """Return the columns of √(wᵢ / Σ w m) Sᵢ at the outputs."""
         outputs = self.outputs(batch)
-        S = self._weighted_factor(outputs.detach(), batch, weights)
-        mass = self.objective.model.mass(outputs, self.data_of(batch))
-        return Signals(outputs, S.permute(2, 0, 1).reshape(-1, *outputs.shape), mass)
+        if self._c > MOST_PASSES:
+            must = f"at most {MOST_PASSES:,} for Kronecker factors, which take a backward pass for each"
+            hint = "Try curvature=SampledFisher(n_samples=10), or another method."
+            raise ValueError(must_be("The columns of the curvature's factor", must, f"{self._c:,} outputs", hint))
+        columns = Columns(self.output_hessian(outputs.detach(), batch), self._shares_of(weights), outputs.shape)
+        return Signals(outputs, columns, self.objective.model.mass(outputs, self.data_of(batch)))
 
     def kronecker_factors(
         self, approx: str = "expand", unsupported: str = "error", verbose: int = 0
@@ -91,21 +113,28 @@ class GGN(Curvature):
         return torch.cat(list(self.factor_chunks(verbose)))
 
     def factor_chunks(self, verbose: int = 0) -> Iterator[torch.Tensor]:
-        """Yield the factor in chunks of rows that fit the working memory."""
-        chunk = rows_within(3 * self._c * self.size * self.dtype.itemsize)
+        """Yield the factor in chunks of rows that fit the working memory, and of columns where one row does not."""
         for batch, weights in progress(self.objective.batches, "Jacobians", verbose):
-            for rows, part in split_batch(batch, weights, chunk):
-                yield self._factor_of(rows, part).flatten(0, 1)
+            for rows, part in split_batch(batch, weights, self._chunk()):
+                for factor in self._factors_of(rows, part):
+                    yield factor.flatten(0, 1)
 
     def sample_factors(self) -> Iterator[torch.Tensor]:
         """Yield Fᵢ (m, r, p) with FᵢᵀFᵢ = hᵢ, each row's own GGN term, without its weight, in chunks of rows."""
-        chunk = rows_within(3 * self._c * self.size * self.dtype.itemsize)
+        way_out = "Try fewer parameters with `params`."
+        check_memory(self._c * self.size * self.dtype.itemsize, "One row's factor", way_out, self.device)
         for batch, weights in self.objective.batches:
-            for rows, part in split_batch(batch, torch.ones_like(weights), chunk):
-                yield math.sqrt(self.objective.weight_sum) * self._factor_of(rows, part)
+            for rows, part in split_batch(batch, torch.ones_like(weights), self._chunk()):
+                factor = torch.cat(list(self._factors_of(rows, part)), dim=1)
+                yield math.sqrt(self.objective.weight_sum) * factor
 
     def to_dense(self, verbose: int = 0) -> torch.Tensor:
-        """Return the matrix (p, p): Σᵢ Dᵢ ⊗ aᵢaᵢᵀ for Linear layers, else one GEMM per chunk of the factor."""
+        """Return the matrix (p, p).
+
+        Σᵢ Dᵢ ⊗ aᵢaᵢᵀ for Linear layers, else one GEMM per chunk of the factor, or products where they are fewer.
+        """
+        if self._c > self.size:
+            return super().to_dense(verbose)
         matrix = self._dense_from_layers(verbose)
         if matrix is None:
             matrix = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
@@ -114,24 +143,40 @@ class GGN(Curvature):
         return symmetrise(add_to_diagonal(matrix, self.penalty))
 
     def diagonal(self) -> torch.Tensor:
-        """Return the diagonal, from the squares of the factor."""
+        """Return the diagonal, from the squares of the factor, or by products where they are fewer."""
+        if self._c > self.size:
+            return super().diagonal()
         diagonal = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         for rows in self.factor_chunks():
             diagonal += rows.square().sum(0)
         return diagonal if self.penalty is None else diagonal + self.penalty
 
-    def _factor_of(self, batch: Any, weights: torch.Tensor) -> torch.Tensor:
+    def _chunk(self, extra: int = 0) -> int:
+        """Return of how many rows the columns and what they are pulled back to fit the working memory."""
+        return rows_within(self._c * (3 * self.size + 3 * self._outputs + extra) * self.dtype.itemsize)
+
+    def _factors_of(self, batch: Any, weights: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield √(wᵢ / Σ w m) SᵢᵀJᵢ of a chunk of rows, in chunks of columns."""
         with torch.no_grad():
             outputs = self.outputs(batch).detach()
-        return jacobian_rows(self.objective.model, self.data_of(batch), self._weighted_factor(outputs, batch, weights))
+        columns = Columns(self.output_hessian(outputs, batch), self._shares_of(weights), outputs.shape)
+        step = rows_within(len(weights) * 3 * (self.size + self._outputs) * self.dtype.itemsize, len(columns))
+        for start in range(0, len(columns), step):
+            part = columns.between(start, min(start + step, len(columns)))
+            yield jacobian_rows(self.objective.model, self.data_of(batch), part)
 
-    def _weighted_factor(self, outputs: torch.Tensor, batch: Any, weights: torch.Tensor) -> torch.Tensor:
-        return self.output_factor(outputs, batch) * (weights / self.objective.mass_sum).sqrt()[:, None, None]
+    def _shares_of(self, weights: torch.Tensor) -> torch.Tensor:
+        return weights / self.objective.mass_sum
 
     def _output_products(
         self, outputs: torch.Tensor, batch: Any, weights: torch.Tensor
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        return _output_products(self.objective.model, outputs, batch, weights)
+    ) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
+        """Return U (k, m, c) -> w ∇²_f s U, and the bytes that it holds."""
+        closed = self.closed_hessian(outputs.detach(), batch)
+        if closed is not None:
+            return lambda U: closed.products(U) * weights[:, None], closed.nbytes
+        free = outputs.detach().requires_grad_(True)
+        return _loss_products(self.objective.model, free, self.data_of(batch), weights), 0
 
     def _dense_from_layers(self, verbose: int) -> torch.Tensor | None:
         """Assemble from layer inputs and output derivatives; None where a layer is not a plain Linear.
@@ -143,10 +188,13 @@ class GGN(Curvature):
         if layers is None:
             return None
         matrix = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        chunk = self._chunk(2 * sum(len(module.weight) for module in layers.modules))
         for batch, weights in progress(self.objective.batches, "assembly", verbose):
-            outputs, captured = layers.capture(self.data_of(batch))
-            S = self._weighted_factor(outputs.detach(), batch, weights)
-            outer_sum(matrix, layers, captured, layers.derivatives(outputs, captured, S))
+            for rows, part in split_batch(batch, weights, chunk):
+                outputs, captured = layers.capture(self.data_of(rows))
+                hessian = self.output_hessian(outputs.detach(), rows)
+                columns = Columns(hessian, self._shares_of(part), outputs.shape)
+                outer_sum(matrix, layers, captured, layers.derivatives(outputs, captured, columns))
         generator = torch.Generator(self.device).manual_seed(0)
         v = torch.randn(1, self.size, dtype=self.dtype, device=self.device, generator=generator)
         expected = self.apply(v) if self.penalty is None else self.apply(v) - v * self.penalty
@@ -155,11 +203,20 @@ class GGN(Curvature):
         return matrix if error <= tolerance else None
 
 
+class _Share:
+    """A batch's products: forward, output Hessian, backward, of as many rows at a time as the working memory allows."""
+
+    def __init__(self, along: Any, middle: Any, back: Any, row_bytes: int, nbytes: int) -> None:
+        self.along, self.middle, self.back = along, middle, back
+        self.row_bytes, self.nbytes = row_bytes, nbytes
+
+    def __call__(self, V: torch.Tensor) -> torch.Tensor:
+        parts = V.split(rows_within(self.row_bytes))
+        return torch.cat([self.back(self.middle(self.along(rows)).flatten(1)) for rows in parts])
+
+
 def output_factor(objective: Objective, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
-    """Return Sᵢ (m, c, c) with ∇²_f sᵢ = SᵢSᵢᵀ; raise where the loss is not convex in the outputs."""
-    closed = objective.model.output_factor(outputs, batch)
-    if closed is not None:
-        return closed
+    """Return Sᵢ (m, c, c) with ∇²_f sᵢ = SᵢSᵢᵀ by autograd; raise where the loss is not convex in the outputs."""
     values, vectors = torch.linalg.eigh(output_hessians(objective, outputs, batch))
     if bool((values < 0).any()) and float(values.min()) < -_rounding(objective, outputs, batch, values):
         hint = 'Try curvature="hessian" or "empirical_fisher".'
@@ -199,18 +256,6 @@ def _forward_products(outputs: torch.Tensor, theta: list[torch.Tensor]) -> Calla
     pulled = torch.autograd.grad(outputs, theta, dummy, create_graph=True, materialize_grads=True)
     along = flat_products(torch.cat([part.reshape(-1) for part in pulled]), [dummy])
     return lambda V: along(V).reshape(len(V), len(outputs), -1)
-
-
-def _output_products(
-    model: Any, outputs: torch.Tensor, batch: Any, weights: torch.Tensor
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return U (k, m, c) -> w ∇²_f s U, flat (k, m c)."""
-    closed = model.output_factor(outputs.detach(), batch)
-    if closed is not None:
-        S = closed * weights.sqrt()[:, None, None]
-        return lambda U: torch.einsum("mcr,kmr->kmc", S, torch.einsum("mcr,kmc->kmr", S, U)).flatten(1)
-    products = _loss_products(model, outputs.detach().requires_grad_(True), batch, weights)
-    return lambda U: products(U).flatten(1)
 
 
 def _loss_products(

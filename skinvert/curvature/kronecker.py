@@ -14,6 +14,7 @@ from .._validation import check_choice, must_be
 from ..block_operators import Eigenbasis, KroneckerBlock, KroneckerFactors
 from ..models import leading_length, map_tensors
 from .base import Objective
+from .columns import Columns
 from .kronecker_layers import KroneckerLayer, check_rows, kronecker_layers, refuse
 from .layers import Call, pulled_back, recording
 
@@ -27,14 +28,14 @@ class Signals(NamedTuple):
     ----------
     value : tensor of shape (m, ...)
         Computed from the parameters, one entry or row per sample.
-    directions : tensor of shape (r, m, ...)
-        Weights and denominators included, as their roots.
+    directions : Columns
+        r of them, (m, ...) each; weights and denominators included, as their roots.
     mass : tensor of shape (m,)
         Each sample's share of L's denominator.
     """
 
     value: torch.Tensor
-    directions: torch.Tensor
+    directions: Columns
     mass: torch.Tensor
 
 
@@ -234,7 +235,7 @@ def _probe(curvature: Layered) -> tuple[list[KroneckerLayer], dict[str, str], in
 
 
 def _row_bytes(layers: list[KroneckerLayer], calls: dict[str, list[Call]], found: Signals, dtype: torch.dtype) -> int:
-    size = 3 * found.value[0].numel() * len(found.directions)
+    size = 3 * found.value[0].numel() + found.directions.row_numbers
     for layer in layers:
         call = calls[layer.name][0]
         size += 3 * (layer.inputs(call.input, dtype).numel() + call.shape.numel())
@@ -246,8 +247,8 @@ def _unexplained(found: Signals, layers: list[KroneckerLayer], captured: list[Ca
     if not layers:
         return []
     generator = torch.Generator().manual_seed(0)
-    mixture = torch.randn(len(found.directions), generator=generator, dtype=torch.float64).to(found.directions)
-    direction = torch.einsum("r,r...->...", mixture, found.directions)
+    mixture = torch.randn(len(found.directions), generator=generator, dtype=torch.float64).to(found.value)
+    direction = found.directions.combined(mixture)
     parts = pulled_back(found.value, captured, direction)
     wrong = []
     for layer, call, part in zip(layers, captured, parts, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -51,9 +51,11 @@ class LinearLayers:
             outputs = self.model.forward(batch)
         return outputs, [calls[module][0] for module in self.modules]
 
-    def derivatives(self, outputs: torch.Tensor, captured: Captured, S: torch.Tensor) -> list[torch.Tensor]:
-        """Return Sᵢᵀ ∂fᵢ/∂zᵢ (m, r, d) of each layer, by one backward pass per column of S (m, c, r)."""
-        columns = [pulled_back(outputs, captured, direction) for direction in S.permute(2, 0, 1)]
+    def derivatives(
+        self, outputs: torch.Tensor, captured: Captured, directions: Iterable[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Return Sᵢᵀ ∂fᵢ/∂zᵢ (m, r, d) of each layer, by one backward pass per column of S (m, c)."""
+        columns = [pulled_back(outputs, captured, direction) for direction in directions]
         return [torch.stack(parts, dim=1) for parts in zip(*columns, strict=True)]
 
     def homogeneous(self, index: int, inputs: torch.Tensor) -> torch.Tensor:

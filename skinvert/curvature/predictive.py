@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import scipy.stats
 import torch
 from torch import nn
 
+from .._memory import rows_within
 from .._validation import must_be
-from ..models import ModuleLoss, TorchTwiceDifferentiable
+from ..models import ModuleLoss, OutputHessian, TorchTwiceDifferentiable
 
-__all__ = ["Predictive", "predictive_of"]
+__all__ = ["Predictive", "SampledHessian", "predictive_of"]
 
 
 class Predictive(ABC):
@@ -197,6 +199,52 @@ class Probabilities(LogProbabilities):
     def score_of(self, drawn: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         """Return e_y / p."""
         return torch.where(drawn > 0, drawn / p, 0.0)
+
+
+class SampledHessian(OutputHessian):
+    """The Fisher in the outputs by sampled labels, whose columns are made from their draws.
+
+    Parameters
+    ----------
+    predictive : Predictive
+        The distribution of labels.
+    f, y : tensor
+        Outputs (m, ...) and true targets.
+    draws : tensor of shape (m, r, labels)
+        Uniform.
+    """
+
+    def __init__(self, predictive: Predictive, f: torch.Tensor, y: torch.Tensor, draws: torch.Tensor) -> None:
+        self.predictive, self.f, self.y, self.draws = predictive, f, y, draws
+        self.rows, self.outputs, self.rank = len(f), f[0].numel(), draws.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """The draws and the outputs."""
+        return self.draws.nbytes + self.f.nbytes
+
+    def products(self, U: torch.Tensor) -> torch.Tensor:
+        """Return S Sᵀ u, over the columns in chunks."""
+        total = torch.zeros_like(U)
+        for _, S in self._chunks():
+            total += torch.einsum("mcr,kmr->kmc", S, torch.einsum("mcr,kmc->kmr", S, U))
+        return total
+
+    def columns(self, start: int, stop: int) -> torch.Tensor:
+        """Return the scores of the labels drawn, over √r."""
+        return self.predictive.columns(self.f, self.y, self.draws[:, start:stop]).mT / math.sqrt(self.rank)
+
+    def combined(self, a: torch.Tensor) -> torch.Tensor:
+        """Return S a, over the columns in chunks."""
+        total = self.f.new_zeros(self.rows, self.outputs)
+        for start, S in self._chunks():
+            total += S @ a[start : start + S.shape[2]]
+        return total
+
+    def _chunks(self) -> Iterator[tuple[int, torch.Tensor]]:
+        step = rows_within(4 * self.f.nbytes)
+        for start in range(0, self.rank, step):
+            yield start, self.columns(start, min(start + step, self.rank))
 
 
 def predictive_of(model: TorchTwiceDifferentiable, f: torch.Tensor) -> Predictive:

@@ -4,6 +4,7 @@ from .adapt import as_margin, as_model, describe, is_model, register_model
 from .affine import Affine
 from .base import TwiceDifferentiable
 from .losses import LOSSES, ModuleLoss
+from .output_hessians import DiagonalHessian, FactoredHessian, OutputHessian
 from .shared import SharedModel
 from .sklearn import SklearnTwiceDifferentiable
 from .torch import TorchTwiceDifferentiable, leading_length, map_tensors
@@ -11,7 +12,10 @@ from .torch import TorchTwiceDifferentiable, leading_length, map_tensors
 __all__ = [
     "LOSSES",
     "Affine",
+    "DiagonalHessian",
+    "FactoredHessian",
     "ModuleLoss",
+    "OutputHessian",
     "SharedModel",
     "SklearnTwiceDifferentiable",
     "TorchTwiceDifferentiable",

@@ -8,13 +8,15 @@ keeps torch's average whatever the batches are, a ragged last one and one of ign
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from .._validation import check_choice, must_be
+from .callable_loss import CallableLoss
+from .loss_base import Loss, check_same_length, check_same_shape
+from .output_hessians import OutputHessian, closed_form
 
 __all__ = ["LOSSES", "Loss", "ModuleLoss", "as_loss"]
 
@@ -30,6 +32,14 @@ LOSSES = {
 _CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
 # Piecewise linear in the outputs: their second derivative is zero wherever it exists.
 _FLAT_LOSSES = (nn.L1Loss, nn.MultiMarginLoss, nn.MultiLabelMarginLoss)
+_OTHER_ARGUMENTS = (
+    nn.GaussianNLLLoss,
+    nn.CosineEmbeddingLoss,
+    nn.MarginRankingLoss,
+    nn.TripletMarginLoss,
+    nn.TripletMarginWithDistanceLoss,
+    nn.CTCLoss,
+)
 
 
 def as_loss(loss: Any) -> Loss:
@@ -50,36 +60,6 @@ def as_loss(loss: Any) -> Loss:
     raise TypeError(must_be("loss", f"one of {sorted(LOSSES)}, a torch loss module or a callable", repr(loss)))
 
 
-class Loss:
-    """The numerators and denominators of one loss."""
-
-    def per_sample(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Return sᵢ (m,)."""
-        raise NotImplementedError
-
-    def mass(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Return mᵢ (m,)."""
-        return torch.ones(len(output), dtype=output.dtype, device=output.device)
-
-    def check(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Raise unless the targets fit the outputs; called on every batch, before the loss."""
-        _check_same_length(output, target)
-        # Integers may be class indices, save against one column: there torch would broadcast.
-        if target.is_floating_point() or output.shape == (*target.shape, 1):
-            _check_same_shape(output, target)
-
-    def verify(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Raise unless sᵢ and mᵢ give the user's own loss on this batch; called once."""
-
-    def to(self, dtype: torch.dtype, device: torch.device) -> Loss:
-        """Return the loss with its tensors in ``dtype`` on ``device``."""
-        return self
-
-    def output_factor(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
-        """Return Sᵢ (m, c, c) with ∇²_f sᵢ = SᵢSᵢᵀ in closed form, or None where there is none."""
-        return None
-
-
 class ModuleLoss(Loss):
     """A torch loss module with a ``reduction``."""
 
@@ -87,6 +67,9 @@ class ModuleLoss(Loss):
         if isinstance(module, _FLAT_LOSSES) and getattr(module, "p", 1) == 1:
             hint = 'Try "huber", which is smooth.'
             raise ValueError(must_be("loss", "twice differentiable", type(module).__name__, hint))
+        if isinstance(module, _OTHER_ARGUMENTS):
+            hint = "Try a callable (output, target) that takes them apart and calls it."
+            raise ValueError(must_be("loss", "a function of (output, target)", type(module).__name__, hint))
         check_choice(module.reduction, "The loss's reduction", ["mean", "sum", "none", "batchmean"])
         self.module: Any = module
         # Shallow: the class weights are shared, only `reduction` differs.
@@ -114,9 +97,10 @@ class ModuleLoss(Loss):
 
     def check(self, output: torch.Tensor, target: torch.Tensor) -> None:
         """Raise for targets that torch would broadcast, index out of range or take the logarithm of."""
-        _check_same_length(output, target)
+        check_same_length(output, target)
+        self._check_weights(output)
         if self._has_class_targets(target):
-            self._check_class_targets(output, target)
+            self._check_class_targets(output, target.long())
         elif isinstance(self.module, nn.NLLLoss):
             raise ValueError(must_be("y", "integer class indices for this loss", f"dtype {target.dtype}"))
         else:
@@ -135,23 +119,16 @@ class ModuleLoss(Loss):
             hint = "Try a callable (output, target) without a `reduction` attribute."
             raise ValueError(must_be(f"The loss {self.module}", must, f"{own:.6g} against {total / mass:.6g}", hint))
 
-    def output_factor(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
-        """Return the closed form for squared error, Bernoulli logits and cross-entropy.
+    def verify_values(self, output: torch.Tensor, target: torch.Tensor, losses: torch.Tensor) -> None:
+        """Raise as ``verify`` does; torch's own modules, once verified, need no more."""
+        if type(self) is not ModuleLoss or not type(self.module).__module__.startswith("torch."):
+            self.verify(output, target)
 
-        That of cross-entropy is √w (diag(√p) − p√pᵀ): exact for one-hot p too, where diag(p) − ppᵀ cancels.
-        """
-        if output.ndim > 2:
-            return None
-        flat = output.detach().reshape(len(output), -1)
-        kind = type(self.module)
-        if kind is nn.MSELoss:
-            return torch.diag_embed(torch.full_like(flat, 2.0).sqrt())
-        if kind is nn.BCEWithLogitsLoss and self.module.weight is None and self.module.pos_weight is None:
-            return torch.diag_embed((flat.sigmoid() * (-flat).sigmoid()).sqrt())
-        if kind is nn.CrossEntropyLoss and self._has_class_targets(target) and not self.module.label_smoothing:
-            p = flat.softmax(1)
-            weight = self._class_mass(target, flat.dtype).sqrt()[:, None, None]
-            return weight * (torch.diag_embed(p.sqrt()) - p[:, :, None] * p.sqrt()[:, None, :])
+    def output_hessian(self, output: torch.Tensor, target: torch.Tensor) -> OutputHessian | None:
+        """Return the closed form of torch's own modules, where this is a closed form of ``per_sample``."""
+        closed = closed_form(self.module, output, self._as_float(output, target))
+        if closed is None or type(self) is ModuleLoss or self._explains(closed, output, target):
+            return closed
         return None
 
     def elements(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -165,12 +142,28 @@ class ModuleLoss(Loss):
         return self.module(output, self._as_float(output, target))
 
     def _as_float(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return target if self._has_class_targets(target) else target.to(output.dtype)
+        return target.long() if self._has_class_targets(target) else target.to(output.dtype)
 
     def _has_class_targets(self, target: torch.Tensor) -> bool:
         return isinstance(self.module, _CLASS_LOSSES) and not target.is_floating_point()
 
+    def _explains(self, closed: OutputHessian, output: torch.Tensor, target: torch.Tensor) -> bool:
+        """Whether the closed form of the module is that of a subclass's ``per_sample``: it may do more."""
+        generator = torch.Generator(output.device).manual_seed(0)
+        v = torch.randn(output.shape, generator=generator, dtype=output.dtype, device=output.device)
+        with torch.enable_grad():
+            f = output.detach().requires_grad_(True)
+            losses = self.per_sample(f, target).sum()
+            (gradient,) = torch.autograd.grad(losses, f, create_graph=True)
+        if not gradient.requires_grad:
+            return False
+        (expected,) = torch.autograd.grad(gradient, f, v, materialize_grads=True)
+        received = closed.products(v.reshape(1, len(v), -1)).reshape(v.shape)
+        rounding = 100 * torch.finfo(v.dtype).eps * v.norm()
+        return bool((received - expected).norm() <= 1e-4 * expected.norm() + rounding)
+
     def _class_mass(self, target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        target = target.long()
         valid = target != getattr(self.module, "ignore_index", -100)
         mass = valid.to(dtype)
         if getattr(self.module, "weight", None) is not None:
@@ -186,17 +179,32 @@ class ModuleLoss(Loss):
         expected = (output.shape[0], *output.shape[2:])
         if tuple(target.shape) != expected:
             must = f"class indices of shape {expected} against outputs of shape {tuple(output.shape)}"
-            raise ValueError(must_be("y", must, f"shape {tuple(target.shape)}", "Try `y.ravel()` for a column."))
+            raise ValueError(must_be("y", must, f"shape {tuple(target.shape)}", _class_hint(output, target)))
         used = target[target != self.module.ignore_index]
         if used.numel() and (used.min() < 0 or used.max() >= output.shape[1]):
             must = f"in the range [0, {output.shape[1]}) for {output.shape[1]} outputs"
             raise ValueError(must_be("y", must, f"values from {int(used.min())} to {int(used.max())}"))
 
+    def _check_weights(self, output: torch.Tensor) -> None:
+        """Raise for class weights of another number, and for weights that belong to the rows of one batch."""
+        weight = getattr(self.module, "weight", None)
+        if weight is None or not isinstance(weight, torch.Tensor):
+            return
+        if isinstance(self.module, _CLASS_LOSSES):
+            if output.ndim > 1 and len(weight) != output.shape[1]:
+                must = f"one for each of {output.shape[1]} classes"
+                raise ValueError(must_be("The loss's weight", must, f"shape {tuple(weight.shape)}"))
+        elif weight.ndim >= output.ndim and weight.shape[weight.ndim - output.ndim] != 1:
+            must, hint = "the same for every row", "Weights of the rows belong in `sample_weight`."
+            got = f"shape {tuple(weight.shape)} against outputs of shape {tuple(output.shape)}"
+            raise ValueError(must_be("The loss's weight", must, got, hint))
+
     def _check_float_targets(self, output: torch.Tensor, target: torch.Tensor) -> None:
         if isinstance(self.module, nn.CrossEntropyLoss) and target.ndim < 2:
             hint = "Class indices must be integers: try `y.long()` or `y.astype(int)`."
             raise ValueError(must_be("y", "integer class indices or class probabilities (n, c)", target.dtype, hint))
-        _check_same_shape(output, target)
+        check_same_shape(output, target)
+        target = target.to(output.dtype)
         low = target.min() if target.numel() else 0
         if isinstance(self.module, nn.BCEWithLogitsLoss | nn.BCELoss | nn.CrossEntropyLoss):
             if low < 0 or (target.numel() and target.max() > 1):
@@ -205,83 +213,10 @@ class ModuleLoss(Loss):
             raise ValueError(must_be("y", "non-negative for poisson_nll", f"{low:.3g}"))
 
 
-class CallableLoss(Loss):
-    """A callable (output, target), classified once as a mean, a sum or one value per sample."""
-
-    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
-        self.function = function
-        self.kind: str | None = None
-        self._takes_vmap = False
-
-    def to(self, dtype: torch.dtype, device: torch.device) -> CallableLoss:
-        """Return an unclassified copy; a module's tensors are moved in the copy alone."""
-        function = self.function
-        if isinstance(function, nn.Module):
-            function = copy.deepcopy(function).to(device, dtype)
-        return CallableLoss(function)
-
-    def per_sample(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Return the callable's value on each sample alone."""
-        if self.kind == "none":
-            return self.function(output, target).reshape(len(output), -1).sum(1)
-        if self._takes_vmap:
-            return torch.vmap(self._alone)(output, target)
-        return torch.stack([self._alone(o, t) for o, t in zip(output, target, strict=True)])
-
-    def mass(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Return 1 for each sample; the number of elements where the callable returns them all."""
-        mass = super().mass(output, target)
-        if self.kind == "none":
-            with torch.no_grad():
-                mass *= self.function(output[:1], target[:1]).numel()
-        return mass
-
-    def verify(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Classify the callable by a batch and the same batch doubled; raise where it is neither mean nor sum."""
-        with torch.no_grad():
-            once = self.function(output, target)
-            if not isinstance(once, torch.Tensor):
-                raise TypeError(must_be("The loss callable's result", "a tensor", type(once).__name__))
-            twice = self.function(torch.cat([output, output]), torch.cat([target, target]))
-            if once.ndim and twice.ndim and len(once) == len(output) and len(twice) == 2 * len(output):
-                self.kind = "none"
-                return
-            once, twice = once.reshape(()), twice.reshape(())
-            alone = self.per_sample(output, target)
-            self._takes_vmap = self._try_vmap(output, target, alone)
-        for kind, doubled, whole in (("mean", once, alone.mean()), ("sum", 2 * once, alone.sum())):
-            if _close(twice, doubled) and _close(once, whole):
-                self.kind = kind
-                return
-        hint = "Try a torch loss module, or a callable that returns one value per sample."
-        got = f"{once:.6g} on a batch, {twice:.6g} on it doubled, {alone.mean():.6g} as the mean of single rows"
-        raise ValueError(must_be("The loss callable", "a mean or a sum of per-sample losses", got, hint))
-
-    def _alone(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return self.function(output[None], target[None]).reshape(())
-
-    def _try_vmap(self, output: torch.Tensor, target: torch.Tensor, alone: torch.Tensor) -> bool:
-        # A callable may branch on values or call `.item()`: then row by row, which always works.
-        try:
-            return bool(torch.allclose(torch.vmap(self._alone)(output, target), alone, rtol=1e-4, atol=1e-7))
-        except Exception:
-            return False
-
-
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return bool(torch.isclose(a, b, rtol=1e-4, atol=1e-7, equal_nan=True))
-
-
-def _check_same_length(output: torch.Tensor, target: torch.Tensor) -> None:
-    if not isinstance(target, torch.Tensor):
-        raise TypeError(must_be("y", "a tensor or an array", type(target).__name__))
-    if target.ndim == 0 or len(output) != len(target):
-        got = f"outputs of shape {tuple(output.shape)} and y of shape {tuple(target.shape)}"
-        raise ValueError(must_be("The outputs and y", "of the same length", got))
-
-
-def _check_same_shape(output: torch.Tensor, target: torch.Tensor) -> None:
-    if output.shape != target.shape:
-        hint = "Try `y.reshape(-1, 1)`." if target.ndim < output.ndim else "Try `y.ravel()`, or reshape the outputs."
-        got = f"y of shape {tuple(target.shape)} against outputs of shape {tuple(output.shape)}"
-        raise ValueError(must_be("y", "of the shape of the outputs, never broadcast", got, hint))
+def _class_hint(output: torch.Tensor, target: torch.Tensor) -> str:
+    """Return what to try with class indices of a wrong shape."""
+    if target.shape == output.shape and bool(((target == 0) | (target == 1)).all() & (target.sum(1) == 1).all()):
+        return "They look one-hot: try `y.argmax(1)`, or `y.float()` for class probabilities."
+    if output.ndim == 3 and target.shape == output.shape[:2]:
+        return "The classes go along dimension 1: try `outputs.transpose(1, 2)`."
+    return "Try `y.ravel()` for a column." if target.shape == (len(output), 1) else "Try one class index a row."

@@ -39,24 +39,27 @@ class Margin(Loss):
     def per_sample(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Return s (m,)."""
         if _is_one_logit(output):
-            return ((2 * target - 1) * output).reshape(len(output))
+            # In the dtype of the outputs: 2·0 − 1 of an unsigned label is 255.
+            return ((2 * target.to(output.dtype) - 1) * output).reshape(len(output))
         # log p up to a constant of the row, which cancels; another class's alone is exact where p is close to 1.
         f = output.log() if self.of == "probabilities" else output
-        own = f.gather(1, target[:, None])[:, 0]
-        others = f.scatter(1, target[:, None], -torch.inf)
+        label = target.long()[:, None]
+        own = f.gather(1, label)[:, 0]
+        others = f.scatter(1, label, -torch.inf)
         return own - others.logsumexp(1)
 
     def check(self, output: torch.Tensor, target: torch.Tensor) -> None:
         """Raise unless there is one true class a row."""
         if _is_one_logit(output):
             super().check(output, target.to(output.dtype))
-            if bool(((target != 0) & (target != 1)).any()):
+            signed = target.to(output.dtype)
+            if bool(((signed != 0) & (signed != 1)).any()):
                 raise ValueError(must_be("y", "0 or 1 for the margin of one logit", "other values"))
         elif output.ndim != 2 or target.shape != output.shape[:1] or target.is_floating_point():
             must = "integer class indices (n,) against outputs (n, c) for the margin"
             got = f"{target.dtype} of shape {tuple(target.shape)} against {tuple(output.shape)}"
             raise ValueError(must_be("y", must, got))
-        elif target.numel() and not 0 <= int(target.min()) <= int(target.max()) < output.shape[1]:
+        elif target.numel() and not 0 <= int(target.long().min()) <= int(target.long().max()) < output.shape[1]:
             raise ValueError(must_be("y", f"in the range [0, {output.shape[1]})", "other class indices"))
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .losses import Loss
+from .loss_base import Loss
+from .output_hessians import DiagonalHessian, OutputHessian
 
 __all__ = ["HalfGamma", "HalfSquaredError", "WeightedLogits"]
 
@@ -19,9 +20,9 @@ class HalfSquaredError(Loss):
         """Return s (m,)."""
         return 0.5 * (output - target).square().sum(1)
 
-    def output_factor(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Return the identity (m, c, c): the second derivative's root."""
-        return torch.diag_embed(torch.ones_like(output.detach()))
+    def output_hessian(self, output: torch.Tensor, target: torch.Tensor) -> OutputHessian:
+        """Return the identity."""
+        return DiagonalHessian(torch.ones_like(output.detach()))
 
 
 class HalfGamma(Loss):
@@ -31,9 +32,9 @@ class HalfGamma(Loss):
         """Return s (m,)."""
         return (output + target * torch.exp(-output)).sum(1)
 
-    def output_factor(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Return √(y e⁻ᶠ) on the diagonal (m, c, c)."""
-        return torch.diag_embed((target * torch.exp(-output.detach())).sqrt())
+    def output_hessian(self, output: torch.Tensor, target: torch.Tensor) -> OutputHessian:
+        """Return y e⁻ᶠ on the diagonal."""
+        return DiagonalHessian(target * torch.exp(-output.detach()))
 
 
 class WeightedLogits(Loss):
@@ -63,10 +64,10 @@ class WeightedLogits(Loss):
         """Return c (m,), or 1."""
         return self._weights(target).sum(1) if self.weights_count else super().mass(output, target)
 
-    def output_factor(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Return √(c p (1 − p)) on the diagonal (m, c, c)."""
+    def output_hessian(self, output: torch.Tensor, target: torch.Tensor) -> OutputHessian:
+        """Return c p (1 − p) on the diagonal."""
         f = output.detach()
-        return torch.diag_embed((self._weights(target) * f.sigmoid() * (-f).sigmoid()).sqrt())
+        return DiagonalHessian(self._weights(target) * f.sigmoid() * (-f).sigmoid())
 
     def _weights(self, target: torch.Tensor) -> torch.Tensor:
         return torch.where(target > 0.5, self.positive, self.negative)

@@ -16,6 +16,7 @@ from .._validation import check_number, must_be, resolve_device, resolve_dtype
 from ..parameters import ParameterLayout, select_parameters
 from .base import TwiceDifferentiable
 from .losses import Loss, as_loss
+from .output_hessians import OutputHessian
 from .structural_copy import structural_copy
 
 __all__ = ["TorchTwiceDifferentiable", "leading_length", "map_tensors"]
@@ -197,10 +198,10 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
             return torch.ones_like(self.per_sample_loss(outputs, batch).detach())
         return self._loss().mass(outputs.detach(), batch[1])
 
-    def verify_loss(self, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Raise unless the loss of some (outputs, targets) of different batches together is that of single rows."""
+    def verify_loss(self, outputs: Any, targets: Any, losses: torch.Tensor) -> None:
+        """Raise unless the user's own loss of these rows is what these losses of single rows make."""
         if not self._own_loss():
-            self._loss().verify(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
+            self._loss().verify_values(outputs, targets, losses)
 
     def gradient_of(self, value: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
         """Return the flat gradient (p,) of a scalar that was computed from ``forward``."""
@@ -216,9 +217,9 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         """Return the penalty's gradient (p,) at θ."""
         return self.weight_decay * torch.cat([t.detach().reshape(-1) for t in self.theta])
 
-    def output_factor(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor | None:
-        """Return Sᵢ (m, c, c) with ∇²_f sᵢ = SᵢSᵢᵀ in closed form, or None."""
-        return None if self._own_loss() else self._loss().output_factor(outputs, batch[1])
+    def output_hessian(self, outputs: torch.Tensor, batch: Any) -> OutputHessian | None:
+        """Return ∇²_f sᵢ in closed form, or None."""
+        return None if self._own_loss() else self._loss().output_hessian(outputs, batch[1])
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 

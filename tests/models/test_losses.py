@@ -8,6 +8,7 @@ from problems import problem
 from torch import nn
 
 from skinvert import HessianInverter
+from skinvert.models.margin import Margin
 
 
 def fitted(case, loss, batch_size=5):
@@ -92,3 +93,71 @@ def test_the_users_loss_keeps_its_reduction_and_tensors():
     weight = case.loss.weight
     HessianInverter("direct", 50.0, loss=case.loss, dtype="float32").fit(case.module, case.data)
     assert case.loss.reduction == "mean" and case.loss.weight is weight and weight.dtype == torch.float64
+
+
+def bad(c, loss, y, match, kind=ValueError):
+    net = nn.Linear(3, c).double()
+    with pytest.raises(kind, match=match):
+        HessianInverter("direct", 1.0, loss=loss).fit(net, (torch.randn(len(y), 3, dtype=torch.float64), y))
+
+
+def test_labels_that_look_one_hot():
+    y = torch.tensor([0, 1, 2, 1])
+    for dtype in (torch.long, torch.uint8, torch.bool):
+        bad(3, "cross_entropy", F.one_hot(y, 3).to(dtype), r"one-hot.*y\.argmax\(1\)")
+    bad(3, "cross_entropy", y[:, None], r"y\.ravel\(\)")
+    bad(3, "cross_entropy", y[:, None].expand(4, 2), "one class index a row")
+
+
+def test_classes_in_the_last_dimension():
+    net = nn.Linear(3, 4).double()
+    with pytest.raises(ValueError, match="dimension 1.*transpose"):
+        HessianInverter("direct", 1.0, loss="cross_entropy").fit(
+            net, (torch.randn(5, 2, 3, dtype=torch.float64), torch.randint(2, (5, 2)))
+        )
+
+
+@pytest.mark.parametrize(
+    ("loss", "y", "match"),
+    [
+        (nn.CrossEntropyLoss(weight=torch.ones(5)), torch.tensor([0, 1]), "one for each of 3 classes"),
+        (nn.BCEWithLogitsLoss(weight=torch.ones(2, 1)), torch.zeros(2, 3), "sample_weight"),
+        (nn.GaussianNLLLoss(), torch.zeros(2, 3), "GaussianNLLLoss.*callable"),
+        (nn.CTCLoss(), torch.zeros(2, 3), "CTCLoss"),
+    ],
+)
+def test_modules_that_cannot_be_served(loss, y, match):
+    bad(3, loss, y, match)
+
+
+def test_a_weight_of_one_row_of_outputs_is_no_weight_of_rows():
+    loss, y = nn.BCEWithLogitsLoss(weight=torch.tensor([1.0, 2.0, 3.0])), torch.rand(3, 3)
+    net, X = nn.Linear(3, 3).double(), torch.randn(3, 3, dtype=torch.float64)
+    A = HessianInverter("direct", 1.0, loss=loss).fit(net, (X, y)).curvature_.to_dense()
+    one = HessianInverter("direct", 1.0, loss=loss, batch_size=1).fit(net, (X, y)).curvature_.to_dense()
+    assert matrix_error(A, one.numpy()) <= 1e-14
+
+
+def test_a_users_module_is_held_against_every_batch():
+    class Weighted(nn.MSELoss):
+        def forward(self, f, y):
+            value = super().forward(f, y)
+            return 2 * value if self.reduction == "mean" and bool((y > 5).any()) else value
+
+    case = problem("mlp", "mse")
+    y = case.y.clone()
+    y[-1] = 6
+    with pytest.raises(ValueError, match="average or sum"):
+        HessianInverter("direct", 50.0, loss=Weighted(), batch_size=5).fit(case.module, (case.X, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int32])
+def test_the_margin_of_unsigned_labels(dtype):
+    y = torch.tensor([0, 1, 1, 0])
+    for c in (1, 2):
+        margin = Margin()
+        f = torch.randn(4, c, dtype=torch.float64)
+        target = y[:, None] if c == 1 else y
+        margin.check(f, target.to(dtype))
+        expected = (2 * y - 1) * (f[:, 0] if c == 1 else f[:, 1] - f[:, 0])
+        assert torch.allclose(margin.per_sample(f, target.to(dtype)), expected)
