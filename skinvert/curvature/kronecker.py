@@ -11,13 +11,14 @@ import torch
 
 from .._memory import check_memory, rows_within
 from .._progress import progress
-from .._validation import check_choice, must_be
+from .._validation import check_choice
 from ..block_operators import Eigenbasis, KroneckerBlock, KroneckerFactors
 from ..models import map_tensors
 from ..parameters import ParameterLayout
 from .base import Objective
-from .kronecker_calls import Captured, Layered, Signals, captured, probe
-from .kronecker_layers import ElementwiseLayer, KroneckerLayer, Layer, Layers, gram, refuse
+from .kronecker_calls import Captured, Layered, Signals, captured
+from .kronecker_layers import KroneckerLayer, Layer, Layers, gram, refuse
+from .kronecker_probe import probe
 
 __all__ = ["Signals", "kronecker_factors"]
 
@@ -119,16 +120,18 @@ class _Factors:
 
     def add_inputs(self, a: torch.Tensor, mass: torch.Tensor) -> None:
         if self.approx == "reduce" and a.shape[-2] > 1:
-            if self.layer.is_one_hot:
-                hint = 'The mean of one-hot rows has no diagonal second moment. Try method=EKFAC(approx="expand").'
-                got = f"{self.layer.name}, which sees {a.shape[-2]}"
-                raise ValueError(must_be('An Embedding for approx="reduce"', "seeing one row a sample", got, hint))
             a = a.mean(-2, keepdim=True)
+            if self.right.ndim == 1:
+                self._make_dense()
         weighted = a * (mass / self.total).reshape(-1, *[1] * (a.ndim - 1))
-        if self.layer.is_one_hot:
-            self.right += (weighted * a).sum((0, 1))
-        else:
-            self.right += gram(weighted, a)
+        self.right += (weighted * a).sum((0, 1)) if self.right.ndim == 1 else gram(weighted, a)
+
+    def _make_dense(self) -> None:
+        """Make room for a second moment of means of one-hot rows, which is not diagonal."""
+        needed = 4 * self.right.numel() ** 2 * self.right.element_size()
+        way_out = 'Try approx="expand", of which an Embedding\'s factor is diagonal.'
+        check_memory(needed, f"The reduced factor of {self.layer.name}", way_out, self.right.device)
+        self.right = torch.diag(self.right)
 
     def add_signals(self, g: torch.Tensor) -> None:
         rows = g.sum(-2, keepdim=True) if self.approx == "reduce" else g
@@ -136,7 +139,7 @@ class _Factors:
 
     def block(self, penalty: torch.Tensor | None) -> KroneckerBlock:
         own = None if penalty is None else penalty[self.layer.index]
-        right = self.right if self.layer.is_one_hot else (self.right + self.right.mT) / 2
+        right = self.right if self.right.ndim == 1 else (self.right + self.right.mT) / 2
         return KroneckerBlock(self.layer.name, self.layer.index, (self.left + self.left.mT) / 2, right, own)
 
 
@@ -149,7 +152,7 @@ class _Squares:
         self.sums = torch.zeros(layer.index.shape, dtype=first.dtype, device=first.device)
 
     def add_inputs(self, a: Any, mass: torch.Tensor) -> None:
-        """The signals hold them already."""
+        """Take nothing: the signals hold them already."""
 
     def add_signals(self, g: torch.Tensor) -> None:
         self.sums += g.square().sum(0)

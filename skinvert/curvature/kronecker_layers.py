@@ -138,7 +138,9 @@ class ElementwiseLayer(Layer):
         with torch.no_grad():
             for call in calls:
                 # Some norms scale by 1 + γ.
-                unit, zero = (torch.func.functional_call(self.module, values, (call.input,)) for values in (units, zeros))
+                unit, zero = (
+                    torch.func.functional_call(self.module, values, (call.input,)) for values in (units, zeros)
+                )
                 seen.append(self._first(unit - zero))
         return seen
 
@@ -222,12 +224,9 @@ def layers_of(model: TorchTwiceDifferentiable) -> Layers:
 
 def refuse(reasons: dict[str, str]) -> None:
     """Raise, naming the parameters that no layer with factors holds, and why."""
-    must = (
-        "in Linear, convolution, Embedding, MultiheadAttention or norm layers that are called on a batch of samples and "
-        "share no weights"
-    )
+    must = "in a Linear, convolution, Embedding, attention or norm that shares no weights and sees samples in a batch"
     listed = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
-    hint = 'Try method=EKFAC(unsupported="diagonal") (KFAC has it too), or leave them out with `params`.'
+    hint = 'Try method=EKFAC(unsupported="diagonal") (or KFAC), or leave them out with `params`.'
     raise ValueError(must_be("Every parameter for Kronecker factors", must, listed, hint))
 
 
@@ -235,7 +234,7 @@ def _reason(module: nn.Module, own: dict[str, str]) -> str:
     """Return why a module has no factors, or nothing where it has."""
     kind = type(module).__name__
     if is_attention(module):
-        return f"a {kind} with add_bias_kv" if {"bias_k", "bias_v"} & set(own) else ""
+        return "an attention's own row of keys or values" if {"bias_k", "bias_v"} & set(own) else ""
     if _is_norm(module):
         return "" if set(own) <= {"weight", "gamma", "scale", *BIASES} else f"a {kind}"
     if form_of(module) is None:
@@ -311,7 +310,7 @@ class _Matrices:
 
 
 def _joined(parts: Sequence[torch.Tensor], m: int) -> torch.Tensor:
-    """Return the rows of all calls, (m, [q,] T, d), of parts (m r, [q,] t, d): r rows a sample where axes are folded."""
+    """Return the rows of all calls, (m, [q,] T, d), of parts (m r, [q,] t, d) with r rows a sample folded in."""
     rows = [part if len(part) == m else _unfolded(part, m) for part in parts]
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)
 

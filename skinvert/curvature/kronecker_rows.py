@@ -55,7 +55,7 @@ class Table(Columns):
 
     def inputs(self, module: Any, a: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Return the one-hot rows; that of ``padding_idx`` is zero, since torch gives it no gradient."""
-        rows = F.one_hot(a.reshape(len(a), -1), module.num_embeddings).to(dtype)
+        rows = F.one_hot(a.reshape(len(a), -1).long(), module.num_embeddings).to(dtype)
         if module.padding_idx is not None:
             rows[:, :, module.padding_idx] = 0
         return rows
@@ -104,7 +104,8 @@ class TransposedConvolution(Convolution):
         """Return the patches of the spread input, as many as the result has positions."""
         lengths = [(n - 1) * s + 1 for n, s in zip(a.shape[2:], module.stride, strict=True)]
         spread = a.new_zeros(*a.shape[:2], *lengths)
-        spread[(..., *(slice(None, None, s) for s in module.stride))] = a
+        places: list[Any] = [..., *(slice(None, None, s) for s in module.stride)]
+        spread[tuple(places)] = a
         sides: list[int] = []
         for j in reversed(range(len(lengths))):
             reach = module.dilation[j] * (module.kernel_size[j] - 1)
