@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from ._memory import rows_within
 from ._validation import must_be
 from .operators import LinearOperator, TensorState
 
@@ -19,9 +21,9 @@ class Kronecker(LinearOperator):
 
     Parameters
     ----------
-    left : tensor of shape (d, d)
-        G, symmetric positive semi-definite.
-    right : tensor of shape (i, i) or (i,)
+    left : tensor of shape (d, d) or (q, d, d)
+        G, symmetric positive semi-definite; q of them for q groups, each with its own (d, i) of a row.
+    right : tensor of shape (i, i), (i,) or (q, i, i)
         A, symmetric positive semi-definite; its diagonal where it is diagonal.
 
     Examples
@@ -41,23 +43,26 @@ class Kronecker(LinearOperator):
     is_psd = True
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        super().__init__(len(left) * len(right), left.dtype, left.device)
+        shape = (*left.shape[:-1], right.shape[-1])
+        super().__init__(math.prod(shape), left.dtype, left.device)
         self.left, self.right = left, right
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return G W A for each row."""
-        W = self.left @ V.reshape(len(V), len(self.left), len(self.right))
+        W = self.left @ V.reshape(len(V), *self.left.shape[:-1], self.right.shape[-1])
         return (W * self.right if self.right.ndim == 1 else W @ self.right).reshape(V.shape)
 
     def to_dense(self, verbose: int = 0) -> torch.Tensor:
-        """Return the matrix (d i, d i)."""
+        """Return the matrix (d i, d i), or the block-diagonal one of the groups."""
+        if self.left.ndim == 3:
+            return torch.block_diag(*[torch.kron(G, A) for G, A in zip(self.left, self.right, strict=True)])
         right = torch.diag(self.right) if self.right.ndim == 1 else self.right
         return torch.kron(self.left.contiguous(), right.contiguous())
 
     def diagonal(self) -> torch.Tensor:
         """Return the outer product of the diagonals, flat."""
-        right = self.right if self.right.ndim == 1 else self.right.diagonal()
-        return torch.outer(self.left.diagonal(), right).reshape(-1)
+        right = self.right if self.right.ndim == 1 else self.right.diagonal(dim1=-2, dim2=-1)
+        return (self.left.diagonal(dim1=-2, dim2=-1)[..., :, None] * right[..., None, :]).reshape(-1)
 
 
 class Eigenbasis(TensorState):
@@ -65,9 +70,9 @@ class Eigenbasis(TensorState):
 
     Parameters
     ----------
-    left : tensor of shape (d, d)
-        U_G, eigenvectors in columns.
-    right : tensor of shape (i, i) or None
+    left : tensor of shape (d, d) or (q, d, d)
+        U_G, eigenvectors in columns; q of them for q groups.
+    right : tensor of shape (i, i), (q, i, i) or None
         U_A.
     """
 
@@ -96,13 +101,13 @@ class Eigenbasis(TensorState):
         return g @ self.left
 
     def quadratic(self, R: torch.Tensor) -> torch.Tensor:
-        """Return diag(Qᵀ diag(R) Q) (d, i) of a diagonal R (d, i)."""
+        """Return diag(Qᵀ diag(R) Q) of a diagonal R, both of the shape of a layer's matrix."""
         right = R if self.right is None else R @ self.right.square()
         return self.left.square().mT @ right
 
 
 class Rotated(LinearOperator):
-    """Q diag(e) Qᵀ, with Q an ``Eigenbasis`` and e the eigenvalues (d, i)."""
+    """Q diag(e) Qᵀ, with Q an ``Eigenbasis`` and e the eigenvalues (d, i), or (q, d, i) of q groups."""
 
     _fields: ClassVar[dict[str, str]] = {
         "size": "int",
@@ -164,7 +169,18 @@ class BlockDiagonal(LinearOperator):
             _check_partition(self.order, self.size)
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:
-        """Return each block's product with its own entries."""
+        """Return each block's product with its own entries, in chunks of rows that fit the working memory."""
+        # The parts of V, a rotation of them, the products, and these in place.
+        chunk = rows_within(4 * self.size * V.element_size())
+        if len(V) <= chunk:
+            return self._apply(V)
+        product = torch.empty_like(V)
+        for start in range(0, len(V), chunk):
+            rows = slice(start, start + chunk)
+            product[rows] = self._apply(V[rows])
+        return product
+
+    def _apply(self, V: torch.Tensor) -> torch.Tensor:
         return self.joined([A.apply(part) for A, part in zip(self.operators, self.parts(V), strict=True)])
 
     def to_dense(self, verbose: int = 0) -> torch.Tensor:
@@ -209,13 +225,13 @@ class KroneckerBlock:
     ----------
     name : str
         Of the layer.
-    index : tensor of shape (d, i)
-        Where the layer's matrix [weight, bias] lies in a flat row.
-    left : tensor of shape (d, d)
+    index : tensor of shape (d, i) or (q, d, i)
+        Where the layer's matrix [weight, bias] lies in a flat row; the q matrices of a grouped convolution.
+    left : tensor of shape (d, d) or (q, d, d)
         G, of the derivatives at the layer's results.
-    right : tensor of shape (i, i) or (i,)
+    right : tensor of shape (i, i), (i,) or (q, i, i)
         A, of the layer's inputs with the bias's coordinate; its diagonal for an Embedding.
-    penalty : tensor of shape (d, i) or None
+    penalty : tensor of the shape of ``index``, or None
         The penalty's Hessian.
     """
 
@@ -226,11 +242,11 @@ class KroneckerBlock:
     penalty: torch.Tensor | None
 
     def decompose(self) -> tuple[Eigenbasis, torch.Tensor]:
-        """Return the eigenbasis of G ⊗ A and its eigenvalues (d, i)."""
+        """Return the eigenbasis of G ⊗ A and its eigenvalues, of the shape of ``index``."""
         left, U = torch.linalg.eigh(self.left)
         right, V = (self.right, None) if self.right.ndim == 1 else torch.linalg.eigh(self.right)
         # Rounding alone makes zero eigenvalues slightly negative.
-        return Eigenbasis(U, V), torch.outer(left.clamp(min=0), right.clamp(min=0))
+        return Eigenbasis(U, V), left.clamp(min=0)[..., :, None] * right.clamp(min=0)[..., None, :]
 
     @property
     def uniform_penalty(self) -> float | None:
@@ -250,7 +266,7 @@ class KroneckerFactors:
     blocks : tuple of KroneckerBlock
         One a layer.
     rest : tensor of shape (q,)
-        Places of the parameters that no Kronecker layer holds.
+        Places of the parameters that no Kronecker layer holds: those of norms, and the unsupported ones.
     rest_diagonal : tensor of shape (q,)
         The exact diagonal of the curvature there, penalty included.
     refit : callable

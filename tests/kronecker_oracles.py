@@ -9,11 +9,31 @@ import numpy as np
 import torch
 from torch import nn
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+
+
+class Conv1D(nn.Module):
+    """The linear layer of GPT-2 in transformers, which is not installed: weights (in, out)."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.randn(nx, nf) / nx**0.5)
+        self.bias = nn.Parameter(torch.randn(nf) / 10)
+
+    def forward(self, x):
+        size_out = x.size()[:-1] + (self.nf,)
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size_out)
+
+
+LAYERS = (nn.Linear, *CONVOLUTIONS, nn.Embedding, Conv1D)
 
 
 class KroneckerOracle:
     """G, A and the exact block of every layer with trained parameters, in the order [weight, bias] of (d, i) matrices.
+
+    Each group of a grouped convolution counts as a layer.
 
     ``loss(f, y)`` is sᵢ of one row (1, ...), and ``mass(y)`` its mᵢ; L = Σ wᵢsᵢ / Σ wᵢmᵢ. ``empirical`` takes the true
     labels' gradients gᵢ = κ∇sᵢ over Σ wᵢ instead.
@@ -25,20 +45,21 @@ class KroneckerOracle:
         self.w = np.ones(len(X)) if weights is None else np.asarray(weights, dtype=float)
         self.m = np.array([1.0 if mass is None else float(mass(y[i : i + 1])) for i in range(len(X))])
         self.empirical = empirical
-        self.layers = [
+        self.modules = [
             k for k, layer in enumerate(self.net) if isinstance(layer, LAYERS) and any(trained(layer).values())
         ]
+        self.layers = [(k, j) for k in self.modules for j in range(getattr(self.net[k], "groups", 1))]
         self.samples = [self.sample(i) for i in range(len(X))]
 
     def forward(self, x, additions):
         """The outputs of one row, an addition at each layer's result; and the layers' inputs."""
         inputs = {}
         for k, layer in enumerate(self.net):
-            if k in self.layers:
+            if k in self.modules:
                 inputs[k] = x.detach()
             x = layer(x)
-            if k in self.layers:
-                x = x + additions[self.layers.index(k)]
+            if k in self.modules:
+                x = x + additions[self.modules.index(k)]
         return x, inputs
 
     def sample(self, i):
@@ -47,7 +68,7 @@ class KroneckerOracle:
         z, shapes = x, []
         for k, layer in enumerate(self.net):
             z = layer(z)
-            if k in self.layers:
+            if k in self.modules:
                 shapes.append(z.shape)
         zeros = tuple(torch.zeros(shape, dtype=torch.float64) for shape in shapes)
         f, inputs = self.forward(x, zeros)
@@ -61,12 +82,15 @@ class KroneckerOracle:
             S = vectors * values.clamp(min=0).sqrt()
             J = [S.mT @ part.reshape(f.numel(), -1) for part in J]
         out = []
-        for k, part, shape in zip(self.layers, J, shapes, strict=True):
+        for k, part, shape in zip(self.modules, J, shapes, strict=True):
             layer = self.net[k]
-            conv = isinstance(layer, nn.Conv1d | nn.Conv2d)
             g = part.reshape(len(part), *shape[1:])
-            g = g.flatten(2).transpose(1, 2) if conv else g.reshape(len(part), -1, shape[-1])
-            out.append((homogeneous(layer, inputs[k][0]).numpy(), g.numpy()))
+            if isinstance(layer, CONVOLUTIONS):
+                g = g.flatten(2).transpose(1, 2)
+            g = g.reshape(len(part), -1, g.shape[-1])
+            d = g.shape[2] // getattr(layer, "groups", 1)
+            for j in range(getattr(layer, "groups", 1)):
+                out.append((homogeneous(layer, inputs[k][0], j * d).numpy(), g[:, :, j * d : (j + 1) * d].numpy()))
         return out
 
     @property
@@ -120,23 +144,33 @@ class KroneckerOracle:
         """Blocks of vec[W, b] where the flat rows have W, then b."""
         p = sum(len(block) for block in blocks)
         matrix, start = np.zeros((p, p)), 0
-        for k, block in zip(self.layers, blocks, strict=True):
+        for (k, j), block in zip(self.layers, blocks, strict=True):
             own = trained(self.net[k])
-            d = self.net[k].weight.shape[1] if isinstance(self.net[k], nn.Embedding) else len(self.net[k].weight)
-            i = len(block) // d
-            width = i - own["bias"]
-            place = np.empty((d, i), dtype=int)
-            weights = start + np.arange(d * width)
-            if isinstance(self.net[k], nn.Embedding):
-                place[:, :width] = weights.reshape(width, d).T
-            else:
-                place[:, :width] = weights.reshape(d, width)
-            if own["bias"]:
-                place[:, -1] = start + d * width + np.arange(d)
-            flat = place.reshape(-1)
+            weights, biases = places(self.net[k], start)
+            d = len(weights) // getattr(self.net[k], "groups", 1)
+            group = slice(j * d, (j + 1) * d)
+            columns = ([weights[group]] if own["weight"] else []) + ([biases[group, None]] if own["bias"] else [])
+            flat = np.concatenate(columns, axis=1).reshape(-1)
             matrix[np.ix_(flat, flat)] = block
-            start += len(block)
+            if j == getattr(self.net[k], "groups", 1) - 1:
+                start += sum(q.numel() for q in self.net[k].parameters() if q.requires_grad)
         return matrix
+
+
+def places(layer, start):
+    """Where the weights of each output channel (d, i), and its bias (d,), lie in a flat row."""
+    own, weight = trained(layer), layer.weight
+    n = weight.numel() if own["weight"] else 0
+    numbers = start + np.arange(weight.numel()).reshape(weight.shape)
+    if isinstance(layer, nn.Embedding | Conv1D):
+        rows = numbers.T
+    elif isinstance(layer, TRANSPOSED):
+        # (in, out / groups, kernel): output channel o of group j has the weights of the group's input channels.
+        parts = np.split(numbers, layer.groups)
+        rows = np.stack([part[:, o].reshape(-1) for part in parts for o in range(weight.shape[1])])
+    else:
+        rows = numbers.reshape(len(weight), -1)
+    return rows, start + n + np.arange(len(rows))
 
 
 def trained(layer):
@@ -146,19 +180,20 @@ def trained(layer):
     }
 
 
-def homogeneous(layer, a):
-    """The rows (T, i) that a layer sees of one sample's input, with the coordinate of a trained bias."""
-    rows = {nn.Linear: linear_rows, nn.Embedding: one_hot_rows}.get(type(layer), patches)(layer, a)
+def homogeneous(layer, a, channel=0):
+    """The rows (T, i) that an output channel sees of one sample's input, with the coordinate of a trained bias."""
+    of = {nn.Linear: linear_rows, Conv1D: linear_rows, nn.Embedding: one_hot_rows}.get(type(layer), patches)
+    rows = of(layer, a, channel)
     own = trained(layer)
     parts = ([rows] if own["weight"] else []) + ([torch.ones(len(rows), 1)] if own["bias"] else [])
     return torch.cat([part.double() for part in parts], 1)
 
 
-def linear_rows(layer, a):
+def linear_rows(layer, a, channel):
     return a.reshape(-1, a.shape[-1])
 
 
-def one_hot_rows(layer, a):
+def one_hot_rows(layer, a, channel):
     rows = torch.zeros(a.numel(), layer.num_embeddings, dtype=torch.float64)
     for t, index in enumerate(a.reshape(-1).tolist()):
         if index != layer.padding_idx:
@@ -166,9 +201,10 @@ def one_hot_rows(layer, a):
     return rows
 
 
-def patches(layer, a):
-    """The patch of each output position, by probing: the derivative of the layer's first output in its weights."""
+def patches(layer, a, channel):
+    """The patch of each output position, by probing: the derivative of a channel's results in its weights."""
     probe = copy.deepcopy(layer).double()
     weight = torch.zeros_like(probe.weight, requires_grad=True)
-    z = torch.func.functional_call(probe, {"weight": weight}, (a[None],))[0, 0].reshape(-1)
-    return torch.stack([torch.autograd.grad(v, weight, retain_graph=True)[0][0].reshape(-1) for v in z])
+    z = torch.func.functional_call(probe, {"weight": weight}, (a[None],))[0, channel].reshape(-1)
+    own = places(layer, 0)[0][channel]
+    return torch.stack([torch.autograd.grad(v, weight, retain_graph=True)[0].reshape(-1)[own] for v in z])

@@ -179,8 +179,10 @@ def _inverted(block: Any, shift: float) -> tuple[LinearOperator, bool]:
     diagonal = isinstance(block, Diagonal)
     values = (block.entries if diagonal else block.eigenvalues) + shift
     # The entries of a diagonal are known to relative precision; the eigenvalues of two `eigh` are not.
-    sides = 0 if diagonal else sum(values.shape)
-    cut = sides * torch.finfo(values.dtype).eps * values.abs().max()
+    # Each group of a grouped layer has its own.
+    sides = 0 if diagonal else sum(values.shape[-2:])
+    largest = values.abs().max() if diagonal else values.abs().amax((-2, -1), keepdim=True)
+    cut = sides * torch.finfo(values.dtype).eps * largest
     inverse = torch.where(values > cut, 1 / values, 0.0)
     definite = bool((values > cut).all())
     return (Diagonal(inverse) if diagonal else Rotated(block.basis, inverse)), definite

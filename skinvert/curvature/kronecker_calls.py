@@ -1,0 +1,192 @@
+"""The calls of layers on a batch of samples, and the derivatives at their results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
+
+from .attention import taken_apart
+from .base import Objective
+from .columns import Columns
+from .kronecker_layers import Layer
+from .layers import Call
+
+__all__ = ["Captured", "Layered", "Signals", "captured"]
+
+OUTSIDE = "its weights are used outside it too"
+
+
+class Signals(NamedTuple):
+    """What a curvature pulls back through a batch: H = Σ gᵣgᵣᵀ + penalty with gᵣ = Σ directionsᵣ · ∂value per sample.
+
+    Attributes
+    ----------
+    value : tensor of shape (m, ...)
+        Computed from the parameters, one entry or row per sample.
+    directions : Columns
+        r of them, (m, ...) each; weights and denominators included, as their roots.
+    mass : tensor of shape (m,)
+        Each sample's share of L's denominator.
+    """
+
+    value: torch.Tensor
+    directions: Columns
+    mass: torch.Tensor
+
+
+class Layered(Protocol):
+    """A curvature that says what it pulls back."""
+
+    objective: Objective
+
+    @property
+    def penalty(self) -> torch.Tensor | None:
+        """The penalty's Hessian as a diagonal (p,), or None."""
+
+    def signals(self, batch: Any, weights: torch.Tensor) -> Signals:
+        """Return what is pulled back through a batch."""
+
+    def diagonal(self) -> torch.Tensor:
+        """Return the exact diagonal (p,)."""
+
+
+class Captured:
+    """A batch's signals, and the calls of every layer while they were computed.
+
+    Parameters
+    ----------
+    found : Signals
+        Of the batch.
+    layers : list of Layer
+        Whose calls these are.
+    calls : list of list of Call
+        Of each layer; those without a gradient are left out.
+    """
+
+    def __init__(self, found: Signals, layers: list[Layer], calls: list[list[Call]]) -> None:
+        self.value, self.directions, self.mass = found
+        self.layers, self.m = layers, len(found.mass)
+        self.calls = [[call for call in own if call.edge is not None] for own in calls]
+        self.called = {layer.name for layer, own in zip(layers, calls, strict=True) if own}
+
+    def reasons(self) -> dict[str, str]:
+        """Return why parameters of layers are not explained by these calls."""
+        found: dict[str, str] = {}
+        for layer, calls in zip(self.layers, self.calls, strict=True):
+            why = next((why for call in calls if (why := _why_not(layer, call, self.m))), "")
+            found.update(dict.fromkeys(layer.names, why) if why else {})
+        return found
+
+    def inputs(self, dtype: torch.dtype) -> list[Any]:
+        """Return each layer's inputs; None where it was not called."""
+        pairs = zip(self.layers, self.calls, strict=True)
+        return [layer.inputs(calls, self.m, dtype) if calls else None for layer, calls in pairs]
+
+    def signals(self, direction: torch.Tensor, inputs: list[Any]) -> list[Any]:
+        """Return each layer's signals along a direction; None where it was not called."""
+        return self._signals(direction, inputs, [])[0]
+
+    def checked(self, direction: torch.Tensor, inputs: list[Any]) -> tuple[list[Any], dict[str, str]]:
+        """Return the signals, and the parameters whose derivative along the direction is not that of the calls."""
+        parameters = {id(one): one for layer in self.layers for one in layer.parameters}
+        signals, rest = self._signals(direction, inputs, list(parameters.values()))
+        derivatives = dict(zip(parameters, rest, strict=True))
+        wrong: dict[str, str] = {}
+        for layer, a, g in zip(self.layers, inputs, signals, strict=True):
+            expected = _placed(layer, [derivatives[id(one)] for one in layer.parameters])
+            product, scale = (torch.zeros_like(expected), 0.0) if g is None else layer.product(a, g)
+            tolerance = 1e3 * torch.finfo(product.dtype).eps * scale
+            if not float((product - expected).norm()) <= tolerance:
+                wrong.update(dict.fromkeys(layer.names, OUTSIDE))
+        return signals, wrong
+
+    def _signals(
+        self, direction: torch.Tensor, inputs: list[Any], extra: list[torch.Tensor]
+    ) -> tuple[list[Any], list[torch.Tensor]]:
+        flat = [call for calls in self.calls for call in calls]
+        targets: list[Any] = [*(call.edge for call in flat), *extra]
+        direction = direction.reshape(self.value.shape).to(self.value)
+        found: Sequence[Any] = [None] * len(targets)
+        if targets and self.value.requires_grad:
+            found = torch.autograd.grad(self.value, targets, direction, retain_graph=True, allow_unused=True)
+        shapes = [call.shape for call in flat] + [one.shape for one in extra]
+        parts = [
+            self.value.new_zeros(shape) if part is None else part.detach()
+            for part, shape in zip(found, shapes, strict=True)
+        ]
+        signals: list[Any] = []
+        start = 0
+        for layer, calls, a in zip(self.layers, self.calls, inputs, strict=True):
+            own = parts[start : start + len(calls)]
+            signals.append(layer.signals(own, a, self.m) if calls else None)
+            start += len(calls)
+        return signals, parts[start:]
+
+
+def captured(
+    curvature: Layered, layers: Sequence[Layer], attentions: list[nn.MultiheadAttention], batch: Any, weights: Any
+) -> Captured:
+    """Return a batch's signals and the calls of its layers."""
+    with _recording(layers, attentions, len(weights)) as calls:
+        found = curvature.signals(batch, weights)
+    return Captured(found, list(layers), [calls.get(layer.key, []) for layer in layers])
+
+
+@contextmanager
+def _recording(
+    layers: Sequence[Layer], attentions: list[nn.MultiheadAttention], m: int
+) -> Iterator[dict[Any, list[Call]]]:
+    """Record every call of the layers; the result of one that sees the same for every sample is expanded over them."""
+    calls: dict[Any, list[Call]] = {}
+    by_key = {layer.key: layer for layer in layers}
+
+    def record(key: Any, a: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        layer = by_key.get(key)
+        if layer is None:
+            return result
+        if layer.shared:
+            whole = a.ndim > 1 and len(a) == 1 and layer.dims in (None, a.ndim)
+            a, result = _expanded(a, m, whole), _expanded(result, m, whole)
+        edge = get_gradient_edge(result) if result.requires_grad else None
+        calls.setdefault(key, []).append(Call(a, result.shape, edge))
+        return result
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor) -> torch.Tensor:
+        return record(module, args[0] if args else next(iter(kwargs.values())), result)
+
+    modules = {id(layer.module): layer.module for layer in layers if layer.key is layer.module}
+    with ExitStack() as stack:
+        stack.enter_context(taken_apart(attentions, record))
+        for module in modules.values():
+            handle = module.register_forward_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield calls
+
+
+def _expanded(tensor: torch.Tensor, m: int, whole: bool) -> torch.Tensor:
+    """Return m times the tensor: along its first axis, of length 1, where it is a ``whole`` batch, else a new one."""
+    return tensor.expand(m, *tensor.shape[1:]) if whole else tensor.expand(m, *tensor.shape)
+
+
+def _why_not(layer: Layer, call: Call, m: int) -> str:
+    """Return why a call on m samples cannot be read as rows of samples, or nothing."""
+    shape = call.input.shape
+    if layer.dims not in (None, len(shape)):
+        return f"sees an input {tuple(shape)} of {m} samples"
+    return (
+        "" if shape[layer.axis] % m == 0 else f"sees an input {tuple(shape)} of {m} samples: not a row, or rows, each"
+    )
+
+
+def _placed(layer: Layer, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return derivatives by the layer's parameters in the order of its matrix."""
+    start = min(place.start for place in layer.places)
+    row = parts[0].new_zeros(max(place.stop for place in layer.places) - start)
+    for place, part in zip(layer.places, parts, strict=True):
+        row[place.start - start : place.stop - start] = part.reshape(-1)
+    return row[layer.index - start]
