@@ -29,6 +29,7 @@ FLOORS = {
     "_state": 0,
     "results": 0,
     "parameters": 0,
+    "_scaling": 0,
     "_rows": 0,
     "operators": 1,
     "block_operators": 1,

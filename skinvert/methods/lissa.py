@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from .._progress import progress
+from .._scaling import norms
 from .._validation import check_number, must_be
 from ..operators import LinearOperator, Shifted
 from ..results import InverseHvpResult
-from .base import InverseOperator, Method, relative_residual, shifted, warn_not_converged
-from .krylov import starting_point, within
+from .base import InverseOperator, Method, shifted, warn_not_converged
+from .krylov import Problem, starting_point, warn_of_lost, within
 from .spectrum import smallest_eigenvalue
 
 __all__ = ["LiSSA"]
@@ -142,19 +143,23 @@ class LiSSAInverse(InverseOperator):
         ``info`` holds ``residual`` (k,), ``converged`` (k,), ``n_iter`` (k,), the steps of all repetitions together,
         and ``scale``.
         """
+        problem = Problem.of(self.operator, B, x0=starting_point(self.settings.h0, B, "h0"))
         mean, n_iter = torch.zeros_like(B), torch.zeros(len(B), dtype=torch.int64, device=B.device)
         for repetition in range(self.settings.repetitions):
             # Seeds of its own: how long the last one ran depends on the other rows.
             seed = int(self.settings.random_state or 0) + 1_000_003 * repetition
-            run = _Run(self, B, torch.Generator().manual_seed(seed))
+            run = _Run(self, problem, torch.Generator().manual_seed(seed))
             run.complete()
             mean += run.best / self.settings.repetitions
             n_iter += run.n_iter
-        residual = relative_residual(self.operator, B, mean)
+        residual = problem.residual(mean)
         rtol = float(self.settings.rtol or 0.0)
-        converged = within(residual, B, rtol)
+        converged = within(residual, problem.B, rtol)
         if not bool(converged.all()):
             warn_not_converged("lissa", residual, converged, rtol, self._hint())
+        mean, lost = problem.back(mean)
+        warn_of_lost("lissa", lost, B.dtype)
+        converged &= ~lost
         info = {"residual": residual, "converged": converged, "n_iter": n_iter, "scale": self.scale}
         return InverseHvpResult(mean, info)
 
