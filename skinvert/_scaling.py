@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -67,11 +68,23 @@ class ScaledProducts:
         V ↦ A v on rows.
     dtype : torch.dtype
         Of rows.
+    size : float or None
+        Of A, where it is known.
     """
 
-    def __init__(self, apply: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> None:
-        self.apply, self.limit, self.far = apply, NEAR[dtype], FAR[dtype]
+    def __init__(
+        self, apply: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype, size: float | None = None
+    ) -> None:
+        self.apply, self.dtype, self.far = apply, dtype, FAR[dtype]
         self.gauged, self.exponent = False, 0
+        if size is not None:
+            self._gauge(math.frexp(size)[1])
+
+    def like(self, apply: Callable[[torch.Tensor], torch.Tensor]) -> ScaledProducts:
+        """Return the products of another operator on the same scale."""
+        other = ScaledProducts(apply, self.dtype)
+        other.gauged, other.exponent = self.gauged, self.exponent
+        return other
 
     def __call__(self, V: torch.Tensor) -> torch.Tensor:
         """Return the products of rows, each about as large as its row."""
@@ -94,6 +107,8 @@ class ScaledProducts:
         some = (product != 0).any(1) & (V != 0).any(1)
         if bool(some.any()) and bool(torch.isfinite(product).all()):
             # The largest over rows: no vector makes A look larger than it is.
-            found = int((exponents(product[some]) - exponents(V[some])).max()) - shift
-            self.gauged, self.exponent = True, found if abs(found) > self.limit else 0
+            self._gauge(int((exponents(product[some]) - exponents(V[some])).max()) - shift)
         return times_powers(product, -self.exponent - shift)
+
+    def _gauge(self, exponent: int) -> None:
+        self.gauged, self.exponent = True, exponent if abs(exponent) > NEAR[self.dtype] else 0

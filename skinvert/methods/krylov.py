@@ -121,10 +121,11 @@ class Problem:
         atol: float = 0.0,
         x0: torch.Tensor | None = None,
         products: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        size: float | None = None,
     ) -> Problem:
-        """Scale the rows; ``products`` are those with the operator where they are not ``operator.apply``."""
+        """Scale the rows; ``products`` are those of the operator if not ``apply``, ``size`` its own if known."""
         powers = far_exponents(B)
-        scaled = ScaledProducts(operator.apply if products is None else products, B.dtype)
+        scaled = ScaledProducts(operator.apply if products is None else products, B.dtype, size)
         with np.errstate(over="ignore"):
             sizes = torch.from_numpy(np.ldexp(float(atol), -powers.cpu().numpy())).to(B.device)
         problem = cls(operator, scaled, times_powers(B, -powers), powers, sizes)
