@@ -104,6 +104,10 @@ class InverseOperator(TensorState, ABC):
         X = [at(shift).solve(B).x for shift in hessian_perturbations]
         return torch.stack(X) if X else B.new_empty(0, *B.shape)
 
+    def scale_free(self) -> InverseOperator:
+        """Return this inverse without settings on the scale of b: an absolute tolerance, a start."""
+        return self
+
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return the solutions alone, so that an inverse is itself an operator on rows."""
         return self.solve(V).x

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -112,6 +112,10 @@ class CGInverse(InverseOperator):
         M: Any = self.preconditioner
         M = M if M is None else M.at(hessian_perturbation)
         return CGInverse(operator, self.rtol, self.atol, self.maxiter, self.x0, M, self.block, self.verbose)
+
+    def scale_free(self) -> CGInverse:
+        """Return this inverse without ``atol`` and ``x0``, which are on the scale of b."""
+        return replace(self, atol=0.0, x0=None)
 
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions of each row.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
@@ -137,6 +137,12 @@ class LiSSAInverse(InverseOperator):
         """Return the inverse at another λ; the eigenvalue behind the scale is used again."""
         operator = shifted(self.operator.operator, hessian_perturbation)
         return LiSSAInverse(operator, self.settings, self.largest, self.verbose)
+
+    def scale_free(self) -> LiSSAInverse:
+        """Return this inverse without ``h0``, which is on the scale of b."""
+        settings = copy.copy(self.settings)
+        settings.h0 = None
+        return replace(self, settings=settings)
 
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the averages of each row.

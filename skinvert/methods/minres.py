@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -99,6 +99,10 @@ class MINRESInverse(InverseOperator):
         """Return the inverse at another λ, over the same operator."""
         operator = shifted(self.operator.operator, hessian_perturbation)
         return MINRESInverse(operator, self.rtol, self.atol, self.maxiter, self.x0, self.verbose)
+
+    def scale_free(self) -> MINRESInverse:
+        """Return this inverse without ``atol`` and ``x0``, which are on the scale of b."""
+        return replace(self, atol=0.0, x0=None)
 
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions of each row.
