@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 
+from ._scaling import far_exponents, lost_rows, times_powers
 from ._validation import check_rows, must_be, to_plain_array
+from .results import InverseHvpResult
 
 __all__ = ["Rows"]
+
+# Rows with magnitudes beyond 2 ** ± this are brought near one before they are cast to the operator's dtype.
+SAFE = {torch.float32: 64, torch.float64: 400}
 
 
 @dataclass
 class Rows:
-    """Rows (k, p) for an operator, and what they were made from."""
+    """Rows (k, p) for an operator, and what they were made from.
+
+    Attributes
+    ----------
+    tensor : tensor of shape (k, p)
+        In the operator's dtype and on its device, each row times 2 ** -power.
+    source : array or tensor
+        As they were given.
+    powers : tensor of int, shape (k,)
+        0 for every row that the dtype holds with room for its squares.
+    """
 
     tensor: torch.Tensor
     source: Any
+    powers: torch.Tensor
 
     @classmethod
-    def of(cls, b: Any, operator: Any, name: str = "b") -> Rows:
-        """Check ``b`` and return a copy in the operator's dtype and on its device."""
+    def of(cls, b: Any, operator: Any, name: str = "b", *, scale: bool = True) -> Rows:
+        """Check ``b`` and return a copy in the operator's dtype and on its device, scaled in its own dtype."""
         if isinstance(b, torch.Tensor):
             if b.is_complex() or b.layout != torch.strided:
                 raise TypeError(must_be(name, "dense and real", f"{b.layout}, {b.dtype}"))
@@ -31,18 +49,73 @@ class Rows:
             source = to_plain_array(b, name)
         check_rows(source, operator.size, name)
         if isinstance(source, torch.Tensor):
-            return cls(source.to(operator.device, operator.dtype, copy=True).contiguous(), source)
-        dtype = torch.empty(0, dtype=operator.dtype).numpy().dtype
-        rows = torch.from_numpy(np.array(source, dtype=dtype, order="C", copy=True))
-        return cls(rows.to(operator.device), source)
+            rows = source.to(operator.device)
+        else:
+            own = source.dtype if source.dtype in (np.float32, np.float64) else np.float64
+            rows = torch.from_numpy(np.array(source, dtype=own, order="C", copy=True)).to(operator.device)
+        wide = rows if rows.dtype in SAFE else rows.to(torch.float64)
+        powers = far_exponents(wide, SAFE[operator.dtype])
+        if not scale:
+            powers = torch.zeros_like(powers)
+        rows = times_powers(wide, -powers) if bool(powers.any()) else rows
+        rows = rows.to(operator.dtype).contiguous()
+        return cls(
+            rows.clone() if isinstance(source, torch.Tensor) and rows.data_ptr() == source.data_ptr() else rows,
+            source,
+            powers,
+        )
+
+    def through(self, inverse: Any) -> Any:
+        """Return the inverse that serves the scaled rows: free of settings on the scale of b, where any is scaled."""
+        return inverse.scale_free() if bool(self.powers.any()) else inverse
 
     def back(self, x: torch.Tensor) -> Any:
-        """Return ``x`` as the user gave b: integers come back in the operator's dtype."""
+        """Return ``x`` (..., k, p) as the user gave b: integers come back in the operator's dtype.
+
+        Raises ValueError where that dtype overflows, and warns where a row is below its range.
+        """
+        found, lost = self._back(x)
+        self._warn(lost)
+        return found
+
+    def result(self, x: torch.Tensor, info: dict[str, Any]) -> InverseHvpResult:
+        """Return ``back(x)`` with ``back_info(info)``; a row below the range of b's dtype is not converged."""
+        found, lost = self._back(x)
+        self._warn(lost)
+        if "converged" in info and bool(lost.any()):
+            info = {**info, "converged": info["converged"] & ~lost}
+        return InverseHvpResult(found, self.back_info(info))
+
+    def _back(self, x: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        dtype = self._dtype(x)
+        wide = x if dtype not in SAFE else x.to(dtype)
+        scaled = times_powers(wide, self.powers)
+        found = scaled.to(dtype)
+        if not bool(torch.isfinite(found).all()) and bool(torch.isfinite(x).all()):
+            hint = f"Give b in {'float32 or float64' if found.itemsize < 4 else 'float64'}, or smaller rows."
+            raise ValueError(must_be("The solution", f"within the range of b's dtype {dtype}", "an overflow", hint))
+        lost = lost_rows(x, found)
         if isinstance(self.source, torch.Tensor):
-            dtype = self.source.dtype if self.source.is_floating_point() else x.dtype
-            return x.to(self.source.device, dtype)
-        array = x.detach().cpu().numpy()
-        return array.astype(self.source.dtype, copy=False) if self.source.dtype.kind == "f" else array
+            return found.to(self.source.device), lost
+        return found.detach().cpu().numpy().astype(self._numpy_dtype(x), copy=False), lost
+
+    def _dtype(self, x: torch.Tensor) -> torch.dtype:
+        """Return the torch dtype of the answer: b's own where it is a floating one."""
+        if isinstance(self.source, torch.Tensor):
+            return self.source.dtype if self.source.is_floating_point() else x.dtype
+        return getattr(torch, self._numpy_dtype(x).name, torch.float64)
+
+    def _numpy_dtype(self, x: torch.Tensor) -> np.dtype:
+        return self.source.dtype if self.source.dtype.kind == "f" else torch.empty(0, dtype=x.dtype).numpy().dtype
+
+    def _warn(self, lost: torch.Tensor) -> None:
+        if bool(lost.any()):
+            warnings.warn(
+                f"{int(lost.sum())} of {lost.numel()} rows of the answer are below the range of b's dtype: they come "
+                "out as zeros or with few digits. Give b in float64, or larger rows.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
 
     def back_info(self, info: dict[str, Any]) -> dict[str, Any]:
         """Return ``info`` with its tensors of the kind that the user gave."""

@@ -15,6 +15,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ._rows import Rows
+from ._scaling import times_powers
 from ._state import pack, unpack
 from ._validation import (
     check_hessian_perturbation,
@@ -322,8 +323,8 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         if self.inverse_ is None:
             self._need("_model", "solve")
             return self.method_(self._model, self._data, rows.source, self.hessian_perturbation_)
-        x, info = self.inverse_.solve(rows.tensor)
-        return InverseHvpResult(rows.back(x), rows.back_info(info))
+        x, info = rows.through(self.inverse_).solve(rows.tensor)
+        return rows.result(x, info)
 
     def path(self, b: Any, hessian_perturbations: Any) -> Any:
         """Return the solutions at many λ, for the price of about one solve where the method allows it.
@@ -342,7 +343,8 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         rows = self._rows(b)
         shifts = [check_hessian_perturbation(shift, "path") for shift in hessian_perturbations]
-        return rows.back(self._factorised("path", "Call `solve` for each λ.").path(rows.tensor, shifts))
+        inverse = rows.through(self._factorised("path", "Call `solve` for each λ."))
+        return rows.back(inverse.path(rows.tensor, shifts))
 
     def spectrum(self, *, n_probes: int = 10, steps: int = 60) -> Spectrum:
         """Return the eigenvalues of H (without λ) where they are known or cheap, else their density.
@@ -375,7 +377,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         B, X = self._rows(b), self._rows(x)
         if B.tensor.shape != X.tensor.shape:
             raise ValueError(must_be("x", f"of b's shape {tuple(b.shape)}", f"shape {tuple(x.shape)}"))
-        residual = relative_residual(self._exact(), B.tensor, X.tensor)
+        residual = relative_residual(self._exact(), B.tensor, times_powers(X.tensor, X.powers - B.powers))
         return residual if isinstance(b, torch.Tensor) else residual.cpu().numpy()
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
@@ -415,7 +417,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         if self._layout is None:
             X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
             given = check_sample_weight(sample_weight, len(X))
-            rows = Rows.of(X, self.inverse_).tensor
+            rows = Rows.of(X, self.inverse_, scale=False).tensor
             return HeldOut(rows, rows.new_ones(len(rows)) if given is None else torch.from_numpy(given).to(rows))
         self._need("_model", "score")
         # fit(model, data) knows batches in a list; a search over `model=` passes samples in one.

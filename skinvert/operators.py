@@ -78,6 +78,10 @@ class LinearOperator(TensorState, ABC):
             diagonal[part] = product[:, part].diagonal()
         return diagonal
 
+    def psd_companion(self) -> LinearOperator | None:
+        """Return a positive semi-definite operator that stands for this one in preconditioners; None where none is."""
+        return self if self.is_psd else None
+
     def aslinearoperator(self) -> scipy.sparse.linalg.LinearOperator:
         """Return the operator as a ``scipy.sparse.linalg.LinearOperator`` on columns."""
         return as_scipy(self)

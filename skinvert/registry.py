@@ -111,8 +111,8 @@ class InversionRegistry:
         A = build_curvature(method.default_curvature if curvature == "auto" else curvature, fixed, batches)
         rows = Rows.of(b, A)
         check_requirements(method, A)
-        x, info = method.invert(A, shift).solve(rows.tensor)
-        return InverseHvpResult(rows.back(x), rows.back_info(info))
+        x, info = rows.through(method.invert(A, shift)).solve(rows.tensor)
+        return rows.result(x, info)
 
 
 def solve_hvp(

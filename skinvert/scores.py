@@ -152,8 +152,8 @@ def _solutions(
 ) -> tuple[torch.Tensor, list[bool]]:
     """Return the solutions (n_λ, k, p), and at which λ negative curvature was met."""
     if hasattr(inverse, "solve_path"):
-        X, info = inverse.solve_path(B, shifts)
-        return X, info["negative_curvature"].any(1).tolist()
+        path = inverse.solve_path(B, shifts)
+        return torch.stack([x for x, _ in path]), [bool(info["negative_curvature"].any()) for _, info in path]
     # A factorisation's path leaves out the refinement that float32 needs.
     if inverses[0].positive_definite and B.dtype == torch.float64:
         return inverse.path(B, shifts), [False] * len(shifts)

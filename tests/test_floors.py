@@ -30,6 +30,7 @@ FLOORS = {
     "_schema": 0,
     "results": 0,
     "parameters": 0,
+    "_scaling": 0,
     "_rows": 0,
     "operators": 1,
     "block_operators": 1,

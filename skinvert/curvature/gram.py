@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from .._scaling import norms
+from .._validation import must_be
 from ..operators import LowRank
 
 __all__ = ["Gram"]
@@ -35,6 +37,7 @@ class Gram(LowRank):
         shares = ones / len(X) if weights is None else weights / weights.sum()
         super().__init__(X * shares.sqrt()[:, None])
         self.shares = shares
+        _check_range(self.rows)
 
     @property
     def n_samples(self) -> int:
@@ -49,3 +52,16 @@ class Gram(LowRank):
         """Return X (n, p), zero where the weight is, and wᵢ/Σw (n,)."""
         scale = torch.where(self.shares > 0, self.shares.rsqrt(), 0.0)
         return self.rows * scale[:, None], self.shares
+
+
+def _check_range(rows: torch.Tensor) -> None:
+    """Raise where squares of the rows leave the range of their dtype, or its normal numbers."""
+    if not rows.numel():
+        return
+    limits, largest, size = torch.finfo(rows.dtype), float(rows.flatten().norm(torch.inf)), float(norms(norms(rows)))
+    least, most = (limits.tiny / limits.eps) ** 0.5, limits.max**0.5
+    if 0 < largest < least or size > most:
+        must = f"such that squares are within the range of {rows.dtype}: its largest entry in [{least:.1g}, {most:.1g}]"
+        more = "dtype=torch.float64, or " if rows.dtype == torch.float32 else ""
+        hint = f"Try {more}other units: where X is multiplied by c, λ is by c²."
+        raise ValueError(must_be("X / √n", must, f"{largest:.3g}", hint))

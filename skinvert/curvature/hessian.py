@@ -42,6 +42,14 @@ class Hessian(Curvature):
         """Return the factors of each layer of the GGN: the Hessian has none of its own."""
         return GGN(self.objective).kronecker_factors(approx, unsupported, verbose)
 
+    def psd_companion(self) -> GGN | None:
+        """Return the GGN, which is the Hessian without the curvature of the outputs; None where the loss has none."""
+        try:
+            return GGN(self.objective)
+        except (TypeError, ValueError):
+            # Outputs that are no tensor, or a loss that is not convex in them.
+            return None
+
 
 class GenericHessian(LinearOperator):
     """The Hessian of a user's own ``TwiceDifferentiable``, from its ``grad`` and ``mvp`` alone.

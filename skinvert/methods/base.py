@@ -12,6 +12,7 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 
 from .._memory import rows_within
+from .._scaling import far_exponents, norms, times_powers
 from .._validation import must_be
 from ..operators import LinearOperator, Shifted, TensorState
 from ..results import InverseHvpResult
@@ -104,6 +105,10 @@ class InverseOperator(TensorState, ABC):
         X = [at(shift).solve(B).x for shift in hessian_perturbations]
         return torch.stack(X) if X else B.new_empty(0, *B.shape)
 
+    def scale_free(self) -> InverseOperator:
+        """Return this inverse without settings on the scale of b: an absolute tolerance, a start."""
+        return self
+
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return the solutions alone, so that an inverse is itself an operator on rows."""
         return self.solve(V).x
@@ -124,8 +129,9 @@ def relative_residual(operator: LinearOperator, B: torch.Tensor, X: torch.Tensor
     step = rows_within(4 * operator.size * B.element_size())
     for start in range(0, len(B), step):
         rows = slice(start, start + step)
-        gap = (operator.apply(X[rows]) - B[rows]).to(torch.float64).norm(dim=1)
-        size = B[rows].to(torch.float64).norm(dim=1)
+        powers = far_exponents(B[rows])
+        b = times_powers(B[rows], -powers)
+        gap, size = norms(operator.apply(times_powers(X[rows], -powers)) - b), norms(b)
         residual[rows] = torch.where(size > 0, gap / size, gap)
     return residual
 

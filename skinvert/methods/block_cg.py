@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .row_cg import CGState, check_finite
+from .krylov import check_finite
+from .row_cg import CGState
 
 __all__ = ["BlockRun", "orthonormal_rows"]
 
@@ -32,7 +33,7 @@ class BlockRun(CGState):
     def step(self) -> None:
         """Advance all rows under way by one iteration."""
         Q = self.apply(self.P)
-        check_finite(Q, self.steps)
+        check_finite("cg", Q, self.steps)
         S = self.P @ Q.mT
         values, vectors = torch.linalg.eigh((S + S.mT) / 2)
         self.most_curvature = max(self.most_curvature, float(values.abs().max()))
@@ -46,7 +47,7 @@ class BlockRun(CGState):
         self.R[rows] -= alpha @ Q
         self.steps += 1
         self.n_iter[rows] += 1
-        restart = self.check(self.R[rows].norm(dim=1) <= self.tolerance[rows])
+        restart = self.check(self.claims())
         if len(self.rows):
             self._turn(Q, inverse, bool(restart.any()))
 

@@ -90,6 +90,10 @@ class BlockInverse(InverseOperator):
         parts = zip(self.inverses, self._blocks.parts(V), strict=True)
         return self._blocks.joined([inverse.apply(part) for inverse, part in parts])
 
+    def scale_free(self) -> BlockInverse:
+        """Return this inverse without settings on the scale of b."""
+        return BlockInverse([inverse.scale_free() for inverse in self.inverses], self._blocks, self.shift)
+
     def at(self, hessian_perturbation: float) -> BlockInverse:
         """Return the inverse at another λ, where every block's method allows it."""
         inverses = [inverse.at(hessian_perturbation) for inverse in self.inverses]  # type: ignore[attr-defined]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,12 +13,13 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from .._progress import progress
+from .._scaling import ScaledProducts, norms
 from .._validation import check_choice
 from ..operators import LinearOperator, Shifted
 from ..results import InverseHvpResult
-from .base import InverseOperator, Method, relative_residual, shifted, warn_not_converged
+from .base import InverseOperator, Method, shifted, warn_not_converged
 from .block_cg import BlockRun
-from .krylov import check_settings, products_with, starting_point, within
+from .krylov import Problem, check_settings, products_with, starting_point, warn_of_lost, within
 from .preconditioners import as_preconditioner
 from .row_cg import CGState, RowRun
 from .shifted_cg import shifted_cg
@@ -111,6 +113,10 @@ class CGInverse(InverseOperator):
         M = M if M is None else M.at(hessian_perturbation)
         return CGInverse(operator, self.rtol, self.atol, self.maxiter, self.x0, M, self.block, self.verbose)
 
+    def scale_free(self) -> CGInverse:
+        """Return this inverse without ``atol`` and ``x0``, which are on the scale of b."""
+        return replace(self, atol=0.0, x0=None)
+
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions of each row.
 
@@ -118,11 +124,13 @@ class CGInverse(InverseOperator):
         A, ``stagnated`` (k,): the dtype's floor was reached above the tolerance, and ``negative_curvature`` (k,): A is
         not positive definite.
         """
-        run = self._run(B, starting_point(self.x0, B))
-        X = self._without_null_part(run) if bool(run.null.any()) else run.X
-        residual = self._residual(run, X)
-        converged = within(residual, B, self.rtol, self.atol) & ~run.negative
-        self._warn(run, residual, converged)
+        problem = Problem.of(self.operator, B, self.atol, starting_point(self.x0, B), products_with(self.operator))
+        run = self._run(problem)
+        X = self._without_null_part(run, problem) if bool(run.null.any()) else run.X
+        residual = self._residual(run, problem, X)
+        X, lost = problem.back(X)
+        converged = within(residual, problem.B, self.rtol, problem.atol) & ~run.negative & ~lost
+        self._warn(run, residual, converged, problem, lost)
         info = {
             "residual": residual,
             "converged": converged,
@@ -135,25 +143,31 @@ class CGInverse(InverseOperator):
 
     def path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> torch.Tensor:
         """Return the solutions (n_λ, k, p) at every λ, by one Krylov run where nothing else is asked for."""
-        return self.solve_path(B, hessian_perturbations).x
+        X = [x for x, _ in self.solve_path(B, hessian_perturbations)]
+        return torch.stack(X) if X else B.new_empty(0, *B.shape)
 
-    def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> InverseHvpResult:
-        """Return the solutions (n_λ, k, p) of ``path``, with ``negative_curvature`` (n_λ, k) in ``info``."""
-        if self.preconditioner is None and self.x0 is None:
-            args = (self.operator.operator, B, hessian_perturbations, self.rtol, self.atol, self.maxiter, self.verbose)
-            return InverseHvpResult(*shifted_cg(*args))
-        found = [self.at(shift).solve(B) for shift in hessian_perturbations]
-        if not found:
-            return InverseHvpResult(B.new_empty(0, *B.shape), {"negative_curvature": B.new_empty(0, len(B)) > 0})
-        negative = torch.stack([info["negative_curvature"] for _, info in found])
-        return InverseHvpResult(torch.stack([x for x, _ in found]), {"negative_curvature": negative})
+    def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> list[InverseHvpResult]:
+        """Return the result at every λ: by one Krylov run without a preconditioner and a start, else one by one.
 
-    def _run(self, B: torch.Tensor, x0: torch.Tensor | None) -> CGState:
-        tolerance = torch.clamp(self.rtol * B.norm(dim=1), min=self.atol)
-        precondition = None if self.preconditioner is None else self.preconditioner.precondition
-        args = (products_with(self.operator), B, x0, tolerance, precondition)
+        The ``info`` of one run is ``residual``, ``converged`` and ``negative_curvature``, each (k,), and
+        ``n_products``, of all λ together.
+        """
+        if self.preconditioner is not None or self.x0 is not None:
+            return [self.at(shift).solve(B) for shift in hessian_perturbations]
+        args = (self.operator.operator, B, hessian_perturbations, self.rtol, self.atol, self.maxiter, self.verbose)
+        X, info = shifted_cg(*args)
+        names, whole = ("residual", "converged", "negative_curvature"), {"n_products": info["n_products"]}
+        return [InverseHvpResult(x, {name: info[name][i] for name in names} | whole) for i, x in enumerate(X)]
+
+    def _run(self, problem: Problem) -> CGState:
+        B, M = problem.B, self.preconditioner
+        # The size of M divides out as that of A does.
+        precondition = None if M is None else ScaledProducts(M.precondition, B.dtype)
+        start = None if problem.X is None else problem.X.clone()
+        settings = {"precondition": precondition, "R0": problem.R}
+        args = (problem.products, B, start, problem.tolerance(self.rtol))
         block = len(B) >= 32 and self.size > 256 if self.block is None else self.block
-        run = BlockRun(*args) if block else RowRun(*args)
+        run = BlockRun(*args, **settings) if block else RowRun(*args, **settings)
         for _ in progress(range(self.maxiter), "conjugate gradients", self.verbose):
             if not len(run.rows):
                 break
@@ -171,19 +185,22 @@ class CGInverse(InverseOperator):
             rest.step()
         return rest
 
-    def _without_null_part(self, run: CGState) -> torch.Tensor:
+    def _without_null_part(self, run: CGState, problem: Problem) -> torch.Tensor:
         """Solve again without b's part along the null direction that a row met: the pseudo-inverse's solution."""
-        X, rows, last, start = run.X, torch.nonzero(run.null)[:, 0], run, starting_point(self.x0, run.B)
+        X, rows, last, start = run.X, torch.nonzero(run.null)[:, 0], run, problem.X
         # The direction met is null to rounding, so what a first pass leaves, a second removes.
         for _ in range(3):
             met = last.null
             V = torch.nn.functional.normalize(last.P[met], dim=1)  # type: ignore[attr-defined]
             inside = last.B[met] - (last.B[met] * V).sum(1, keepdim=True) * V
             args = (run.products, inside, None if start is None else start[rows].clone(), run.tolerance[rows])
-            last = RowRun(*args, run.precondition)
-            while len(last.rows) and last.steps < self.maxiter:
-                last.step()
-            X[rows] = last.X
+            last, left = RowRun(*args, run.precondition), self.maxiter - run.n_iter[rows]
+            while len(last.rows):
+                last.leave(last.n_iter[last.rows] >= left[last.rows])
+                if len(last.rows):
+                    last.step()
+            # A row that had no iteration left keeps what it has.
+            X[rows[left > 0]] = last.X[left > 0]
             # Of b less its null part; the residual of b itself is computed anew.
             run.true[rows] = torch.nan
             run.n_iter[rows] += last.n_iter
@@ -194,19 +211,22 @@ class CGInverse(InverseOperator):
                 break
         return X
 
-    def _residual(self, run: CGState, X: torch.Tensor) -> torch.Tensor:
+    def _residual(self, run: CGState, problem: Problem, X: torch.Tensor) -> torch.Tensor:
         """Return the true relative residuals: those known from a row's last check, and the rest computed."""
-        size = run.B.norm(dim=1).to(torch.float64)
-        residual = run.true.to(torch.float64) / torch.where(size > 0, size, 1.0)
+        size = norms(run.B)
+        residual = run.true / torch.where(size > 0, size, 1.0)
         unknown = residual.isnan()
         if bool(unknown.any()):
-            residual[unknown] = relative_residual(self.operator, run.B[unknown], X[unknown])
+            residual[unknown] = problem.residual(X, unknown)
         return residual
 
-    def _warn(self, run: CGState, residual: torch.Tensor, converged: torch.Tensor) -> None:
+    def _warn(
+        self, run: CGState, residual: torch.Tensor, converged: torch.Tensor, problem: Problem, lost: torch.Tensor
+    ) -> None:
         if bool(run.negative.any()):
-            warnings.warn(self._indefinite(run), ConvergenceWarning, stacklevel=3)
-        rest = ~run.negative
+            warnings.warn(self._indefinite(run, problem), ConvergenceWarning, stacklevel=3)
+        warn_of_lost("cg", lost, problem.B.dtype)
+        rest = ~run.negative & ~lost
         if bool((run.stagnated & ~converged)[rest].any()):
             hint = "Rounding does not allow less."
             if bool(run.null.any()):
@@ -217,11 +237,11 @@ class CGInverse(InverseOperator):
             hint = f'Try {ways}a larger `maxiter`, a larger hessian_perturbation, or method="direct".'
         warn_not_converged("cg", residual[rest], converged[rest], self.rtol, hint)
 
-    def _indefinite(self, run: CGState) -> str:
+    def _indefinite(self, run: CGState, problem: Problem) -> str:
         theta, error = smallest_eigenvalue(self.operator)
         known = np.isfinite(error)
         # A Rayleigh quotient bounds the smallest eigenvalue from above.
-        theta = min(theta, run.least_curvature)
+        theta = min(theta, math.ldexp(run.least_curvature, problem.products.exponent))
         error = error if known else 0.0
         lowest = theta - self.operator.shift
         say = "" if known else " (not converged: λ may have to be larger)"

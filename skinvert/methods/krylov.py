@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 
+from .._scaling import ScaledProducts, exponents, far_exponents, lost_rows, norms, times_powers
 from .._validation import check_number, must_be, to_plain_array
 from ..operators import LinearOperator
+from .base import relative_residual
 
-__all__ = ["check_settings", "default_rtol", "products_with", "starting_point", "within"]
+__all__ = [
+    "Problem",
+    "check_finite",
+    "check_settings",
+    "default_rtol",
+    "products_with",
+    "starting_point",
+    "warn_of_lost",
+    "within",
+]
 
 
 def default_rtol(dtype: torch.dtype) -> float:
@@ -53,9 +67,120 @@ def starting_point(x0: Any, B: torch.Tensor, name: str = "x0") -> torch.Tensor |
     return start.expand(B.shape).clone()
 
 
-def within(residual: torch.Tensor, B: torch.Tensor, rtol: float, atol: float = 0.0) -> torch.Tensor:
+def within(residual: torch.Tensor, B: torch.Tensor, rtol: float, atol: torch.Tensor | float = 0.0) -> torch.Tensor:
     """Return which relative residuals (k,) mean ‖Ax − b‖ ≤ max(rtol ‖b‖, atol)."""
-    size = B.norm(dim=1).to(residual)
+    size = norms(B).to(residual)
     # A row of zeros has its absolute residual in `residual`.
     goal = torch.where(size > 0, torch.clamp(atol / size.clamp(min=1e-300), min=rtol), atol)
     return residual <= goal
+
+
+def check_finite(name: str, values: torch.Tensor, step: int) -> None:
+    """Raise where a product is NaN or infinite, naming the iteration."""
+    if not bool(torch.isfinite(values).all()):
+        way = ", or try dtype=torch.float64." if values.dtype == torch.float32 else "."
+        message = f"{name} met NaN or infinity in iteration {step}: the curvature overflows, or is NaN."
+        message += f" Look at the parameters{way}"
+        raise FloatingPointError(message)
+
+
+@dataclass
+class Problem:
+    """(A + λI) x = b with A, the rows b, and so x, brought near one by powers of two; results are scaled back.
+
+    Attributes
+    ----------
+    operator : LinearOperator
+        A + λI, as it is.
+    products : ScaledProducts
+        Of the scaled operator.
+    B : tensor of shape (k, p)
+        Scaled right-hand sides.
+    powers : tensor of int, shape (k,)
+        b = 2 ** power · B.
+    atol : tensor of shape (k,), float64
+        The absolute tolerance on the scale of each row.
+    X, R : tensor of shape (k, p) or None
+        Where to start, scaled, and B − A x there; None is x = 0. A start that is so far off that its residual has no
+        digit of b is left out, and so is one of a row of zeros, whose solution is zero.
+    """
+
+    operator: LinearOperator
+    products: ScaledProducts
+    B: torch.Tensor
+    powers: torch.Tensor
+    atol: torch.Tensor
+    X: torch.Tensor | None = None
+    R: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        operator: LinearOperator,
+        B: torch.Tensor,
+        atol: float = 0.0,
+        x0: torch.Tensor | None = None,
+        products: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        size: float | None = None,
+    ) -> Problem:
+        """Scale the rows; ``products`` are those of the operator if not ``apply``, ``size`` its own if known."""
+        powers = far_exponents(B)
+        scaled = ScaledProducts(operator.apply if products is None else products, B.dtype, size)
+        with np.errstate(over="ignore"):
+            sizes = torch.from_numpy(np.ldexp(float(atol), -powers.cpu().numpy())).to(B.device)
+        problem = cls(operator, scaled, times_powers(B, -powers), powers, sizes)
+        if x0 is not None:
+            problem._start(x0)
+        return problem
+
+    def tolerance(self, rtol: float) -> torch.Tensor:
+        """Return max(rtol ‖b‖, atol) (k,), float64, on the scale of each row."""
+        return torch.maximum(rtol * norms(self.B), self.atol)
+
+    def residual(self, X: torch.Tensor, rows: Any = slice(None)) -> torch.Tensor:
+        """Return ‖Ax − b‖ / ‖b‖ of some rows of scaled solutions X (k, p)."""
+        return relative_residual(_Scaled(self), self.B[rows], X[rows])
+
+    def back(self, X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the solutions of the problem as it was given, and which are too small for the dtype."""
+        found = times_powers(X, self.powers - self.products.exponent)
+        if not bool(torch.isfinite(found).all()):
+            must = f"such that x is within the range of {X.dtype}"
+            hint = "Try dtype=torch.float64, smaller right-hand sides, or a larger hessian_perturbation."
+            raise ValueError(must_be("b and the curvature", must, "a solution that overflows", hint))
+        return found, lost_rows(X, found)
+
+    def _start(self, x0: torch.Tensor) -> None:
+        own = exponents(x0)
+        x0 = times_powers(x0, -own)
+        image = self.products(x0)
+        X = times_powers(x0, own + self.products.exponent - self.powers)
+        R = self.B - times_powers(image, own - self.powers + self.products.exponent)
+        size = norms(self.B)
+        # Not (a > b): NaN compares false.
+        keep = ((size > 0) & (norms(R) <= size / torch.finfo(R.dtype).eps))[:, None]
+        self.X, self.R = torch.where(keep, X, 0.0), torch.where(keep, R, self.B)
+
+
+def warn_of_lost(name: str, lost: torch.Tensor, dtype: torch.dtype) -> None:
+    """Warn of rows whose solution is too small for the dtype."""
+    if bool(lost.any()):
+        warnings.warn(
+            f"{name} found {int(lost.sum())} of {lost.numel()} solutions below the range of "
+            f"{dtype}: they come out as zeros or with few digits, and not as converged. Try dtype=torch.float64, or "
+            "larger right-hand sides.",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
+
+
+class _Scaled(LinearOperator):
+    """The scaled operator of a problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.operator.size, problem.B.dtype, problem.B.device)
+        self.products = problem.products
+
+    def apply(self, V: torch.Tensor) -> torch.Tensor:
+        """Return the scaled products."""
+        return self.products(V)

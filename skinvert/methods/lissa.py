@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
 
 from .._progress import progress
+from .._scaling import norms
 from .._validation import check_number, must_be
 from ..operators import LinearOperator, Shifted
 from ..results import InverseHvpResult
-from .base import InverseOperator, Method, relative_residual, shifted, warn_not_converged
-from .krylov import starting_point, within
+from .base import InverseOperator, Method, shifted, warn_not_converged
+from .krylov import Problem, starting_point, warn_of_lost, within
 from .spectrum import smallest_eigenvalue
 
 __all__ = ["LiSSA"]
@@ -136,25 +138,35 @@ class LiSSAInverse(InverseOperator):
         operator = shifted(self.operator.operator, hessian_perturbation)
         return LiSSAInverse(operator, self.settings, self.largest, self.verbose)
 
+    def scale_free(self) -> LiSSAInverse:
+        """Return this inverse without ``h0``, which is on the scale of b."""
+        settings = copy.copy(self.settings)
+        settings.h0 = None
+        return replace(self, settings=settings)
+
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the averages of each row.
 
         ``info`` holds ``residual`` (k,), ``converged`` (k,), ``n_iter`` (k,), the steps of all repetitions together,
         and ``scale``.
         """
+        problem = Problem.of(self.operator, B, x0=starting_point(self.settings.h0, B, "h0"), size=self.scale)
         mean, n_iter = torch.zeros_like(B), torch.zeros(len(B), dtype=torch.int64, device=B.device)
         for repetition in range(self.settings.repetitions):
             # Seeds of its own: how long the last one ran depends on the other rows.
             seed = int(self.settings.random_state or 0) + 1_000_003 * repetition
-            run = _Run(self, B, torch.Generator().manual_seed(seed))
+            run = _Run(self, problem, torch.Generator().manual_seed(seed))
             run.complete()
             mean += run.best / self.settings.repetitions
             n_iter += run.n_iter
-        residual = relative_residual(self.operator, B, mean)
+        residual = problem.residual(mean)
         rtol = float(self.settings.rtol or 0.0)
-        converged = within(residual, B, rtol)
+        converged = within(residual, problem.B, rtol)
         if not bool(converged.all()):
             warn_not_converged("lissa", residual, converged, rtol, self._hint())
+        mean, lost = problem.back(mean)
+        warn_of_lost("lissa", lost, B.dtype)
+        converged &= ~lost
         info = {"residual": residual, "converged": converged, "n_iter": n_iter, "scale": self.scale}
         return InverseHvpResult(mean, info)
 
@@ -194,18 +206,18 @@ class LiSSAInverse(InverseOperator):
 class _Run:
     """One repetition: for every row an anchor, its residual R, and the recursion for the correction d with A d = R."""
 
-    def __init__(self, inverse: LiSSAInverse, B: torch.Tensor, generator: torch.Generator) -> None:
-        self.inverse, self.B, self.generator = inverse, B, generator
+    def __init__(self, inverse: LiSSAInverse, problem: Problem, generator: torch.Generator) -> None:
+        self.inverse, self.products, self.generator, B = inverse, problem.products, generator, problem.B
+        self.B, self.scale = B, math.ldexp(inverse.scale, -problem.products.exponent)
         A: Any = inverse.operator.operator
         self.A, size = A, inverse.settings.batch_size
         self.whole = A.n_samples <= size
         self.steps_of_epoch = FULL_STEPS if self.whole else -(-A.n_samples // size)
-        start = starting_point(inverse.settings.h0, B, "h0")
-        self.anchor = torch.zeros_like(B) if start is None else start
-        self.R = B.clone() if start is None else B - inverse.operator.apply(start)
+        self.anchor = torch.zeros_like(B) if problem.X is None else problem.X.clone()
+        self.R = B.clone() if problem.R is None else problem.R.clone()
         # The best average of every row so far, and the norm of its residual.
-        self.best, self.size = self.anchor.clone(), self.R.norm(dim=1)
-        self.goal = 0.99 * float(inverse.settings.rtol or 0.0) * B.norm(dim=1)
+        self.best, self.size = self.anchor.clone(), norms(self.R)
+        self.goal = 0.99 * problem.tolerance(float(inverse.settings.rtol or 0.0))
         self.n_iter = torch.zeros(len(B), dtype=torch.int64, device=B.device)
         self.D, self.total = torch.zeros_like(B), torch.zeros_like(B)
         # Epochs since a row's anchor was set, and steps in its average.
@@ -229,7 +241,8 @@ class _Run:
         self.total[fresh], self.count[fresh] = 0.0, 0
         R, D, total = self.R[rows], self.D[rows], self.total[rows]
         for A in self._minibatches():
-            D = D + (R - shifted(A, self.inverse.operator.shift).apply(D)) / self.inverse.scale
+            product = self.products.like(shifted(A, self.inverse.operator.shift).apply)
+            D = D + (R - product(D)) / self.scale
             # Nothing is noisy with all the data: the last iterate is the best.
             total = D * self.steps_of_epoch if self.whole else total + D
         self.D[rows], self.total[rows] = D, total
@@ -245,8 +258,8 @@ class _Run:
         """Judge the averages on all the data; rows within the tolerance leave, halved residuals are new anchors."""
         rows = self.rows
         X = self.anchor[rows] + self.total[rows] / self.count[rows, None]
-        R = self.B[rows] - self.inverse.operator.apply(X)
-        size, before = R.norm(dim=1), self.R[rows].norm(dim=1)
+        R = self.B[rows] - self.products(X)
+        size, before = norms(R), norms(self.R[rows])
         # Not (a ≤ b): NaN compares false.
         if not bool((size <= GROWTH * before).all()):
             self.inverse.fail(steps)
@@ -278,15 +291,16 @@ def _largest(A: Any, settings: LiSSA, batches: int = SCALE_BATCHES) -> float:
 def _lanczos(A: LinearOperator, generator: torch.Generator) -> float:
     """Return the largest Ritz value of a few Lanczos steps: at most the largest eigenvalue, and close to it."""
     v = torch.randn(1, A.size, generator=generator, dtype=torch.float64).to(A.device, A.dtype)
-    V = v / v.norm()
+    V = v / norms(v)[:, None].to(v)
     products = torch.empty_like(V[:0])
     for _ in range(min(SCALE_STEPS, A.size)):
         products = torch.cat([products, A.apply(V[-1:])])
         # Against all vectors, twice: one pass leaves their rounding in.
         w = products[-1:] - (products[-1:] @ V.mT) @ V
         w = w - (w @ V.mT) @ V
-        if len(V) == A.size or float(w.norm()) <= 1e-6 * float(products[-1].norm()):
+        size = norms(w)
+        if len(V) == A.size or float(size) <= 1e-6 * float(norms(products[-1])):
             break
-        V = torch.cat([V, w / w.norm()])
+        V = torch.cat([V, (w / size[:, None]).to(V)])
     basis = V[: len(products)]
     return float(torch.linalg.eigvalsh(basis @ products.mT)[-1])

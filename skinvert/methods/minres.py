@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
 from .._progress import progress
+from .._scaling import norms
 from ..operators import LinearOperator, Shifted
 from ..results import InverseHvpResult
-from .base import InverseOperator, Method, relative_residual, shifted, warn_not_converged
-from .krylov import check_settings, products_with, starting_point, within
+from .base import InverseOperator, Method, shifted, warn_not_converged
+from .krylov import (
+    Problem,
+    check_finite,
+    check_settings,
+    default_rtol,
+    products_with,
+    starting_point,
+    warn_of_lost,
+    within,
+)
 
 __all__ = ["MINRES"]
 
 # Steps between two recomputations of r.
 REFRESH = 50
+# What a tenfold longer x must take off the residual: one part in a hundred, else it is rounding along the null space.
+GAIN = 0.01
 
 
 class MINRES(Method):
@@ -89,24 +100,31 @@ class MINRESInverse(InverseOperator):
         operator = shifted(self.operator.operator, hessian_perturbation)
         return MINRESInverse(operator, self.rtol, self.atol, self.maxiter, self.x0, self.verbose)
 
+    def scale_free(self) -> MINRESInverse:
+        """Return this inverse without ``atol`` and ``x0``, which are on the scale of b."""
+        return replace(self, atol=0.0, x0=None)
+
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions of each row.
 
         ``info`` holds ``residual`` (k,), ``converged`` (k,), ``n_iter`` (k,) and ``stagnated`` (k,): the dtype's floor
         was reached above the tolerance, or b has a part outside the range of a singular A + λI.
         """
+        problem = Problem.of(self.operator, B, self.atol, starting_point(self.x0, B), products_with(self.operator))
         # A hair less than is asked, so that the judgement, which sums in another order, agrees.
-        tolerance = 0.95 * torch.clamp(self.rtol * B.norm(dim=1), min=self.atol)
-        run = _Run(products_with(self.operator), B, starting_point(self.x0, B), tolerance)
+        run = _Run(problem, 0.95 * problem.tolerance(self.rtol))
         for _ in progress(range(self.maxiter), "minimal residuals", self.verbose):
             if not len(run.rows):
                 break
             run.step()
         X = run.result()
-        residual = relative_residual(self.operator, B, X)
-        converged = within(residual, B, self.rtol, self.atol)
+        residual = problem.residual(X)
+        X, lost = problem.back(X)
+        converged = within(residual, problem.B, self.rtol, problem.atol)
         stagnated = run.stagnated & ~converged
         warn_not_converged("minres", residual, converged, self.rtol, self._hint(bool(stagnated.any())))
+        warn_of_lost("minres", lost, B.dtype)
+        converged &= ~lost
         info = {"residual": residual, "converged": converged, "n_iter": run.n_iter, "stagnated": stagnated}
         return InverseHvpResult(X, info)
 
@@ -137,7 +155,7 @@ class _Recurrence:
     @classmethod
     def of(cls, R: torch.Tensor) -> _Recurrence:
         """Begin with residuals R."""
-        beta, none, zero = R.norm(dim=1), torch.zeros_like(R), R.new_zeros(len(R))
+        beta, none, zero = norms(R), torch.zeros_like(R), torch.zeros(len(R), dtype=torch.float64, device=R.device)
         return cls(none, R, none, none, zero + 1, beta, zero, zero, beta, zero - 1, zero)
 
     def of_rows(self, rows: torch.Tensor) -> _Recurrence:
@@ -153,17 +171,12 @@ class _Recurrence:
 class _Run:
     """One solve: X of every row, and the recurrences of the ``rows`` still under way."""
 
-    def __init__(
-        self,
-        products: Callable[[torch.Tensor], torch.Tensor],
-        B: torch.Tensor,
-        x0: torch.Tensor | None,
-        tolerance: torch.Tensor,
-    ) -> None:
-        self.products, self.B, self.tolerance, self.steps = products, B, tolerance, 0
-        self.eps = torch.finfo(B.dtype).eps
-        self.X = torch.zeros_like(B) if x0 is None else x0
-        self.state = _Recurrence.of(B.clone() if x0 is None else B - products(self.X))
+    def __init__(self, problem: Problem, tolerance: torch.Tensor) -> None:
+        B = problem.B
+        self.products, self.B, self.tolerance, self.steps = problem.products, B, tolerance, 0
+        self.eps, self.least = torch.finfo(B.dtype).eps, default_rtol(B.dtype)
+        self.X = torch.zeros_like(B) if problem.X is None else problem.X
+        self.state = _Recurrence.of(B.clone() if problem.R is None else problem.R)
         self.n_iter = torch.zeros(len(B), dtype=torch.int64, device=B.device)
         self.stagnated = torch.zeros(len(B), dtype=torch.bool, device=B.device)
         # Per row: the largest column of T so far, which estimates ‖A‖; the best X and its true residual; the best
@@ -171,6 +184,9 @@ class _Run:
         self.norm = torch.zeros_like(tolerance)
         self.best, self.best_size = self.X.clone(), self.state.beta.clone()
         self.last_size = torch.full_like(tolerance, torch.inf)
+        # ‖x‖ and ‖r‖ of the last X whose length paid, and ‖r‖ where x was last a least-squares solution.
+        self.own_norm, self.own_size = self.last_size.clone(), self.last_size.clone()
+        self.least_size = self.last_size.clone()
         # Where the recurrence has nothing more to tell: rounding of what it began with.
         self.floor = self.eps * self.state.beta
         self.rows = torch.arange(len(B), device=B.device)
@@ -184,12 +200,18 @@ class _Run:
         # The last rotation on the new column of T, then the rotation that clears what is below its diagonal.
         delta, gbar, dbar = s.cs * s.dbar + s.sn * alpha, s.sn * s.dbar - s.cs * alpha, -s.cs * beta
         # ‖Ar‖ / ‖r‖ before this step: where it is rounding, r is in the null space and x a least-squares solution.
-        null = torch.hypot(gbar, dbar) <= 10 * self.eps * self.norm[rows]
+        slope = torch.hypot(gbar, dbar)
+        null = slope <= 10 * self.eps * self.norm[rows]
+        # A least-squares solution to the digits that are left: from here rounding may only lead away.
+        least = (slope <= self.least * self.norm[rows]) & (s.phibar <= 0.5 * self.least_size[rows])
+        if bool(least.any()):
+            self.least_size[rows[least]] = s.phibar[least]
+            self._keep(rows[least])
         gamma = torch.where(null, 1.0, torch.hypot(gbar, beta))
         cs, sn = gbar / gamma, beta / gamma
 
-        w = (v - s.epsilon[:, None] * s.w_before - delta[:, None] * s.w) / gamma[:, None]
-        self.X[rows] += torch.where(null, 0.0, cs * s.phibar)[:, None] * w
+        w = (v - _column(s.epsilon, v) * s.w_before - _column(delta, v) * s.w) / _column(gamma, v)
+        self.X[rows] += _column(torch.where(null, 0.0, cs * s.phibar), w) * w
         self.state = _Recurrence(s.current, rest, s.w, w, s.beta, beta, dbar, s.sn * beta, sn * s.phibar, cs, sn)
         if bool(null.any()):
             self.stagnated[rows[null]] = True
@@ -208,14 +230,12 @@ class _Run:
         s, rows = self.state, self.rows
         self.steps += 1
         self.n_iter[rows] += 1
-        v = s.current / s.beta[:, None]
-        rest = self.products(v) - (s.beta / s.beta_before)[:, None] * s.previous
-        alpha = (v * rest).sum(1)
-        rest = rest - (alpha / s.beta)[:, None] * s.current
-        beta = rest.norm(dim=1)
-        if not bool(torch.isfinite(alpha + beta).all()):
-            message = f"minres met NaN or infinity in iteration {self.steps}. Look at the parameters, or use float64."
-            raise FloatingPointError(message)
+        v = s.current / _column(s.beta, s.current)
+        rest = self.products(v) - _column(s.beta / s.beta_before, s.previous) * s.previous
+        alpha = (v * rest).sum(1).to(s.beta)
+        rest = rest - _column(alpha / s.beta, rest) * s.current
+        beta = norms(rest)
+        check_finite("minres", rest, self.steps)
         self.norm[rows] = torch.maximum(self.norm[rows], torch.hypot(alpha, beta))
         return v, alpha, rest, beta
 
@@ -226,7 +246,7 @@ class _Run:
             return
         rows = self.rows[which]
         R = self._keep(rows)
-        size = R.norm(dim=1)
+        size = norms(R)
         lost = claims[which] | (size > 2 * self.state.phibar[which])
         # Lost twice, with the residual not halved in between: the dtype's floor, or a least-squares solution.
         done, stuck = size <= self.tolerance[rows], lost & (self.best_size[rows] > 0.5 * self.last_size[rows])
@@ -238,11 +258,18 @@ class _Run:
         self._leave(leaving)
 
     def _keep(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the true r of some rows; X is kept where it is better than the best so far."""
+        """Return the true r of some rows; X is kept where it is better than the best so far, and not merely longer.
+
+        Near a least-squares solution of a singular system, rounding gives r a part that only a huge x in the null space
+        would seem to take away.
+        """
         R = self.B[rows] - self.products(self.X[rows])
-        size = R.norm(dim=1)
-        better = size < self.best_size[rows]
+        size, norm = norms(R), norms(self.X[rows])
+        better, decades = size < self.best_size[rows], torch.log10(norm / self.own_norm[rows])
+        pays = better & ((GAIN * decades <= 1 - size / self.own_size[rows]) | (size <= self.tolerance[rows]))
+        better &= pays | (decades <= 1)
         self.best[rows[better]], self.best_size[rows[better]] = self.X[rows[better]], size[better]
+        self.own_norm[rows[pays]], self.own_size[rows[pays]] = norm[pays], size[pays]
         return R
 
     def _restart(self, which: torch.Tensor, lost: torch.Tensor, R: torch.Tensor) -> None:
@@ -250,8 +277,12 @@ class _Run:
         where = torch.zeros_like(which)
         where[which] = lost
         self.state = self.state.replaced(where, _Recurrence.of(R[lost]))
-        self.floor[self.rows[where]] = self.eps * R[lost].norm(dim=1)
+        self.floor[self.rows[where]] = self.eps * norms(R[lost])
 
     def _leave(self, leaving: torch.Tensor) -> None:
         if bool(leaving.any()):
             self.rows, self.state = self.rows[~leaving], self.state.of_rows(~leaving)
+
+
+def _column(scalars: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return scalars[:, None].to(like)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from .._memory import check_memory, rows_within
+from .._scaling import norms
 from .._validation import check_number, must_be
 from ..operators import LinearOperator
 from .base import InverseOperator, Method
@@ -133,7 +134,7 @@ class _Sketch:
 
     def _decompose(self) -> tuple[torch.Tensor, torch.Tensor]:
         eps = torch.finfo(self.Y.dtype).eps
-        nu = math.sqrt(self.A.size) * eps * float(self.Y.norm())
+        nu = math.sqrt(self.A.size) * eps * float(norms(self.Y).norm())
         if nu == 0:
             return self.Y.new_zeros(len(self.Y)), self.Omega
         core = self.Y @ self.Omega.mT
@@ -156,11 +157,12 @@ class _Sketch:
         approximation = Spectral(values, vectors, 0.0)
         v = gaussian_rows(1, self.A, self.generator)
         for _ in range(POWER_ITERATIONS):
-            v = v / v.norm()
+            v = v / norms(v)[:, None].to(v)
             v = self.A.apply(v) - approximation.apply(v)
             # ‖(A − Â)v‖ ≤ ‖A − Â‖: above the tolerance it is a proof, and no further product is needed.
-            if not 0 < float(v.norm()) <= tolerance:
-                return bool(v.norm() > tolerance)
+            size = float(norms(v))
+            if not 0 < size <= tolerance:
+                return size > tolerance
         return False
 
 

@@ -23,7 +23,11 @@ PRECONDITIONERS = {"jacobi": Diagonal(), "nystroem": Nystroem(tol=10.0), "kfac":
 def as_preconditioner(
     preconditioner: Any, A: LinearOperator, hessian_perturbation: float, verbose: int = 0
 ) -> InverseOperator | None:
-    """Return the inverse that preconditions A + λI, or None; raise where it is not positive definite."""
+    """Return the inverse that preconditions A + λI, or None; raise where it is not positive definite.
+
+    Nyström, which serves semi-definite curvatures alone, sketches the companion of one that need not be: A + λI may be
+    positive definite all the same.
+    """
     if preconditioner is None:
         return None
     if not isinstance(preconditioner, Method):
@@ -34,7 +38,8 @@ def as_preconditioner(
         if not hasattr(A, needed):
             must = f"a method that this curvature serves (it has no `{needed}`)"
             raise ValueError(must_be("preconditioner", must, repr(method), 'Try "jacobi".'))
-    inverse = method.invert(A, hessian_perturbation, verbose)
+    companion = A.psd_companion() if isinstance(method, Nystroem) else None
+    inverse = method.invert(A if companion is None else companion, hessian_perturbation, verbose)
     if inverse.positive_definite is False:
         must = "positive definite"
         raise ValueError(must_be(f"The preconditioner {method.name}", must, "one that is not", A.hint))

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["REFRESH", "CGState", "RowRun", "check_finite"]
+from .._scaling import norms
+from .krylov import check_finite
+
+__all__ = ["REFRESH", "CGState", "RowRun"]
 
 # Iterations between two recomputations of r: the recurrence drifts in float32.
 REFRESH = 50
@@ -23,8 +26,14 @@ class CGState:
     ----------
     rows : tensor of int
         Which are still under way.
-    true : tensor of shape (k,)
+    x0, R0 : tensor of shape (k, p) or None
+        Where to start, which becomes X, and B − A x there.
+    tolerance : tensor of shape (k,), float64
+        Of ‖b − Ax‖.
+    true : tensor of shape (k,), float64
         ‖b − Ax‖ of each row that has left, recomputed at its last iterate; NaN for the others.
+    floor : tensor of shape (k,), float64
+        Below it the recurrence has no digit of r left: it is rounding of the residual that it began with.
     n_products : int
         Products of one row with A so far.
     """
@@ -34,6 +43,7 @@ class CGState:
     x0: torch.Tensor | None
     tolerance: torch.Tensor
     precondition: Products | None = None
+    R0: torch.Tensor | None = None
     least_curvature: float = 0.0
     most_curvature: float = 0.0
     steps: int = 0
@@ -43,7 +53,7 @@ class CGState:
     def __post_init__(self) -> None:
         k = len(self.B)
         self.X = torch.zeros_like(self.B) if self.x0 is None else self.x0
-        self.R = self.B.clone() if self.x0 is None else self.B - self.apply(self.X)
+        self.R = self._first_residual()
         self.n_iter = torch.zeros(k, dtype=torch.int64, device=self.B.device)
         self.negative = torch.zeros(k, dtype=torch.bool, device=self.B.device)
         self.stagnated, self.null = self.negative.clone(), self.negative.clone()
@@ -51,8 +61,21 @@ class CGState:
         self.best = torch.full_like(self.tolerance, torch.inf)
         self.true = torch.full_like(self.tolerance, torch.nan)
         self.rows = torch.arange(k, device=self.B.device)
-        size = self.R.norm(dim=1)
+        size = norms(self.R)
+        self.floor = torch.finfo(self.B.dtype).eps * size
         self.leave(size <= self.tolerance, size)
+
+    def _first_residual(self) -> torch.Tensor:
+        if self.x0 is None:
+            return self.B.clone()
+        if self.R0 is None:
+            return self.B - self.apply(self.X)
+        self.n_products += len(self.B)
+        return self.R0.clone()
+
+    def claims(self) -> torch.Tensor:
+        """Return which of the rows under way the recurrence believes to be done, or can tell no more of."""
+        return norms(self.R[self.rows]) <= torch.maximum(self.tolerance, self.floor)[self.rows]
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return the products with the rows of V, and count them."""
@@ -75,13 +98,14 @@ class CGState:
         if not len(rows):
             return restart
         R = self.B[rows] - self.apply(self.X[rows])
-        size = R.norm(dim=1)
+        size = norms(R)
         # A drifted recurrence is near the floor too; a new r with the old directions would diverge.
-        claims = candidate[which] | (size > 2 * self.R[rows].norm(dim=1))
+        claims = candidate[which] | (size > 2 * norms(self.R[rows]))
         self.R[rows[claims]] = R[claims]
         done = size <= self.tolerance[rows]
         stuck = claims & ~done & (size > 0.5 * self.best[rows])
         self.best[rows[claims]] = size[claims]
+        self.floor[rows[claims]] = torch.finfo(R.dtype).eps * size[claims]
         self.stagnated[rows[stuck]] = True
         restart[which] = claims
         leaving, sizes = torch.zeros_like(candidate), torch.zeros_like(self.tolerance[self.rows])
@@ -109,7 +133,7 @@ class RowRun(CGState):
         P = self.P[self.rows]
         AP = self.apply(P)
         curvature = (P * AP).sum(1)
-        check_finite(curvature, self.steps)
+        check_finite("cg", curvature, self.steps)
         size = P.square().sum(1)
         good = self._judge(curvature / size, AP.square().sum(1) / size)
         if not bool(good.all()):
@@ -139,9 +163,8 @@ class RowRun(CGState):
         self.R[rows] -= alpha * AP
         self.steps += 1
         self.n_iter[rows] += 1
-        size = self.R[rows].norm(dim=1)
         before = self.rows
-        restart = self.check(size <= self.tolerance[rows])
+        restart = self.check(self.claims())
         if len(self.rows) < len(before):
             stays = torch.isin(before, self.rows)
             P, rz = P[stays], rz[stays]
@@ -150,10 +173,3 @@ class RowRun(CGState):
         new = (R * Z).sum(1)
         beta = torch.where(restart, 0.0, new / rz)
         self.P[self.rows], self.rz[self.rows] = Z + beta[:, None] * P, new
-
-
-def check_finite(values: torch.Tensor, step: int) -> None:
-    """Raise where a product is NaN or infinite, naming the iteration."""
-    if not bool(torch.isfinite(values).all()):
-        message = f"cg met NaN or infinity in iteration {step}. Look at the parameters, or use float64."
-        raise FloatingPointError(message)

@@ -8,14 +8,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from .._memory import rows_within
 from .._progress import progress
+from .._scaling import norms
 from .._validation import check_hessian_perturbation
-from ..operators import LinearOperator
+from ..operators import LinearOperator, Shifted
 from .base import warn_not_converged
+from .krylov import Problem, check_finite, warn_of_lost
 from .spectrum import smallest_eigenvalue
 
 __all__ = ["shifted_cg"]
@@ -42,6 +45,7 @@ def shifted_cg(
     so that one product with A serves all. A λ is frozen when its residual is small enough, before ζ underflows. Then
     the true residual of each is computed, and those that rounding has left too large are polished: conjugate gradients
     on the correction, each at its own λ. Memory: 2 n_λ k p numbers. Cost: a solve at σ, and a product per λ and row.
+    A + σI and each row are brought near one by powers of two: their sizes change no digit.
 
     Parameters
     ----------
@@ -77,69 +81,77 @@ def shifted_cg(
             [[1.0000, 1.0000]]])
     """
     sigma = torch.tensor([check_hessian_perturbation(shift) for shift in shifts], dtype=torch.float64)
-    path = _Path(A, sigma.to(B.device, B.dtype), maxiter, verbose)
+    least = float(sigma.min()) if len(sigma) else 0.0
+    problem = Problem.of(Shifted(A, least), B, atol)
+    path = _Path(problem, (sigma - least).to(B.device), maxiter, verbose)
+    tolerance, size = problem.tolerance(rtol), norms(problem.B)
     X = B.new_zeros(len(sigma), *B.shape)
-    residual, negative = X.new_zeros(X.shape[:2]), torch.zeros(X.shape[:2], dtype=torch.bool, device=B.device)
-    tolerance = torch.clamp(rtol * B.norm(dim=1), min=atol)
-    row_bytes = max(1, 4 * len(sigma) * A.size * B.element_size())
-    for rows in torch.arange(len(B), device=B.device).split(rows_within(row_bytes)):
-        found = path.run(B[rows], tolerance[rows])
-        found, residual[:, rows], negative[:, rows] = path.polish(found, B[rows], tolerance[rows])
-        X[:, rows] = found
-    converged = residual <= tolerance
-    size = B.norm(dim=1)
-    relative = torch.where(size > 0, residual / size, residual).to(torch.float64)
-    _warn(A, sigma, relative, converged, negative & ~converged, rtol)
-    info = {"residual": relative, "converged": converged, "negative_curvature": negative & ~converged}
+    residual = size.expand(X.shape[:2]).clone()
+    negative, open_ = torch.zeros_like(residual, dtype=torch.bool), torch.nonzero(size > tolerance)[:, 0]
+    for rows in open_.split(rows_within(max(1, 4 * len(sigma) * A.size * B.element_size()))) if len(sigma) else ():
+        found = path.run(problem.B[rows], tolerance[rows])
+        X[:, rows], residual[:, rows], negative[:, rows] = path.polish(found, problem.B[rows], tolerance[rows])
+    X, lost = problem.back(X)
+    converged = (residual <= tolerance) & ~lost
+    negative &= ~converged
+    relative = torch.where(size > 0, residual / size, residual)
+    _warn(A, sigma, relative, converged, negative, lost, rtol)
+    info = {"residual": relative, "converged": converged, "negative_curvature": negative}
     return X, {**info, "n_products": path.n_products}
 
 
 @dataclass
 class _Path:
-    """A + λI at every λ of ``sigma`` (n_λ,)."""
+    """A + λI at every λ, by what each exceeds the smallest, ``delta`` (n_λ,), float64; the ``problem`` has that one."""
 
-    A: LinearOperator
-    sigma: torch.Tensor
+    problem: Problem
+    delta: torch.Tensor
     maxiter: int
     verbose: int = 0
     n_products: int = 0
 
-    def products(self, V: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
-        """Return A v + λ v, each row with its own λ."""
+    def products(self, V: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the scaled A v + λ v, each row with its own λ; None is the smallest."""
         self.n_products += len(V)
-        return self.A.apply(V) + shifts[:, None] * V
+        product = self.problem.products(V)
+        return product if delta is None else product + self.scaled(delta)[:, None].to(V) * V
+
+    def scaled(self, delta: torch.Tensor) -> torch.Tensor:
+        """Return what some λ exceed the smallest, on the scale that the first product has told."""
+        with np.errstate(over="ignore"):
+            found = np.ldexp(delta.cpu().numpy(), -self.problem.products.exponent)
+        return torch.from_numpy(found).to(delta)
 
     def run(self, B: torch.Tensor, tolerance: torch.Tensor) -> torch.Tensor:
         """Return the iterates (n_λ, k, p) of one run of conjugate gradients from the smallest λ."""
-        state = _Shifted(self.sigma, B, tolerance)
-        seed = self.sigma.min().expand(len(B)) if len(self.sigma) else self.sigma
+        state = _Shifted(len(self.delta), B, tolerance)
         for step in progress(range(self.maxiter), "conjugate gradients", self.verbose):
             rows = state.rows
             if not len(rows):
                 break
-            AP = self.products(state.P[rows], seed[rows])
+            AP = self.products(state.P[rows])
             curvature = (state.P[rows] * AP).sum(1)
-            _check_finite(curvature, step)
-            state.advance(rows, AP, curvature)
+            check_finite("cg", AP, step)
+            state.advance(rows, AP, curvature, self.scaled(self.delta)[:, None])
         return state.X
 
     def polish(
         self, X: torch.Tensor, B: torch.Tensor, tolerance: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Correct what misses its tolerance; return iterates, ‖(A + λI)x − b‖ and where the curvature is negative."""
-        residual = torch.empty_like(X[:, :, 0])
-        for each, shift in enumerate(self.sigma):
-            residual[each] = self._gaps(X[each], B, shift)[1]
+        residual = torch.empty(X.shape[:2], dtype=torch.float64, device=X.device)
+        for each, delta in enumerate(self.delta):
+            residual[each] = self._gaps(X[each], B, delta)[1]
         negative = torch.zeros_like(residual, dtype=torch.bool)
         open_ = residual > tolerance
         for _ in range(POLISHES):
             i, j = open_.nonzero(as_tuple=True)
             if not len(i):
                 break
-            before, x, shifts = residual[i, j], X[i, j], self.sigma[i]
-            R = self._gaps(x, B[j], shifts)[0]
-            D, negative[i, j] = self._correct(R, shifts, tolerance[j])
-            after = self._gaps(x + D, B[j], shifts)[1]
+            before, x, delta = residual[i, j], X[i, j], self.delta[i]
+            R = self._gaps(x, B[j], delta)[0]
+            D, negative[i, j] = self._correct(R, delta, tolerance[j])
+            after = self._gaps(x + D, B[j], delta)[1]
             better = after < before
             X[i[better], j[better]] = (x + D)[better]
             residual[i, j] = torch.minimum(before, after)
@@ -147,15 +159,15 @@ class _Path:
             open_[i, j] = (after > tolerance[j]) & (after <= 0.5 * before) & ~negative[i, j]
         return X, residual, negative
 
-    def _gaps(self, X: torch.Tensor, B: torch.Tensor, shifts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        R = B - self.products(X, shifts.expand(len(X)))
-        return R, R.norm(dim=1)
+    def _gaps(self, X: torch.Tensor, B: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        R = B - self.products(X, delta.expand(len(X)))
+        return R, norms(R)
 
     def _correct(
-        self, R: torch.Tensor, shifts: torch.Tensor, tolerance: torch.Tensor
+        self, R: torch.Tensor, delta: torch.Tensor, tolerance: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Solve (A + λI) d = r, each row with its own λ; say where negative curvature was met."""
-        X, R, P, rr = torch.zeros_like(R), R.clone(), R.clone(), R.square().sum(1)
+        X, R, P, rr = torch.zeros_like(R), R.clone(), R.clone(), norms(R).square()
         negative, most = torch.zeros(len(R), dtype=torch.bool, device=R.device), 0.0
         rows = torch.arange(len(R), device=R.device)
         for step in range(self.maxiter):
@@ -163,19 +175,19 @@ class _Path:
             rows = rows[rr[rows].sqrt() > 0.5 * tolerance[rows]]
             if not len(rows):
                 break
-            AP = self.products(P[rows], shifts[rows])
-            curvature = (P[rows] * AP).sum(1)
-            _check_finite(curvature, step)
-            quotient = curvature / P[rows].square().sum(1)
+            AP = self.products(P[rows], delta[rows])
+            curvature = (P[rows] * AP).sum(1).to(rr)
+            check_finite("cg", AP, step)
+            quotient = curvature / norms(P[rows]).square()
             most = max(most, float(quotient.abs().max()))
             good = quotient > 10 * torch.finfo(R.dtype).eps * most
             negative[rows] = quotient < -100 * torch.finfo(R.dtype).eps * most
             rows, AP, curvature = rows[good], AP[good], curvature[good]
-            alpha = (rr[rows] / curvature)[:, None]
+            alpha = (rr[rows] / curvature)[:, None].to(R)
             X[rows] += alpha * P[rows]
             R[rows] -= alpha * AP
-            new = R[rows].square().sum(1)
-            P[rows] = R[rows] + (new / rr[rows])[:, None] * P[rows]
+            new = norms(R[rows]).square()
+            P[rows] = R[rows] + (new / rr[rows])[:, None].to(R) * P[rows]
             rr[rows] = new
         return X, negative
 
@@ -183,13 +195,14 @@ class _Path:
 class _Shifted:
     """The state of a run: the seed's residuals and directions (k, p), and those of every λ (n_λ, k, p)."""
 
-    def __init__(self, sigma: torch.Tensor, B: torch.Tensor, tolerance: torch.Tensor) -> None:
-        self.delta, self.tolerance = (sigma - sigma.min())[:, None] if len(sigma) else sigma[:, None], tolerance
-        self.R, self.P, self.rr = B.clone(), B.clone(), B.square().sum(1)
-        self.X = B.new_zeros(len(sigma), *B.shape)
+    def __init__(self, count: int, B: torch.Tensor, tolerance: torch.Tensor) -> None:
+        self.tolerance = tolerance
+        self.R, self.P, self.rr = B.clone(), B.clone(), norms(B).square()
+        self.X = B.new_zeros(count, *B.shape)
         self.directions = B.expand_as(self.X).clone()
         # ζ and its last ratio for every λ and row; α and β of the seed's last step.
-        self.zeta, self.ratio = torch.ones_like(self.X[:, :, 0]), torch.ones_like(self.X[:, :, 0])
+        self.zeta = torch.ones(self.X.shape[:2], dtype=torch.float64, device=B.device)
+        self.ratio = self.zeta.clone()
         self.alpha, self.beta = torch.ones_like(self.rr), torch.zeros_like(self.rr)
         self.most = 0.0
         self.active = (self.rr.sqrt() > tolerance).expand_as(self.zeta).clone()
@@ -199,9 +212,10 @@ class _Shifted:
         """Rows with a λ under way."""
         return self.active.any(0).nonzero()[:, 0]
 
-    def advance(self, rows: torch.Tensor, AP: torch.Tensor, curvature: torch.Tensor) -> None:
+    def advance(self, rows: torch.Tensor, AP: torch.Tensor, curvature: torch.Tensor, delta: torch.Tensor) -> None:
         """Take one step of the seed, and the same step for every λ that is not frozen."""
-        quotient = curvature / self.P[rows].square().sum(1)
+        curvature = curvature.to(self.rr)
+        quotient = curvature / norms(self.P[rows]).square()
         self.most = max(self.most, float(quotient.abs().max()))
         good = quotient > 10 * torch.finfo(AP.dtype).eps * self.most
         # A larger λ may still do: what has come so far is polished at its own.
@@ -209,11 +223,11 @@ class _Shifted:
         rows, AP = rows[good], AP[good]
         alpha = torch.zeros_like(self.rr).index_put((rows,), self.rr[rows] / curvature[good])
         drag = torch.where(alpha > 0, alpha * self.beta / self.alpha, 0.0)
-        ratio = 1 / (1 + self.delta * alpha + drag * (1 - self.ratio))
-        self.R[rows] -= alpha[rows, None] * AP
-        new = self.R[rows].square().sum(1)
+        ratio = 1 / (1 + delta * alpha + drag * (1 - self.ratio))
+        self.R[rows] -= alpha[rows, None].to(AP) * AP
+        new = norms(self.R[rows]).square()
         beta = torch.zeros_like(self.rr).index_put((rows,), new / self.rr[rows])
-        self.P[rows] = self.R[rows] + beta[rows, None] * self.P[rows]
+        self.P[rows] = self.R[rows] + beta[rows, None].to(AP) * self.P[rows]
         self.rr[rows] = new
         self._follow(alpha, beta, ratio)
         self.alpha[rows], self.beta = alpha[rows], beta
@@ -225,15 +239,9 @@ class _Shifted:
         for i in self.active.any(1).nonzero()[:, 0].tolist():
             on = self.active[i].to(alpha)
             P = self.directions[i]
-            self.X[i].addcmul_((on * alpha * ratio[i])[:, None], P)
-            P.mul_((on * beta * ratio[i].square())[:, None]).addcmul_((on * self.zeta[i])[:, None], self.R)
+            self.X[i].addcmul_((on * alpha * ratio[i])[:, None].to(P), P)
+            P.mul_((on * beta * ratio[i].square())[:, None].to(P)).addcmul_((on * self.zeta[i])[:, None].to(P), self.R)
         self.active &= self.zeta * self.rr.sqrt() > self.tolerance
-
-
-def _check_finite(values: torch.Tensor, step: int) -> None:
-    if not bool(torch.isfinite(values).all()):
-        message = f"cg met NaN or infinity in iteration {step}. Look at the parameters, or use float64."
-        raise FloatingPointError(message)
 
 
 def _warn(
@@ -242,6 +250,7 @@ def _warn(
     residual: torch.Tensor,
     converged: torch.Tensor,
     negative: torch.Tensor,
+    lost: torch.Tensor,
     rtol: float,
 ) -> None:
     if bool(negative.any()):
@@ -253,7 +262,8 @@ def _warn(
             ConvergenceWarning,
             stacklevel=4,
         )
-    rest = ~negative
+    warn_of_lost("cg", lost, A.dtype)
+    rest = ~negative & ~lost
     if len(sigma):
         hint = 'Try a larger `maxiter` or `rtol`, dtype=torch.float64, or method="direct".'
         warn_not_converged("cg", residual[rest], converged[rest], rtol, hint)

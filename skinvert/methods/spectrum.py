@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import scipy.sparse.linalg
 import torch
 
 from .._memory import rows_within
+from .._scaling import ScaledProducts, norms
 from .._validation import check_number
 from ..operators import LinearOperator, check_dense_memory
 from ..results import Spectrum
@@ -28,14 +31,31 @@ def smallest_eigenvalue(A: LinearOperator, random_state: int = 0) -> tuple[float
     """
     if A.size <= 32:
         return float(np.linalg.eigvalsh(A.to_dense().cpu().numpy())[0]), 0.0
-    operator = A.aslinearoperator()
-    start = np.random.default_rng(random_state).standard_normal(A.size).astype(operator.dtype)
+    # ARPACK's tolerance has an absolute floor of about eps ** (2/3): A is brought near one.
+    start = np.random.default_rng(random_state).standard_normal(A.size)
+    products = ScaledProducts(A.apply, A.dtype)
+    products(torch.from_numpy(start)[None].to(A.device, A.dtype))
+    operator = _Scaled(A, products).aslinearoperator()
+    start = start.astype(operator.dtype)
     try:
         values, vectors = scipy.sparse.linalg.eigsh(operator, k=1, which="SA", v0=start, tol=1e-2, maxiter=200)
     except scipy.sparse.linalg.ArpackNoConvergence:
         return np.inf, np.inf
     theta, v = float(values[0]), vectors[:, 0]
-    return theta, float(np.linalg.norm(operator @ v - theta * v))
+    error = float(np.linalg.norm(operator @ v - theta * v))
+    return math.ldexp(theta, products.exponent), math.ldexp(error, products.exponent)
+
+
+class _Scaled(LinearOperator):
+    """A on the scale of its products."""
+
+    def __init__(self, A: LinearOperator, products: ScaledProducts) -> None:
+        super().__init__(A.size, A.dtype, A.device)
+        self.products = products
+
+    def apply(self, V: torch.Tensor) -> torch.Tensor:
+        """Return the scaled products."""
+        return self.products(V)
 
 
 def extreme_eigenvalues(
@@ -147,11 +167,11 @@ def _tridiagonal(A: LinearOperator, starts: torch.Tensor, steps: int) -> torch.T
         for _ in range(2):
             along = torch.einsum("kp,kjp->kj", W, Q[:, : j + 1])
             W = W - torch.einsum("kj,kjp->kp", along, Q[:, : j + 1])
-        beta = W.norm(dim=1)
+        beta = norms(W)
         scale = max(scale, float(T[:, j, j].abs().max()), float(beta.max()))
         # A space that has closed: zero rows from here on have no weight.
         beta = torch.where(beta > 10 * torch.finfo(W.dtype).eps * scale, beta, 0.0)
-        q = torch.where(beta[:, None] > 0, W / beta[:, None].clamp(min=1e-300), 0.0)
+        q = torch.where(beta[:, None] > 0, W / beta[:, None].clamp(min=1e-300), 0.0).to(W)
         if j + 1 < steps:
             T[:, j, j + 1] = T[:, j + 1, j] = beta.to(torch.float64)
     return T
