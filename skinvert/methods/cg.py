@@ -133,20 +133,15 @@ class CGInverse(InverseOperator):
         }
         return InverseHvpResult(X, info)
 
-    def path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> torch.Tensor:
-        """Return the solutions (n_λ, k, p) at every λ, by one Krylov run where nothing else is asked for."""
-        return self.solve_path(B, hessian_perturbations).x
-
-    def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> InverseHvpResult:
-        """Return the solutions (n_λ, k, p) of ``path``, with ``negative_curvature`` (n_λ, k) in ``info``."""
-        if self.preconditioner is None and self.x0 is None:
-            args = (self.operator.operator, B, hessian_perturbations, self.rtol, self.atol, self.maxiter, self.verbose)
-            return InverseHvpResult(*shifted_cg(*args))
-        found = [self.at(shift).solve(B) for shift in hessian_perturbations]
-        if not found:
-            return InverseHvpResult(B.new_empty(0, *B.shape), {"negative_curvature": B.new_empty(0, len(B)) > 0})
-        negative = torch.stack([info["negative_curvature"] for _, info in found])
-        return InverseHvpResult(torch.stack([x for x, _ in found]), {"negative_curvature": negative})
+    def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> list[InverseHvpResult]:
+        """Return the results at every λ, by one Krylov run where nothing else is asked for."""
+        shifts = list(hessian_perturbations)
+        if self.preconditioner is not None or self.x0 is not None:
+            return super().solve_path(B, shifts)
+        args = (self.operator.operator, B, shifts, self.rtol, self.atol, self.maxiter, self.verbose)
+        X, info = shifted_cg(*args)
+        each = [{key: info[key][i] for key in ("residual", "converged", "negative_curvature")} for i in range(len(X))]
+        return [InverseHvpResult(x, {**entry, "approximate": False}) for x, entry in zip(X, each, strict=True)]
 
     def _run(self, B: torch.Tensor, x0: torch.Tensor | None) -> CGState:
         tolerance = torch.clamp(self.rtol * B.norm(dim=1), min=self.atol)

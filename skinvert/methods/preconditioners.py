@@ -35,7 +35,7 @@ def as_preconditioner(
             must = f"a method that this curvature serves (it has no `{needed}`)"
             raise ValueError(must_be("preconditioner", must, repr(method), 'Try "jacobi".'))
     inverse = method.invert(A, hessian_perturbation, verbose)
-    if inverse.positive_definite is False:
+    if not inverse.preconditions:
         must = "positive definite"
         raise ValueError(must_be(f"The preconditioner {method.name}", must, "one that is not", A.hint))
     return inverse
