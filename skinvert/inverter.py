@@ -18,6 +18,7 @@ from ._rows import Rows
 from ._scaling import times_powers
 from ._state import pack, unpack
 from ._validation import (
+    check_choice,
     check_hessian_perturbation,
     check_number,
     check_sample_weight,
@@ -29,7 +30,7 @@ from .answers import OPTIONAL, answer, check_answer, file_fields
 from .block_operators import BlockDiagonal
 from .curvature import Gram, build_blocks, build_curvature, curvature_name, held_out_curvature, seeded_curvature
 from .data import as_batches
-from .methods.base import Method, relative_residual
+from .methods.base import InverseOperator, Method, relative_residual
 from .methods.blocks import invert_blocks
 from .methods.spectrum import has_spectrum, spectrum
 from .models import TorchTwiceDifferentiable, as_model, describe, is_model
@@ -81,6 +82,9 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         float32 or float64; None is the model's own.
     random_state : int, RandomState or None, default=None
         For stochastic methods and curvatures.
+    check_residual : bool, default=True
+        Whether an approximate method spends one product with the exact curvature per solve to report its true
+        ``residual`` and to warn where x = 0 would be better. False leaves ``residual`` NaN and ``converged`` False.
     verbose : int, default=0
         1 shows progress bars on long work.
 
@@ -139,6 +143,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         device: Any = None,
         dtype: Any = None,
         random_state: Any = None,
+        check_residual: bool = True,
         verbose: int = 0,
     ) -> None:
         self.method = method
@@ -153,6 +158,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         self.device = device
         self.dtype = dtype
         self.random_state = random_state
+        self.check_residual = check_residual
         self.verbose = verbose
 
     # -- fit -------------------------------------------------------------------------------------------------------
@@ -181,6 +187,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """Fit at λ = ``shift``."""
         if self.batch_size is not None:
             check_number(self.batch_size, "batch_size", owner="HessianInverter", low=1, integer=True)
+        check_choice(self.check_residual, "check_residual", [True, False])
         for name in ("eigenvalues_", "parameter_names_", "gradient_norm_", "feature_names_in_"):
             self.__dict__.pop(name, None)
         if is_model(X):
@@ -272,7 +279,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         if isinstance(self.method_, Method):
             check_requirements(self.method_, A)
             if blocks is not None:
-                self.inverse_ = invert_blocks(self.method_, blocks, shift, self.verbose)
+                self.inverse_ = invert_blocks(self.method_, blocks, shift, self.verbose).judged_by(A)
                 return
             self.method_ = self.method_.choose(A, shift)
             self.inverse_ = self.method_.invert(A, shift, self.verbose)
@@ -323,7 +330,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         if self.inverse_ is None:
             self._need("_model", "solve")
             return self.method_(self._model, self._data, rows.source, self.hessian_perturbation_)
-        x, info = rows.through(self.inverse_).solve(rows.tensor)
+        x, info = rows.through(self._judged()).solve(rows.tensor)
         return rows.result(x, info)
 
     def path(self, b: Any, hessian_perturbations: Any) -> Any:
@@ -343,8 +350,8 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         rows = self._rows(b)
         shifts = [check_hessian_perturbation(shift, "path") for shift in hessian_perturbations]
-        inverse = rows.through(self._factorised("path", "Call `solve` for each λ."))
-        return rows.back(inverse.path(rows.tensor, shifts))
+        self._factorised("path", "Call `solve` for each λ.")
+        return rows.back(rows.through(self._judged()).path(rows.tensor, shifts))
 
     def spectrum(self, *, n_probes: int = 10, steps: int = 60) -> Spectrum:
         """Return the eigenvalues of H (without λ) where they are known or cheap, else their density.
@@ -426,6 +433,12 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         curvature, gradients, weights = held_out_curvature(self.curvature_name_, self._model, batches)
         return HeldOut(gradients, weights, curvature.penalty, curvature.sample_factors)
 
+    def _judged(self) -> Any:
+        """Return the inverse, its solutions judged against the exact curvature where that is at hand and asked for."""
+        if check_choice(self.check_residual, "check_residual", [True, False]):
+            return self.inverse_.judged_by(getattr(self, "curvature_", None))
+        return self.inverse_.unjudged()
+
     def _factorised(self, what: str, hint: str = "Call `solve`.") -> Any:
         check_is_fitted(self, "n_features_in_")
         if self.inverse_ is None:
@@ -435,7 +448,11 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def _at(self, shift: float) -> Any:
         """Return this inverter at another λ, over the same curvature: its factorisation is reused where it can be."""
         inverse, method = self._factorised("another λ"), self.method_
-        found = inverse.at(shift) if hasattr(inverse, "at") else method.invert(self.curvature_, shift, self.verbose)
+        found = (
+            inverse.at(shift)
+            if type(inverse).at is not InverseOperator.at
+            else method.invert(self.curvature_, shift, self.verbose)
+        )
         # Not `copy.copy`, which goes by the state of a pickle: without the curvature.
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, hessian_perturbation=shift, hessian_perturbation_=shift, inverse_=found)

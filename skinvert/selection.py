@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from ._progress import progress
 from ._validation import check_hessian_perturbation, check_sample_weight, must_be
 from .inverter import HessianInverter, as_data
+from .methods.base import InverseOperator
 from .models import SklearnTwiceDifferentiable, as_model, is_model
 from .scores import quadratic_path, quadratic_score
 
@@ -46,7 +47,7 @@ class _QuadraticScorer:
         """Return the score at each λ, on the held-out ``(X, y, sample_weight)``, from one factorisation."""
         rhs = None if self.rhs is None else inverter._rows(self.rhs).tensor
         held, inverse = inverter._held_out(*test), inverter._factorised("score")
-        if hasattr(inverse, "at"):
+        if type(inverse).at is not InverseOperator.at:
             return quadratic_path(inverse, shifts, held, rhs)
         return [quadratic_score(inverter._at(shift).inverse_, held, rhs) for shift in shifts]
 
@@ -101,7 +102,9 @@ class HessianInverterCV(HessianInverter):
         Folds of rows; an int takes consecutive rows, unshuffled, as ``KFold`` does.
     scoring : callable, default=None
         ``scorer(estimator, X, y)``; None is ``HessianInverter.score``. See ``make_quadratic_scorer``.
-    method, curvature, model, loss, weight_decay, params, blocks, batch_size, device, dtype, random_state, verbose
+    method, curvature, model, loss, weight_decay, params, blocks, batch_size, device, dtype, random_state
+        As for ``HessianInverter``.
+    check_residual, verbose
         As for ``HessianInverter``.
 
     Attributes
@@ -151,6 +154,7 @@ class HessianInverterCV(HessianInverter):
         device: Any = None,
         dtype: Any = None,
         random_state: Any = None,
+        check_residual: bool = True,
         verbose: int = 0,
     ) -> None:
         self.hessian_perturbations = hessian_perturbations
@@ -167,6 +171,7 @@ class HessianInverterCV(HessianInverter):
         self.device = device
         self.dtype = dtype
         self.random_state = random_state
+        self.check_residual = check_residual
         self.verbose = verbose
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> HessianInverterCV:
