@@ -14,6 +14,7 @@ from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, 
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from ._autograd import ordinary
 from ._rows import Rows
 from ._state import pack, unpack
 from ._validation import (
@@ -153,6 +154,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     # -- fit -------------------------------------------------------------------------------------------------------
 
+    @ordinary
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> HessianInverter:
         """Fit the inverse of a model's curvature over data, or of plain rows.
 
@@ -276,6 +278,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     # -- solve -----------------------------------------------------------------------------------------------------
 
+    @ordinary
     def transform(self, X: Any) -> Any:
         """Return the solutions of (H + λI) x = b.
 
@@ -291,6 +294,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         return self.solve(X).x
 
+    @ordinary
     def fit_transform(self, X: Any, y: Any = None, **fit_params: Any) -> Any:
         """Fit plain rows and return the solutions for them.
 
@@ -301,6 +305,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             raise TypeError(must_be("fit_transform", "called on plain rows", "a model", hint))
         return self.fit(X, y, **fit_params).transform(X)
 
+    @ordinary
     def solve(self, b: Any) -> InverseHvpResult:
         """Return the solutions and what is known of them, ``x, info``.
 
@@ -321,6 +326,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         x, info = self.inverse_.solve(rows.tensor)
         return InverseHvpResult(rows.back(x), rows.back_info(info))
 
+    @ordinary
     def path(self, b: Any, hessian_perturbations: Any) -> Any:
         """Return the solutions at many λ, for the price of about one solve where the method allows it.
 
@@ -340,6 +346,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         shifts = [check_hessian_perturbation(shift, "path") for shift in hessian_perturbations]
         return rows.back(self._factorised("path", "Call `solve` for each λ.").path(rows.tensor, shifts))
 
+    @ordinary
     def spectrum(self, *, n_probes: int = 10, steps: int = 60) -> Spectrum:
         """Return the eigenvalues of H (without λ) where they are known or cheap, else their density.
 
@@ -360,12 +367,14 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         curvature = getattr(self, "curvature_", None)
         return spectrum(curvature, self.inverse_, n_probes=n_probes, steps=steps, random_state=seed)
 
+    @ordinary
     def inverse_transform(self, X: Any) -> Any:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
         rows = self._rows(X)
         operator = self._exact() if self.inverse_ is None else self.inverse_.operator
         return rows.back(operator.apply(rows.tensor))
 
+    @ordinary
     def residual(self, b: Any, x: Any) -> Any:
         """Return ‖(H + λI)x − b‖ / ‖b‖ (k,) against the exact curvature, whatever the method inverts."""
         B, X = self._rows(b), self._rows(x)
@@ -374,6 +383,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         residual = relative_residual(self._exact(), B.tensor, X.tensor)
         return residual if isinstance(b, torch.Tensor) else residual.cpu().numpy()
 
+    @ordinary
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         r"""Return the held-out quadratic of rows that were not fitted: larger is better; −inf where A is indefinite.
 

@@ -7,6 +7,7 @@ from glob import escape
 
 import torch
 
+from .._autograd import ordinary
 from .._validation import check_choice, must_be
 from ..block_operators import BlockDiagonal
 from ..data import Batches
@@ -22,6 +23,7 @@ __all__ = ["CURVATURES", "build_blocks", "build_curvature", "curvature_name"]
 CURVATURES = {"hessian": Hessian, "ggn": GGN, "fisher": Fisher, "empirical_fisher": EmpiricalFisher}
 
 
+@ordinary
 def build_curvature(
     curvature: str | SampledFisher, model: TwiceDifferentiable, batches: Batches, verbose: int = 0
 ) -> LinearOperator:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .._autograd import ordinary
 from ..models import TorchTwiceDifferentiable, leading_length, map_tensors
 from ..models.structural_copy import structural_copy
 
 __all__ = ["gradient_rows", "jacobian_rows"]
 
 
+@ordinary
 def gradient_rows(model: TorchTwiceDifferentiable, batch: Any) -> torch.Tensor:
     """Return ∇sᵢ of each row of a batch, (m, p); sᵢ is the loss before the average."""
 
@@ -24,6 +26,7 @@ def gradient_rows(model: TorchTwiceDifferentiable, batch: Any) -> torch.Tensor:
     return _rows(model, batch, loss)[:, 0]
 
 
+@ordinary
 def jacobian_rows(model: TorchTwiceDifferentiable, batch: Any, directions: torch.Tensor | None = None) -> torch.Tensor:
     """Return Sᵢᵀ Jᵢ of each row, (m, r, p), for ``directions`` S (m, c, r); None takes the identity."""
     if directions is None:

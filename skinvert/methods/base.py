@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 
+from .._autograd import ordinary_methods
 from .._memory import rows_within
 from .._validation import must_be
 from ..operators import LinearOperator, Shifted, TensorState
@@ -70,6 +71,11 @@ class InverseOperator(TensorState, ABC):
     positive_definite: bool | None = None
     # Whether a solve needs the curvature itself, and with it the model and the data.
     keeps_operator: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let solves be right under ``no_grad``, ``inference_mode`` and ``autocast``."""
+        super().__init_subclass__(**kwargs)
+        ordinary_methods(cls, ("solve", "path", "solve_path", "at", "apply", "precondition"))
 
     @property
     def size(self) -> int:

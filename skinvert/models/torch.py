@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .._autograd import ordinary, own_tensor
 from .._progress import progress as progress_bar
 from .._validation import check_number, must_be, resolve_device, resolve_dtype
 from ..parameters import ParameterLayout, select_parameters
@@ -50,6 +51,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     [[1.5, 0.0], [0.0, 1.5]]
     """
 
+    @ordinary
     def __init__(self, model: nn.Module, loss: Any, weight_decay: float = 0.0) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(must_be("model", "a torch.nn.Module", type(model).__name__))
@@ -58,7 +60,10 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         self.module = structural_copy(model)
         self._verified = False
         # `at_point` raises where none is trainable and none is chosen by name.
-        self._select([name for name, tensor in self.module.named_parameters() if tensor.requires_grad])
+        trainable = [name for name, tensor in self.module.named_parameters() if tensor.requires_grad]
+        if any(tensor.is_inference() for tensor in [*self.module.parameters(), *self.module.buffers()]):
+            _convert(self.module, set(trainable), None, None)
+        self._select(trainable)
 
     # -- the seam --------------------------------------------------------------------------------------------------
 
@@ -83,9 +88,10 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         """The selected parameters θ."""
         return self.theta
 
+    @ordinary
     def grad(self, x: Any, y: Any, create_graph: bool = False) -> torch.Tensor:
         """Return the gradient (p,) of L on one batch."""
-        batch = (x, y)
+        batch = map_tensors(own_tensor, (x, y))
         outputs = self.forward(batch)
         mean = self.per_sample_loss(outputs, batch).sum() / self.mass(outputs, batch).sum()
         gradient = self.gradient_of(mean, create_graph)
@@ -95,6 +101,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         theta = torch.cat([t.reshape(-1) for t in self.theta])
         return gradient + penalty * (theta if create_graph else theta.detach())
 
+    @ordinary
     def hessian(self, x: Any, y: Any) -> torch.Tensor:
         """Return the Hessian (p, p) of L on one batch."""
         gradient = self.grad(x, y, create_graph=True)
@@ -103,6 +110,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         return (matrix + matrix.mT) / 2
 
     @staticmethod
+    @ordinary
     def mvp(
         grad_xy: torch.Tensor,
         v: torch.Tensor,
@@ -125,6 +133,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
 
     # -- what the curvatures use -----------------------------------------------------------------------------------
 
+    @ordinary
     def at_point(
         self, params: str | Iterable[str] | None = None, dtype: Any = None, device: Any = None
     ) -> TorchTwiceDifferentiable:
@@ -177,6 +186,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     def adopt(self, totals: Any) -> None:
         """Take what another object of this model settled."""
 
+    @ordinary
     def forward(self, batch: Any) -> Any:
         """Return the outputs, with gradients on, checked against the targets."""
         own = self._own_loss() or type(self).outputs is not TorchTwiceDifferentiable.outputs
@@ -202,6 +212,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         if not self._own_loss():
             self._loss().verify(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
 
+    @ordinary
     def gradient_of(self, value: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
         """Return the flat gradient (p,) of a scalar that was computed from ``forward``."""
         return _flat_grad(value, self.theta, create_graph=create_graph)
@@ -281,7 +292,7 @@ def _one_device(module: nn.Module) -> torch.device:
     return devices.pop()
 
 
-def _convert(module: nn.Module, chosen: set[str], dtype: torch.dtype, device: torch.device) -> None:
+def _convert(module: nn.Module, chosen: set[str], dtype: torch.dtype | None, device: torch.device | None) -> None:
     """Put converted tensors into a structural copy; selected ones become leaves that require a gradient."""
     converted: dict[int, torch.Tensor] = {}
     selected = {id(tensor) for name, tensor in module.named_parameters() if name in chosen}
@@ -296,8 +307,9 @@ def _convert(module: nn.Module, chosen: set[str], dtype: torch.dtype, device: to
             setattr(child, name, converted[id(tensor)])
 
 
-def _converted(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, snapshot: bool) -> torch.Tensor:
-    data = tensor.detach().to(device, dtype if tensor.is_floating_point() else None, copy=snapshot)
+def _converted(tensor: torch.Tensor, dtype: Any, device: Any, snapshot: bool) -> torch.Tensor:
+    own = own_tensor(tensor.detach())
+    data = own.to(device, dtype if tensor.is_floating_point() else None, copy=snapshot)
     return nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data
 
 
