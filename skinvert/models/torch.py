@@ -17,6 +17,8 @@ from .._validation import check_number, must_be, resolve_device, resolve_dtype
 from ..parameters import ParameterLayout, select_parameters
 from .base import TwiceDifferentiable
 from .losses import Loss, as_loss
+from .plain_functions import PlainFunctions
+from .second_derivative import check_second_derivative
 from .structural_copy import structural_copy
 
 __all__ = ["TorchTwiceDifferentiable", "leading_length", "map_tensors"]
@@ -59,6 +61,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         self.loss: Loss | None = None if loss is None and self._own_loss() else as_loss(loss)
         self.module = structural_copy(model)
         self._verified = False
+        # Which shapes of batches `curvature.rows` may differentiate all at once: what it found.
+        self.batched_rows: dict[Any, bool] = {}
         # `at_point` raises where none is trainable and none is chosen by name.
         trainable = [name for name, tensor in self.module.named_parameters() if tensor.requires_grad]
         if any(tensor.is_inference() for tensor in [*self.module.parameters(), *self.module.buffers()]):
@@ -104,6 +108,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     @ordinary
     def hessian(self, x: Any, y: Any) -> torch.Tensor:
         """Return the Hessian (p, p) of L on one batch."""
+        if type(self).grad is TorchTwiceDifferentiable.grad:
+            self.verify_second_derivative(map_tensors(own_tensor, (x, y)))
         gradient = self.grad(x, y, create_graph=True)
         identity = torch.eye(self.num_params, dtype=self.dtype, device=self.device)
         matrix = self.mvp(gradient, identity, self.theta)
@@ -154,7 +160,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         duplicate._select(chosen)
         if duplicate.loss is not None:
             duplicate.loss = duplicate.loss.to(to_dtype, to_device)
-        duplicate._verified = False
+        duplicate._verified, duplicate.batched_rows = False, {}
         return duplicate
 
     @property
@@ -195,7 +201,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
             hint = "For other batches subclass TorchTwiceDifferentiable: `outputs` and `per_sample_loss`."
             raise ValueError(must_be("A batch", "a pair (inputs, targets)", got, hint))
         # The fused attention kernels have no second derivative.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _without_fused_rnn(self.module, self.device):
+        kernels = _without_fused_rnn(self.module, self.device)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), kernels, PlainFunctions():
             outputs = self.outputs(self.module, batch)
         if not self._own_loss():
             self._check(outputs, batch)
@@ -211,6 +218,13 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         """Raise unless the loss of some (outputs, targets) of different batches together is that of single rows."""
         if not self._own_loss():
             self._loss().verify(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
+
+    @ordinary
+    def verify_second_derivative(self, batch: Any) -> None:
+        """Raise where autograd's second derivatives, on a few rows of a batch, are not those of the gradient."""
+        few = map_tensors(lambda tensor: tensor[:8] if tensor.ndim else tensor, batch)
+        double = map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, few)
+        check_second_derivative(self, few, double)
 
     @ordinary
     def gradient_of(self, value: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
