@@ -56,7 +56,7 @@ class _Precision(NamedTuple):
 
 
 _PRECISION = {
-    torch.float64: _Precision((1e-5, 1e-6), 1e-4, 2e-3),
+    torch.float64: _Precision((1e-6, 2e-7), 3e-5, 2e-4),
     torch.float32: _Precision((1e-2, 2e-3), 2e-2, 1e-1),
 }
 
@@ -145,7 +145,9 @@ def _fault(model: Any, batch: Any) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(must_be('The model for curvature="hessian"', "twice differentiable", str(error), HINT)) from error
+        raise ValueError(
+            must_be('The model for curvature="hessian"', "twice differentiable", str(error), HINT)
+        ) from error
     difference, _ = probe.difference(v, probe.precision.steps[1])
     if not bool(torch.isfinite(torch.stack([Hu, Hv, difference])).all()):
         return None

@@ -247,6 +247,11 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
+    @property
+    def own_loss(self) -> bool:
+        """Whether a subclass defines the loss."""
+        return self._own_loss()
+
     def _own_loss(self) -> bool:
         return type(self).per_sample_loss is not TorchTwiceDifferentiable.per_sample_loss
 
