@@ -101,7 +101,7 @@ def _first_not_finite(module: nn.Module) -> Iterator[list[str]]:
     found: list[str] = []
     names = {child: name for name, child in module.named_modules()}
 
-    def look(child: nn.Module, args: Any, result: Any) -> None:
+    def look(child: nn.Module, _: Any, result: Any) -> None:
         outputs: list[torch.Tensor] = []
         map_tensors(lambda tensor: outputs.append(tensor), result)
         if any(tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()) for tensor in outputs):

@@ -35,13 +35,13 @@ def prelu(input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.where(input > 0, input, weight * input)
 
 
-def hardsigmoid(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+def hardsigmoid(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:  # noqa: ARG001 (torch's signature)
     """Return min(max(x + 3, 0), 6) / 6: torch's kernel has one derivative."""
     return functional.relu6(input + 3) / 6
 
 
-def cdist(x1: torch.Tensor, x2: torch.Tensor, p: float = 2.0, compute_mode: Any = None) -> torch.Tensor:
-    """Return the distances of all pairs, with derivative 0 where they are 0, as torch's has; p = 1 or 2, where it fits."""
+def cdist(x1: torch.Tensor, x2: torch.Tensor, p: float = 2.0, compute_mode: Any = None) -> torch.Tensor:  # noqa: ARG001
+    """Return the distances of all pairs, with derivative 0 where they are 0, as torch has; p = 1 or 2."""
     needed = x1.numel() * x2.shape[-2] * x1.element_size()
     if p not in (1, 2) or 4 * needed > working_memory():
         return torch.cdist(x1, x2, p)
@@ -76,7 +76,7 @@ def embedding_bag(
     norm_type: float = 2,
     scale_grad_by_freq: bool = False,
     mode: str = "mean",
-    sparse: bool = False,
+    sparse: bool = False,  # noqa: ARG001
     per_sample_weights: torch.Tensor | None = None,
     include_last_offset: bool = False,
     padding_idx: int | None = None,

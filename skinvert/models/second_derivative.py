@@ -149,8 +149,10 @@ def _fault(model: Any, batch: Any) -> str | None:
             must_be('The model for curvature="hessian"', "twice differentiable", str(error), HINT)
         ) from error
     difference, _ = probe.difference(v, probe.precision.steps[1])
-    if not bool(torch.isfinite(torch.stack([Hu, Hv, difference])).all()):
+    if not bool(torch.isfinite(difference).all()):
         return None
+    if not bool(torch.isfinite(torch.stack([Hu, Hv])).all()):
+        return "NaN or infinity, where the gradient is finite (a root or a norm at zero?)"
     close = probe.norms(Hv - difference) <= probe.precision.fault * probe.norms(difference)
     gap, size = (u * Hv).sum() - (v * Hu).sum(), (u * Hv).norm() + (v * Hu).norm()
     if bool(close.all()) and bool(gap.abs() <= probe.precision.fault * size):
@@ -176,7 +178,8 @@ def _confirmed(probe: _Probe, products: dict[int, torch.Tensor]) -> str | None:
     moved = ((u * (products[2] - again[2])).sum().abs() + (v * (products[1] - again[1])).sum().abs()) * 4
     rounding = 1e3 * probe.eps * (reach * probe.norms(u)).sum() * (reach * probe.norms(v)).sum()
     if bool(gap.abs() > probe.precision.fault * size + moved + rounding):
-        return f"a Hessian that is not symmetric: uᵀHv − vᵀHu = {float(gap):.3g} for uᵀHv = {float((u * products[2]).sum()):.3g}"
+        value = float((u * products[2]).sum())
+        return f"a Hessian that is not symmetric: uᵀHv − vᵀHu = {float(gap):.3g} for uᵀHv = {value:.3g}"
     return None
 
 
