@@ -15,6 +15,8 @@ from ..models.plain_functions import refuse_frequencies
 
 __all__ = ["check_layers", "check_rows_alone", "explain_not_finite"]
 
+SQUEEZE = "Does a `squeeze()` drop the rows' own dimension? Try `squeeze(-1)`."
+
 
 def check_layers(model: TorchTwiceDifferentiable) -> None:
     """Raise for a layer whose gradient on one row depends on the other rows."""
@@ -41,9 +43,8 @@ def check_rows_alone(model: TorchTwiceDifferentiable, outputs: Any, batch: Any) 
             for i in sorted({0, m // 2, m - 1}):
                 alone = _alone(of, batch, i)
                 if alone.ndim != together.ndim:
-                    hint = "Does a `squeeze()` drop the rows' own dimension? Try `squeeze(-1)`."
                     must, got = f"of shape {(1, *together.shape[1:])} for one row", f"shape {tuple(alone.shape)}"
-                    raise ValueError(must_be("The model's outputs in eval mode", must, got, hint))
+                    raise ValueError(must_be("The model's outputs in eval mode", must, got, SQUEEZE))
                 if _differ(alone, together[i : i + 1], tolerance):
                     hint = (
                         f"Row {i} alone gives other outputs than in its batch (batch statistics? a recurrent or "
@@ -83,8 +84,9 @@ def _compared(model: TorchTwiceDifferentiable, outputs: Any, batch: Any) -> Iter
 def _alone(of: Any, batch: Any, i: int) -> torch.Tensor:
     try:
         return of(map_tensors(lambda tensor: tensor[i : i + 1], batch))
-    except (RuntimeError, IndexError, NotImplementedError) as error:
-        raise ValueError(must_be("The model", "able to take a batch of one row", "an error", str(error))) from error
+    except (RuntimeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
+        must = "able to take a batch of one row"
+        raise ValueError(must_be("The model", must, f"{str(error).rstrip('.')} for row {i} alone", SQUEEZE)) from error
 
 
 def _differ(found: torch.Tensor, expected: torch.Tensor, tolerance: torch.Tensor) -> bool:

@@ -140,9 +140,7 @@ def test_the_ggn_s_products_are_right(name):
     net = Net(WRONG[name]).double()
     ggn = HessianInverter("cg", 0.3, loss="cross_entropy", curvature="ggn").fit(net, (X, y)).curvature_
     theta = [t.detach() for t in net.parameters()]
-    J = torch.autograd.functional.jacobian(
-        lambda a, b, c, d: torch.tanh(X @ a.T + b) @ c.T + d, tuple(theta)
-    )
+    J = torch.autograd.functional.jacobian(lambda a, b, c, d: torch.tanh(X @ a.T + b) @ c.T + d, tuple(theta))
     J = torch.cat([part.reshape(N, 3, -1) for part in J], dim=2)
     p = net(X).detach().softmax(1)
     S = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
