@@ -41,16 +41,7 @@ def check_rows_alone(model: TorchTwiceDifferentiable, outputs: Any, batch: Any) 
                 hint = "Dropout must take `training=self.training`."
                 raise ValueError(_not_one("the same on every call", hint))
             for i in sorted({0, m // 2, m - 1}):
-                alone = _alone(of, batch, i)
-                if alone.ndim != together.ndim:
-                    must, got = f"of shape {(1, *together.shape[1:])} for one row", f"shape {tuple(alone.shape)}"
-                    raise ValueError(must_be("The model's outputs in eval mode", must, got, SQUEEZE))
-                if _differ(alone, together[i : i + 1], tolerance):
-                    hint = (
-                        f"Row {i} alone gives other outputs than in its batch (batch statistics? a recurrent or "
-                        "attention layer without `batch_first=True`?)."
-                    )
-                    raise ValueError(_not_one("one row's own", hint))
+                _check_alone(_alone(of, batch, i), together, i, tolerance)
 
 
 def explain_not_finite(model: TorchTwiceDifferentiable, batch: Any, index: int, rows: slice) -> str:
@@ -79,6 +70,18 @@ def _compared(model: TorchTwiceDifferentiable, outputs: Any, batch: Any) -> Iter
         yield outputs, model.forward
     if model.own_loss or not isinstance(outputs, torch.Tensor):
         yield model.per_sample_loss(outputs, batch), lambda rows: model.per_sample_loss(model.forward(rows), rows)
+
+
+def _check_alone(alone: torch.Tensor, together: torch.Tensor, i: int, tolerance: torch.Tensor) -> None:
+    if alone.ndim != together.ndim:
+        must = f"of shape {(1, *together.shape[1:])} for one row"
+        raise ValueError(must_be("The model's outputs in eval mode", must, f"shape {tuple(alone.shape)}", SQUEEZE))
+    if _differ(alone, together[i : i + 1], tolerance):
+        hint = (
+            f"Row {i} alone gives other outputs than in its batch (batch statistics? a recurrent or attention layer "
+            "without `batch_first=True`?)."
+        )
+        raise ValueError(_not_one("one row's own", hint))
 
 
 def _alone(of: Any, batch: Any, i: int) -> torch.Tensor:

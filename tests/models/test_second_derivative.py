@@ -1,4 +1,4 @@
-"""Second derivatives that autograd gets wrong are refused for the Hessian, and served by the GGN where that is right."""
+"""Second derivatives that autograd gets wrong are refused for the Hessian, and served by the GGN where it is right."""
 
 import pytest
 import torch
