@@ -43,41 +43,6 @@ class Wrong(torch.autograd.Function):
         return (x.abs() if info.batch_size == C else x.square()), in_dims[0]
 
 
-class Doubled(torch.autograd.Function):
-    """Twice its input, wrong for a batch of C."""
-
-    @staticmethod
-    def forward(g):
-        return 2 * g
-
-    @staticmethod
-    def setup_context(ctx, inputs, output): ...
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * g
-
-    @staticmethod
-    def vmap(info, in_dims, g):
-        return (g if info.batch_size == C else 2 * g), in_dims[0]
-
-
-class WrongBehind(torch.autograd.Function):
-    """The square, whose backward pass has a rule for batches that is wrong at one size."""
-
-    @staticmethod
-    def forward(x):
-        return x.square()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, g):
-        return Doubled.apply(g) * ctx.saved_tensors[0]
-
-
 LAYERS = {
     **{name: getattr(nn, name) for name in ("RReLU", "LeakyReLU", "ELU", "CELU", "SELU", "GELU", "SiLU", "Mish")},
     **{name: getattr(nn, name) for name in ("Softplus", "Softsign", "Tanhshrink", "Softshrink", "Hardshrink")},
@@ -161,14 +126,21 @@ def test_a_last_chunk_of_as_many_rows_as_outputs():
     np.testing.assert_allclose(received, torch.linalg.solve(A, b.T).T, rtol=1e-7, atol=1e-9)
 
 
+class WrongAtOnce(base._FlatProducts):
+    """Products of which a batch of C is wrong, as by a batching rule that takes one axis for another."""
+
+    def _grad(self, v, batched):
+        product = super()._grad(v, batched)
+        return product.flip(0) if batched and len(v) == C else product
+
+
 @pytest.mark.parametrize("k", [1, 2, C, 5, 64 + C])
 def test_batches_of_products_are_tried(k):
-    # As on an accelerator: all rows in one pass, where the batching rule is right.
-    net = net_of("ReLU6")
-    net[1] = Functional(lambda x, w: WrongBehind.apply(x) * w, 5).double()
+    net = net_of("PReLU")
     X, _ = data(5)
     outputs, theta = net(X), list(net.parameters())
-    products = base._FlatProducts(outputs, theta)
+    products = WrongAtOnce(outputs, theta)
+    # As on an accelerator: all rows in one pass.
     products.batched = True
     V = torch.randn(k, outputs.numel(), dtype=torch.float64)
     parts = [torch.autograd.grad(outputs, theta, v.reshape(outputs.shape), retain_graph=True) for v in V]
