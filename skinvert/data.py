@@ -17,6 +17,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from ._autograd import own_tensor
 from ._memory import working_memory
 from ._validation import check_sample_weight, must_be, to_plain_array
 from .models import leading_length, map_tensors
@@ -253,7 +254,7 @@ def _to_tensors(batch: Any, dtype: torch.dtype, device: torch.device) -> Any:
             raise TypeError(must_be("data", "dense and real", f"{batch.layout}, {batch.dtype}"))
         if batch.dtype in (torch.int8, torch.int16, torch.int32):
             batch = batch.long()
-        return batch.detach().to(device, dtype if batch.is_floating_point() else None)
+        return own_tensor(batch.detach()).to(device, dtype if batch.is_floating_point() else None)
     if isinstance(batch, Mapping):
         return {key: _to_tensors(value, dtype, device) for key, value in batch.items()}
     if isinstance(batch, tuple | list):

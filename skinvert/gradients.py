@@ -9,6 +9,7 @@ import torch
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.utils.validation import check_is_fitted
 
+from ._autograd import ordinary
 from ._memory import check_memory, rows_within
 from ._progress import progress
 from ._validation import check_number, must_be
@@ -94,6 +95,7 @@ class PerSampleGradient(TransformerMixin, BaseEstimator):
         self.dtype = dtype
         self.verbose = verbose
 
+    @ordinary
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> PerSampleGradient:
         """Record the scale of the training loss; ``X, y`` as ``HessianInverter.fit`` takes them."""
         model = self._at_point()
@@ -103,6 +105,7 @@ class PerSampleGradient(TransformerMixin, BaseEstimator):
         self._totals = model.totals
         return self
 
+    @ordinary
     def transform(self, X: Any) -> Any:
         """Return the gradients (n, p) of ``(X, y)``, a tuple (or a Dataset, a DataLoader, batches).
 
@@ -124,6 +127,7 @@ class PerSampleGradient(TransformerMixin, BaseEstimator):
         first = X[0] if isinstance(X, tuple) else None
         return gradients if isinstance(first, torch.Tensor) else gradients.cpu().numpy()
 
+    @ordinary
     def fit_transform(self, X: Any, y: Any = None, **fit_params: Any) -> Any:
         """Fit, and return the gradients of the same rows."""
         return self.fit(X, y, **fit_params).transform((X, y) if y is not None else X)

@@ -14,6 +14,7 @@ from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, 
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from ._autograd import ordinary
 from ._rows import Rows
 from ._scaling import times_powers
 from ._state import pack, unpack
@@ -163,6 +164,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     # -- fit -------------------------------------------------------------------------------------------------------
 
+    @ordinary
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> HessianInverter:
         """Fit the inverse of a model's curvature over data, or of plain rows.
 
@@ -288,6 +290,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     # -- solve -----------------------------------------------------------------------------------------------------
 
+    @ordinary
     def transform(self, X: Any) -> Any:
         """Return the solutions of (H + λI) x = b.
 
@@ -303,6 +306,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         return self.solve(X).x
 
+    @ordinary
     def fit_transform(self, X: Any, y: Any = None, **fit_params: Any) -> Any:
         """Fit plain rows and return the solutions for them.
 
@@ -313,6 +317,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             raise TypeError(must_be("fit_transform", "called on plain rows", "a model", hint))
         return self.fit(X, y, **fit_params).transform(X)
 
+    @ordinary
     def solve(self, b: Any) -> InverseHvpResult:
         """Return the solutions and what is known of them, ``x, info``.
 
@@ -333,6 +338,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         x, info = rows.through(self._judged()).solve(rows.tensor)
         return rows.result(x, info)
 
+    @ordinary
     def path(self, b: Any, hessian_perturbations: Any) -> Any:
         """Return the solutions at many λ, for the price of about one solve where the method allows it.
 
@@ -353,6 +359,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         self._factorised("path", "Call `solve` for each λ.")
         return rows.back(rows.through(self._judged()).path(rows.tensor, shifts))
 
+    @ordinary
     def spectrum(self, *, n_probes: int = 10, steps: int = 60) -> Spectrum:
         """Return the eigenvalues of H (without λ) where they are known or cheap, else their density.
 
@@ -373,12 +380,14 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         curvature = getattr(self, "curvature_", None)
         return spectrum(curvature, self.inverse_, n_probes=n_probes, steps=steps, random_state=seed)
 
+    @ordinary
     def inverse_transform(self, X: Any) -> Any:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
         rows = self._rows(X)
         operator = self._exact() if self.inverse_ is None else self.inverse_.operator
         return rows.back(operator.apply(rows.tensor))
 
+    @ordinary
     def residual(self, b: Any, x: Any) -> Any:
         """Return ‖(H + λI)x − b‖ / ‖b‖ (k,) against the exact curvature, whatever the method inverts."""
         B, X = self._rows(b), self._rows(x)
@@ -387,6 +396,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         residual = relative_residual(self._exact(), B.tensor, times_powers(X.tensor, X.powers - B.powers))
         return residual if isinstance(b, torch.Tensor) else residual.cpu().numpy()
 
+    @ordinary
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         r"""Return the held-out quadratic of rows that were not fitted: larger is better; −inf where A is indefinite.
 

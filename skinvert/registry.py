@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from . import methods
+from ._autograd import ordinary
 from ._rows import Rows
 from ._validation import check_hessian_perturbation, must_be
 from .curvature import CURVATURES, build_curvature
@@ -89,6 +90,7 @@ class InversionRegistry:
         raise ValueError(must_be(f"The method for {model_type.__name__}", f"one of {names}", repr(name)))
 
     @classmethod
+    @ordinary
     def call(
         cls,
         inversion_method: InversionMethod | str,

@@ -16,6 +16,7 @@ from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import validate_data
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 
+from ._autograd import ordinary
 from ._progress import progress
 from ._validation import check_hessian_perturbation, check_sample_weight, must_be
 from .inverter import HessianInverter, as_data
@@ -35,6 +36,7 @@ class _QuadraticScorer:
     def __init__(self, rhs: Any) -> None:
         self.rhs = rhs
 
+    @ordinary
     def __call__(self, estimator: Any, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         if isinstance(estimator, Pipeline):
             X, estimator = estimator[:-1].transform(X), estimator[-1]
@@ -43,6 +45,7 @@ class _QuadraticScorer:
         inverse = estimator._factorised("score")
         return quadratic_score(inverse, estimator._held_out(X, y, sample_weight), estimator._rows(self.rhs).tensor)
 
+    @ordinary
     def path(self, inverter: HessianInverter, shifts: Sequence[float], test: tuple[Any, ...]) -> list[float]:
         """Return the score at each λ, on the held-out ``(X, y, sample_weight)``, from one factorisation."""
         rhs = None if self.rhs is None else inverter._rows(self.rhs).tensor
@@ -174,6 +177,7 @@ class HessianInverterCV(HessianInverter):
         self.check_residual = check_residual
         self.verbose = verbose
 
+    @ordinary
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> HessianInverterCV:
         """Choose λ, and fit the inverse at it on all rows.
 

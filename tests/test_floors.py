@@ -22,6 +22,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "skinvert"
 
 FLOORS = {
+    "_autograd": 0,
     "_validation": 0,
     "_memory": 0,
     "_progress": 0,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from sklearn.utils import check_random_state
 
+from .._autograd import ordinary
 from .._validation import check_choice, must_be
 from ..block_operators import BlockDiagonal
 from ..data import Batches
@@ -26,6 +27,7 @@ CURVATURES = {"hessian": Hessian, "ggn": GGN, "fisher": Fisher, "empirical_fishe
 SAMPLED = "sampled_fisher"
 
 
+@ordinary
 def build_curvature(
     curvature: str | SampledFisher, model: TwiceDifferentiable, batches: Batches, verbose: int = 0
 ) -> LinearOperator:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .._memory import check_memory, rows_within
+from .._memory import check_memory, rows_within, working_memory
 from .._progress import progress
 from .._validation import must_be
 from ..block_operators import KroneckerFactors
@@ -47,6 +47,7 @@ class GGN(Curvature):
         if not isinstance(outputs, torch.Tensor):
             hint = 'Return one tensor from `outputs`, or use curvature="hessian".'
             raise TypeError(must_be("The model's outputs for the GGN", "a tensor", type(outputs).__name__, hint))
+        self._by_rows = not self._has_products(batch)
         # r of the factor's columns, and c.
         self._c = self._outputs = outputs[0].numel()
         closed = self.closed_hessian(outputs.detach(), batch)
@@ -59,6 +60,8 @@ class GGN(Curvature):
 
     def graph(self, batch: Any, weights: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the products of Σ wᵢ Jᵢᵀ ∇²_f sᵢ Jᵢ over one batch: forward, output Hessian, backward."""
+        if self._by_rows:
+            return self._row_products(batch, weights)
         outputs = self.outputs(batch)
         along = _forward_products(outputs, self.objective.model.theta)
         middle, held = self._output_products(outputs, batch, weights)
@@ -168,6 +171,38 @@ class GGN(Curvature):
     def _shares_of(self, weights: torch.Tensor) -> torch.Tensor:
         return weights / self.objective.mass_sum
 
+    def _has_products(self, batch: Any) -> bool:
+        """Return whether uᵀ(Jv) = (Jᵀu)ᵀv on a few rows: J v takes a second derivative, which a layer may lack."""
+        few, _ = next(split_batch(batch, torch.zeros(8), 8))
+        outputs = self.outputs(few)
+        generator = torch.Generator("cpu").manual_seed(0)
+        size = outputs.numel() + self.size
+        drawn = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").to(outputs)
+        u, v = drawn[: outputs.numel()], drawn[outputs.numel() :]
+        try:
+            Jv = _forward_products(outputs, self.objective.model.theta)(v[None]).flatten()
+            Jtu = flat_products(outputs, self.objective.model.theta)(u[None])[0]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError):
+            return False
+        gap, scale = (u * Jv).sum() - (v * Jtu).sum(), (u * Jv).norm() + (v * Jtu).norm()
+        # Not finite on both sides is the data's fault, and is said elsewhere.
+        return not bool(gap.abs() > math.sqrt(torch.finfo(outputs.dtype).eps) * scale)
+
+    def _row_products(self, batch: Any, weights: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the products by the factor, from first derivatives alone; it is kept where it fits the memory."""
+        step = rows_within(3 * self._c * self.size * self.dtype.itemsize)
+        scale = math.sqrt(self.objective.mass_sum)
+
+        def factors() -> Iterator[torch.Tensor]:
+            for rows, part in split_batch(batch, weights, step):
+                yield from (scale * F.flatten(0, 1) for F in self._factors_of(rows, part))
+
+        entries = self.objective.batches.n_samples * self._c * self.size
+        kept = list(factors()) if entries * self.dtype.itemsize <= working_memory() else None
+        return lambda V: sum(((V @ F.mT) @ F for F in kept or factors()), start=torch.zeros_like(V))
+
     def _output_products(
         self, outputs: torch.Tensor, batch: Any, weights: torch.Tensor
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
@@ -252,6 +287,9 @@ def split_batch(batch: Any, weights: torch.Tensor, size: int) -> Iterator[tuple[
 
 def _forward_products(outputs: torch.Tensor, theta: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return V (k, p) -> J V (k, m, c), by differentiating Jᵀu along V: no forward mode needed."""
+    if not outputs.requires_grad:
+        # This batch reaches none of the parameters.
+        return lambda V: V.new_zeros(len(V), len(outputs), outputs[:1].numel())
     dummy = torch.zeros_like(outputs, requires_grad=True)
     pulled = torch.autograd.grad(outputs, theta, dummy, create_graph=True, materialize_grads=True)
     along = flat_products(torch.cat([part.reshape(-1) for part in pulled]), [dummy])

@@ -12,6 +12,7 @@ import torch
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 
+from .._autograd import ordinary_methods
 from .._memory import rows_within
 from .._scaling import far_exponents, norms, times_powers
 from .._validation import must_be
@@ -87,6 +88,11 @@ class InverseOperator(TensorState, ABC):
     keeps_operator: bool = False
 
     _transient: tuple[str, ...] = ("exact",)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let solves be right under ``no_grad``, ``inference_mode`` and ``autocast``."""
+        super().__init_subclass__(**kwargs)
+        ordinary_methods(cls, ("solve", "path", "solve_path", "at", "apply", "precondition"))
 
     @property
     def size(self) -> int:

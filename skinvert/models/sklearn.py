@@ -12,6 +12,7 @@ import torch
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from .._autograd import ordinary
 from .._validation import check_sample_weight, must_be
 from .losses import Loss
 from .shared import UNFITTED
@@ -61,6 +62,7 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
     [[3.0, 0.0], [0.0, 3.0]]
     """
 
+    @ordinary
     def __init__(self, model: Any, y: Any = None, sample_weight: Any = None) -> None:
         self.estimator = model
         self.objective = _objective_of(model)
@@ -96,6 +98,7 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
         if totals is not None and type(self.loss) is Loss:
             self.loss = self.objective.loss(totals).to(self.dtype, self.device)
 
+    @ordinary
     def grad(self, x: Any, y: Any, create_graph: bool = False) -> torch.Tensor:
         """Return the gradient (p,) of L on one batch, which stands for all the data where no other is known."""
         inputs, targets = (torch.from_numpy(part).to(self.device) for part in self.read((x, y)))

@@ -11,12 +11,15 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .._autograd import ordinary, own_tensor
 from .._progress import progress as progress_bar
 from .._validation import check_number, must_be, resolve_device, resolve_dtype
 from ..parameters import ParameterLayout, select_parameters
 from .base import TwiceDifferentiable
 from .losses import Loss, as_loss
 from .output_hessians import OutputHessian
+from .plain_functions import PlainFunctions
+from .second_derivative import check_second_derivative
 from .structural_copy import structural_copy
 
 __all__ = ["TorchTwiceDifferentiable", "leading_length", "map_tensors"]
@@ -51,6 +54,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     [[1.5, 0.0], [0.0, 1.5]]
     """
 
+    @ordinary
     def __init__(self, model: nn.Module, loss: Any, weight_decay: float = 0.0) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(must_be("model", "a torch.nn.Module", type(model).__name__))
@@ -58,8 +62,13 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         self.loss: Loss | None = None if loss is None and self._own_loss() else as_loss(loss)
         self.module = structural_copy(model)
         self._verified = False
+        # Which shapes of batches `curvature.rows` may differentiate all at once: what it found.
+        self.batched_rows: dict[Any, bool] = {}
         # `at_point` raises where none is trainable and none is chosen by name.
-        self._select([name for name, tensor in self.module.named_parameters() if tensor.requires_grad])
+        trainable = [name for name, tensor in self.module.named_parameters() if tensor.requires_grad]
+        if any(tensor.is_inference() for tensor in [*self.module.parameters(), *self.module.buffers()]):
+            _convert(self.module, set(trainable), None, None)
+        self._select(trainable)
 
     # -- the seam --------------------------------------------------------------------------------------------------
 
@@ -84,9 +93,10 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         """The selected parameters θ."""
         return self.theta
 
+    @ordinary
     def grad(self, x: Any, y: Any, create_graph: bool = False) -> torch.Tensor:
         """Return the gradient (p,) of L on one batch."""
-        batch = (x, y)
+        batch = map_tensors(own_tensor, (x, y))
         outputs = self.forward(batch)
         mean = self.per_sample_loss(outputs, batch).sum() / self.mass(outputs, batch).sum()
         gradient = self.gradient_of(mean, create_graph)
@@ -96,14 +106,18 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         theta = torch.cat([t.reshape(-1) for t in self.theta])
         return gradient + penalty * (theta if create_graph else theta.detach())
 
+    @ordinary
     def hessian(self, x: Any, y: Any) -> torch.Tensor:
         """Return the Hessian (p, p) of L on one batch."""
+        if type(self).grad is TorchTwiceDifferentiable.grad:
+            self.verify_second_derivative(map_tensors(own_tensor, (x, y)))
         gradient = self.grad(x, y, create_graph=True)
         identity = torch.eye(self.num_params, dtype=self.dtype, device=self.device)
         matrix = self.mvp(gradient, identity, self.theta)
         return (matrix + matrix.mT) / 2
 
     @staticmethod
+    @ordinary
     def mvp(
         grad_xy: torch.Tensor,
         v: torch.Tensor,
@@ -126,6 +140,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
 
     # -- what the curvatures use -----------------------------------------------------------------------------------
 
+    @ordinary
     def at_point(
         self, params: str | Iterable[str] | None = None, dtype: Any = None, device: Any = None
     ) -> TorchTwiceDifferentiable:
@@ -146,7 +161,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         duplicate._select(chosen)
         if duplicate.loss is not None:
             duplicate.loss = duplicate.loss.to(to_dtype, to_device)
-        duplicate._verified = False
+        duplicate._verified, duplicate.batched_rows = False, {}
         return duplicate
 
     @property
@@ -178,6 +193,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     def adopt(self, totals: Any) -> None:
         """Take what another object of this model settled."""
 
+    @ordinary
     def forward(self, batch: Any) -> Any:
         """Return the outputs, with gradients on, checked against the targets."""
         own = self._own_loss() or type(self).outputs is not TorchTwiceDifferentiable.outputs
@@ -186,7 +202,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
             hint = "For other batches subclass TorchTwiceDifferentiable: `outputs` and `per_sample_loss`."
             raise ValueError(must_be("A batch", "a pair (inputs, targets)", got, hint))
         # The fused attention kernels have no second derivative.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _without_fused_rnn(self.module, self.device):
+        kernels = _without_fused_rnn(self.module, self.device)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), kernels, PlainFunctions():
             outputs = self.outputs(self.module, batch)
         if not self._own_loss():
             self._check(outputs, batch)
@@ -203,6 +220,14 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         if not self._own_loss():
             self._loss().verify_values(outputs, targets, losses)
 
+    @ordinary
+    def verify_second_derivative(self, batch: Any) -> None:
+        """Raise where autograd's second derivatives, on a few rows of a batch, are not those of the gradient."""
+        few = map_tensors(lambda tensor: tensor[:8] if tensor.ndim else tensor, batch)
+        double = map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, few)
+        check_second_derivative(self, few, double)
+
+    @ordinary
     def gradient_of(self, value: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
         """Return the flat gradient (p,) of a scalar that was computed from ``forward``."""
         return _flat_grad(value, self.theta, create_graph=create_graph)
@@ -222,6 +247,11 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         return None if self._own_loss() else self._loss().output_hessian(outputs, batch[1])
 
     # -- helpers ---------------------------------------------------------------------------------------------------
+
+    @property
+    def own_loss(self) -> bool:
+        """Whether a subclass defines the loss."""
+        return self._own_loss()
 
     def _own_loss(self) -> bool:
         return type(self).per_sample_loss is not TorchTwiceDifferentiable.per_sample_loss
@@ -282,7 +312,7 @@ def _one_device(module: nn.Module) -> torch.device:
     return devices.pop()
 
 
-def _convert(module: nn.Module, chosen: set[str], dtype: torch.dtype, device: torch.device) -> None:
+def _convert(module: nn.Module, chosen: set[str], dtype: torch.dtype | None, device: torch.device | None) -> None:
     """Put converted tensors into a structural copy; selected ones become leaves that require a gradient."""
     converted: dict[int, torch.Tensor] = {}
     selected = {id(tensor) for name, tensor in module.named_parameters() if name in chosen}
@@ -297,8 +327,9 @@ def _convert(module: nn.Module, chosen: set[str], dtype: torch.dtype, device: to
             setattr(child, name, converted[id(tensor)])
 
 
-def _converted(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, snapshot: bool) -> torch.Tensor:
-    data = tensor.detach().to(device, dtype if tensor.is_floating_point() else None, copy=snapshot)
+def _converted(tensor: torch.Tensor, dtype: Any, device: Any, snapshot: bool) -> torch.Tensor:
+    own = own_tensor(tensor.detach())
+    data = own.to(device, dtype if tensor.is_floating_point() else None, copy=snapshot)
     return nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data
 
 
