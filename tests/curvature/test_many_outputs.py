@@ -225,3 +225,18 @@ def test_other_losses_over_positions(loss):
     expected = J.mT @ H @ J
     assert error(A.to_dense(), expected) <= 1e-13
     assert error(A.apply(torch.eye(A.size, dtype=torch.float64)), expected) <= 1e-13
+
+
+def test_a_loss_of_many_outputs_that_is_not_convex_is_refused_without_its_hessian():
+    torch.manual_seed(0)
+    net, X = nn.Linear(2, 300).double(), torch.randn(4, 2, dtype=torch.float64)
+    # One negative direction of 300, and of a hundredth of the others' size.
+    slopes = torch.ones(300, dtype=torch.float64)
+    slopes[7] = -0.01
+    with pytest.raises(ValueError, match="convex in the outputs.*-0.02"):
+        curvature(GGN, net, X, X, lambda f, y: (slopes * (f - y.sum(1, keepdim=True)) ** 2).sum(1))
+    # Confident rows: all of their second derivatives are rounding.
+    with torch.no_grad():
+        net.weight.mul_(1e3)
+    A = curvature(GGN, net, X, net(X).argmax(1), lambda f, y: F.cross_entropy(f, y))
+    assert A.size == 900
