@@ -57,6 +57,8 @@ class GGN(Curvature):
             # A loss that is not convex is told of at once.
             some = slice(self._chunk())
             self.output_hessian(outputs.detach()[some], map_tensors(lambda tensor: tensor[some], batch))
+        else:
+            check_convex(objective.model, outputs, self.data_of(batch))
 
     def graph(self, batch: Any, weights: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the products of Σ wᵢ Jᵢᵀ ∇²_f sᵢ Jᵢ over one batch: forward, output Hessian, backward."""
@@ -254,10 +256,40 @@ def output_factor(objective: Objective, outputs: torch.Tensor, batch: Any) -> to
     """Return Sᵢ (m, c, c) with ∇²_f sᵢ = SᵢSᵢᵀ by autograd; raise where the loss is not convex in the outputs."""
     values, vectors = torch.linalg.eigh(output_hessians(objective, outputs, batch))
     if bool((values < 0).any()) and float(values.min()) < -_rounding(objective, outputs, batch, values):
-        hint = 'Try curvature="hessian" or "empirical_fisher".'
-        got = f"an eigenvalue {values.min():.3g}"
-        raise ValueError(must_be("The loss for the GGN", "convex in the outputs", got, hint))
+        raise _not_convex(float(values.min()))
     return vectors * values.clamp(min=0).sqrt()[:, None, :]
+
+
+def check_convex(model: Any, outputs: torch.Tensor, batch: Any) -> None:
+    """Raise where a few power iterations on ∇²_f sᵢ, all rows at once, meet a negative eigenvalue: c² would not fit."""
+    ones = torch.ones(len(outputs), dtype=outputs.dtype, device=outputs.device)
+    free, zero = outputs.detach().requires_grad_(True), torch.zeros_like(outputs, requires_grad=True)
+    products = _loss_products(model, free, batch, ones)
+    largest = float(_extreme(products, free, 0.0).abs().max())
+    lowest = float(_extreme(products, free, largest).min())
+    # All those of confident rows are rounding.
+    at_zero = float(_extreme(_loss_products(model, zero, batch, ones), zero, 0.0).abs().max().nan_to_num(0.0, 0.0, 0.0))
+    # A few iterations find large negative parts, not those at the size of rounding.
+    if lowest < -1e-3 * max(largest, at_zero):
+        raise _not_convex(lowest)
+
+
+def _extreme(products: Callable[[torch.Tensor], torch.Tensor], f: torch.Tensor, shift: float) -> torch.Tensor:
+    """Return the Rayleigh quotient (m,) of each row's ∇²_f s after ten steps of H − shift."""
+    generator = torch.Generator(f.device).manual_seed(0)
+    v = torch.randn(1, len(f), f[0].numel(), generator=generator, dtype=f.dtype, device=f.device)
+    tiny = torch.finfo(f.dtype).tiny
+    for _ in range(10):
+        v = v / v.norm(dim=2, keepdim=True).clamp(min=tiny)
+        Hv = products(v)
+        value = (v * Hv).sum(2)[0]
+        v = Hv - shift * v
+    return value
+
+
+def _not_convex(least: float) -> ValueError:
+    hint = 'Try curvature="hessian" or "empirical_fisher".'
+    return ValueError(must_be("The loss for the GGN", "convex in the outputs", f"an eigenvalue {least:.3g}", hint))
 
 
 def _rounding(objective: Objective, outputs: torch.Tensor, batch: Any, values: torch.Tensor) -> float:
