@@ -305,6 +305,14 @@ def test_an_attention_with_a_forward_of_its_own_is_named():
 
 # -- norms -------------------------------------------------------------------------------------------------------------
 
+
+class LayerNorm2d(nn.LayerNorm):
+    """As in ConvNeXt: over the channels, which come second."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
 NORMS = {
     "layer": (lambda: nn.LayerNorm((4, 3)), (4, 3)),
     "layer, rows": (lambda: nn.LayerNorm(3), (4, 3)),
@@ -315,6 +323,7 @@ NORMS = {
     "instance": (lambda: nn.InstanceNorm1d(4, affine=True), (4, 3)),
     "batch": (lambda: nn.BatchNorm1d(4), (4, 3)),
     "batch, flat": (lambda: nn.BatchNorm1d(12), (12,)),
+    "channels": (lambda: LayerNorm2d(4), (4, 3, 1)),
     "batch, 2d": (lambda: nn.BatchNorm2d(2), (2, 2, 3)),
 }
 
