@@ -36,8 +36,8 @@ class Kronecker(LinearOperator):
         "size": "int",
         "dtype": "dtype",
         "device": "device",
-        "left": "tensor[d,d]",
-        "right": "tensor[i,i]|tensor[i]",
+        "left": "tensor[d,d]|tensor[q,d,d]",
+        "right": "tensor[i,i]|tensor[i]|tensor[q,i,i]",
     }
 
     is_psd = True
@@ -77,8 +77,8 @@ class Eigenbasis(TensorState):
     """
 
     _fields: ClassVar[dict[str, str]] = {
-        "left": "tensor[d,d]",
-        "right": "tensor[i,i]|None",
+        "left": "tensor[d,d]|tensor[q,d,d]",
+        "right": "tensor[i,i]|None|tensor[q,i,i]",
     }
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor | None) -> None:
@@ -114,7 +114,7 @@ class Rotated(LinearOperator):
         "dtype": "dtype",
         "device": "device",
         "basis": "Eigenbasis",
-        "eigenvalues": "tensor[d,i]",
+        "eigenvalues": "tensor[d,i]|tensor[q,d,i]",
         "is_psd": "bool",
     }
 

@@ -162,7 +162,7 @@ class ElementwiseLayer(Layer):
 
     def _of_parameter(self, value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         """Return the entries of z as rows (m, T, number of the parameter's)."""
-        if isinstance(self.module, CHANNEL_NORMS):
+        if _has_channels(self.module):
             return value.flatten(2).sum(2) if value.ndim > 2 else value
         return value.reshape(len(value), -1, parameter.numel())
 
@@ -241,14 +241,20 @@ def _reason(module: nn.Module, own: dict[str, str]) -> str:
         return f"a {kind}"
     if not set(own) <= {"weight", "bias"}:
         return f"a reparametrised {kind}"
-    if getattr(module, "scale_grad_by_freq", False) or getattr(module, "sparse", False):
-        return f"an {kind} with scale_grad_by_freq or sparse"
+    if getattr(module, "scale_grad_by_freq", False):
+        hint = "It scales the gradients of a batch by what else is in it. Set `scale_grad_by_freq = False`."
+        raise ValueError(must_be("An Embedding for Kronecker factors", "without scale_grad_by_freq", "True", hint))
     return ""
 
 
 def _is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm by its name, a user's own RMSNorm included; its gradients are checked."""
-    return isinstance(module, CHANNEL_NORMS) or (type(module).__name__.endswith("Norm") and not [*module.children()])
+    return _has_channels(module) or (type(module).__name__.endswith("Norm") and not [*module.children()])
+
+
+def _has_channels(module: nn.Module) -> bool:
+    """Whether a norm's weights lie along the channels, as those of a ``LayerNorm2d`` do."""
+    return isinstance(module, CHANNEL_NORMS) or type(module).__name__.endswith(("Norm1d", "Norm2d", "Norm3d"))
 
 
 class _Matrices:

@@ -27,6 +27,13 @@ class KFAC(Method):
     A penalty that is the same for all of a layer's parameters is added to λ. One that is not (unpenalised biases)
     enters by its diagonal in the eigenbasis, diag(QᵀRQ), the nearest matrix of that basis.
 
+    Served are Linear (on any number of axes), convolutions of one to three axes and their transposes, Embedding, the
+    ``Conv1D`` of transformers, and MultiheadAttention as its four projections. Each group of a grouped convolution is a
+    block of its own; a layer that is called several times sees the rows of all its calls; one that sees the same for
+    every sample (positions) counts once a sample. The scale and shift of norms (torch's own, BatchNorm in eval mode, and
+    modules named ...Norm with one weight an entry) have the curvature's exact diagonal. In every chunk of the data the
+    factors' product is held against the derivative by the weights themselves.
+
     It costs one pass with c backward passes for c outputs, O(d³ + i³) per layer, and d² + i² numbers twice over.
 
     Parameters
@@ -34,10 +41,10 @@ class KFAC(Method):
     approx : {"expand", "reduce"}, default="expand"
         For layers that see T rows a sample (convolutions, sequences). ``"expand"`` takes them as T samples,
         A = Σ aaᵀ / n and G = Σ ggᵀ / (nT) over n and t; ``"reduce"`` takes the mean of a and the sum of g over t.
-        Both are the same for T = 1.
+        Both are the same for T = 1. For ``"reduce"`` the factor of an Embedding of V rows is V × V.
     unsupported : {"error", "diagonal"}, default="error"
-        What to do with selected parameters outside Linear, Conv1d, Conv2d (groups=1) and Embedding: raise, or take the
-        exact diagonal of the curvature there.
+        What to do with selected parameters outside these layers (recurrent ones, tied weights, bare parameters): raise,
+        or take the exact diagonal of the curvature there.
 
     References
     ----------

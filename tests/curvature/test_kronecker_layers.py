@@ -1,6 +1,7 @@
 """Kinds of layers and of calls in (E)KFAC: against twins of plain layers, and the exact diagonal in each eigenbasis."""
 
 import copy
+import pickle
 import warnings
 
 import numpy as np
@@ -12,7 +13,7 @@ from kronecker_oracles import Conv1D, KroneckerOracle
 from oracles import Oracle
 from torch import nn
 
-from skinvert import HessianInverter
+from skinvert import HessianInverter, SampledFisher, load
 from skinvert.methods import EKFAC, KFAC
 
 METHODS = {"kfac": KFAC, "ekfac": EKFAC}
@@ -304,6 +305,14 @@ def test_an_attention_with_a_forward_of_its_own_is_named():
 
 # -- norms -------------------------------------------------------------------------------------------------------------
 
+
+class LayerNorm2d(nn.LayerNorm):
+    """As in ConvNeXt: over the channels, which come second."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
 NORMS = {
     "layer": (lambda: nn.LayerNorm((4, 3)), (4, 3)),
     "layer, rows": (lambda: nn.LayerNorm(3), (4, 3)),
@@ -314,6 +323,7 @@ NORMS = {
     "instance": (lambda: nn.InstanceNorm1d(4, affine=True), (4, 3)),
     "batch": (lambda: nn.BatchNorm1d(4), (4, 3)),
     "batch, flat": (lambda: nn.BatchNorm1d(12), (12,)),
+    "channels": (lambda: LayerNorm2d(4), (4, 3, 1)),
     "batch, 2d": (lambda: nn.BatchNorm2d(2), (2, 2, 3)),
 }
 
@@ -435,8 +445,7 @@ class Recurrent(nn.Module):
         return self.fc(self.lstm(x)[0][:, -1])
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("curvature", ["ggn", "fisher", "empirical_fisher"])
+@pytest.mark.parametrize(("method", "curvature"), [("kfac", "ggn"), ("ekfac", "fisher"), ("ekfac", "empirical_fisher")])
 def test_no_layer_with_factors(method, curvature):
     net, (X, y) = double(Recurrent()), rows()
     with pytest.raises(ValueError, match=r"lstm.weight_ih_l0 .a LSTM.*EKFAC\(unsupported=\"diagonal\"\)"):
@@ -464,6 +473,20 @@ def test_the_rest_takes_no_jacobian_of_the_layers(monkeypatch):
     assert seen and set(seen) == {sum(q.numel() for q in net.lstm.parameters())}
 
 
+@pytest.mark.parametrize("unsupported", ["error", "diagonal"])
+def test_gradients_scaled_by_what_else_is_in_a_batch_are_never_taken(unsupported):
+    net = nn.Sequential(nn.Embedding(5, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(16, 3))
+    with pytest.raises(ValueError, match="scale_grad_by_freq = False"):
+        fitted(net, *tokens(), EKFAC(unsupported=unsupported))
+
+
+def test_sampled_labels():
+    net, (X, y) = double(Repeated()), rows()
+    sampled = HessianInverter("ekfac", 0.1, loss="cross_entropy", curvature=SampledFisher(400)).fit(net, (X[:, 0], y))
+    exact = fitted(net, X[:, 0], y, "ekfac", curvature="fisher")
+    np.testing.assert_allclose(np.trace(dense(sampled)), np.trace(dense(exact)), rtol=0.15)
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -485,3 +508,27 @@ def test_what_does_not_fit_says_so_before_it_starts(monkeypatch):
     monkeypatch.setattr(_memory, "available_memory", lambda device: needed)
     with pytest.raises(MemoryError, match='The Kronecker factors.*Try `params`.*method="cg"'):
         fitted(net, X.double(), y)
+
+
+def test_rows_are_multiplied_in_chunks(monkeypatch):
+    net, (X, y) = double(GPT()), tokens()
+    inverse = fitted(net, X, y).inverse_
+    b = torch.randn(9, inverse.operator.size, dtype=torch.float64)
+    expected, seen = inverse.apply(b), []
+    whole = type(inverse.inverted)._apply
+    monkeypatch.setattr(type(inverse.inverted), "_apply", lambda self, V: seen.append(len(V)) or whole(self, V))
+    with sklearn.config_context(working_memory=2 * 4 * b.shape[1] * 8 / 2**20):
+        assert_close(inverse.apply(b).numpy(), expected.numpy())
+    assert seen == [2, 2, 2, 2, 1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_groups_are_saved(method, tmp_path):
+    torch.manual_seed(0)
+    net = double(nn.Sequential(nn.Conv1d(4, 6, 2, groups=2), nn.GroupNorm(3, 6), nn.Flatten(), nn.Linear(18, 3)))
+    X, y = torch.randn(N, 4, 4, dtype=torch.float64), torch.randint(3, (N,))
+    inverter = fitted(net, X, y, method)
+    b = torch.randn(3, inverter.n_features_in_, dtype=torch.float64)
+    inverter.save(tmp_path / "file")
+    assert torch.equal(load(tmp_path / "file").transform(b), inverter.transform(b))
+    assert torch.equal(pickle.loads(pickle.dumps(inverter.inverse_)).solve(b).x, inverter.transform(b))
