@@ -18,6 +18,7 @@ from ._rows import Rows
 from ._scaling import times_powers
 from ._state import pack, unpack
 from ._validation import (
+    check_fits,
     check_hessian_perturbation,
     check_number,
     check_sample_weight,
@@ -263,6 +264,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return method
 
     def _invert(self, A: LinearOperator, blocks: BlockDiagonal | None, shift: float) -> None:
+        check_fits(shift, A.dtype)
         self.curvature_, self.hessian_perturbation_ = A, shift
         self.inverse_: Any = None
         if isinstance(self.method_, Method):
@@ -340,6 +342,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         rows = self._rows(b)
         shifts = [check_hessian_perturbation(shift, "path") for shift in hessian_perturbations]
         inverse = rows.through(self._factorised("path", "Call `solve` for each λ."))
+        check_fits(max(shifts, default=0.0), inverse.dtype)
         return rows.back(inverse.path(rows.tensor, shifts))
 
     def spectrum(self, *, n_probes: int = 10, steps: int = 60) -> Spectrum:
