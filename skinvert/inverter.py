@@ -20,6 +20,7 @@ from ._scaling import times_powers
 from ._state import pack, unpack
 from ._validation import (
     check_choice,
+    check_fits,
     check_hessian_perturbation,
     check_number,
     check_sample_weight,
@@ -276,6 +277,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return method
 
     def _invert(self, A: LinearOperator, blocks: BlockDiagonal | None, shift: float) -> None:
+        check_fits(shift, A.dtype)
         self.curvature_, self.hessian_perturbation_ = A, shift
         self.inverse_: Any = None
         if isinstance(self.method_, Method):
@@ -356,7 +358,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         rows = self._rows(b)
         shifts = [check_hessian_perturbation(shift, "path") for shift in hessian_perturbations]
-        self._factorised("path", "Call `solve` for each λ.")
+        check_fits(max(shifts, default=0.0), self._factorised("path", "Call `solve` for each λ.").dtype)
         return rows.back(rows.through(self._judged()).path(rows.tensor, shifts))
 
     @ordinary

@@ -160,10 +160,9 @@ class CGInverse(InverseOperator):
         # The size of M divides out as that of A does.
         precondition = None if M is None else ScaledProducts(M.precondition, B.dtype)
         start = None if problem.X is None else problem.X.clone()
-        settings: dict[str, Any] = {"precondition": precondition, "R0": problem.R}
-        args = (problem.products, B, start, problem.tolerance(self.rtol))
+        args = (problem.products, B, start, problem.tolerance(self.rtol), precondition, problem.R)
         block = len(B) >= 32 and self.size > 256 if self.block is None else self.block
-        run = BlockRun(*args, **settings) if block else RowRun(*args, **settings)
+        run = BlockRun(*args) if block else RowRun(*args)
         for _ in progress(range(self.maxiter), "conjugate gradients", self.verbose):
             if not len(run.rows):
                 break
@@ -226,7 +225,9 @@ class CGInverse(InverseOperator):
         if bool((run.stagnated & ~converged)[rest].any()):
             hint = "Rounding does not allow less."
             if bool(run.null.any()):
-                hint = "A is singular to rounding and their part outside its range is left out: λ > 0 would keep it."
+                hint = (
+                    "A + λI is singular to rounding and their part outside its range is left out: a larger λ keeps it."
+                )
             hint += " Try dtype=torch.float64." if self.dtype == torch.float32 else " Try a larger λ or rtol."
         else:
             ways = "dtype=torch.float64, " if self.dtype == torch.float32 else ""

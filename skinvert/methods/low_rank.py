@@ -159,7 +159,9 @@ class LowRankInverse(InverseOperator):
         smallest one kept, and not as zero.
         """
         values = self.eigenvalues + self.shift
-        return R + ((R @ self.eigenvectors.mT) * (values.min() / values - 1)) @ self.eigenvectors
+        # Not R + …: what cancels along U would outweigh small values.min() / values.
+        along, across = self._split(R)
+        return across + (along * (values.min() / values)) @ self.eigenvectors
 
     @property
     def _drops(self) -> bool:
