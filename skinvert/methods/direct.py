@@ -22,10 +22,8 @@ from .null_space import invert_spectrum, warn_of_indefinite, warn_of_null_part
 
 __all__ = ["Direct"]
 
-# Matrices of p × p that are held at the peak: H and its factor; then what `eigh` takes beside H.
-CHOLESKY_COPIES, EIGEN_COPIES = 2, 3
-# The same in factors of r × p.
-SAMPLE_COPIES = 2
+# Matrices of p × p at the peak, as measured: H, its factor, and the factor by columns; then what `eigh` takes beside H.
+CHOLESKY_COPIES, EIGEN_COPIES = 3, 3
 
 
 class Direct(Method):
@@ -65,7 +63,7 @@ class Direct(Method):
     name: ClassVar[str] = "direct"
     requires: ClassVar[tuple[str, ...]] = ("to_dense",)
     cost: ClassVar[str] = "p products (Hessian) or one GEMM of the factor; p³ once, p² a row"
-    memory: ClassVar[str] = "2 p², or 4 p² where it decomposes; 2 r p for a factor of r < p rows"
+    memory: ClassVar[str] = "3 to 4 p², or 3 r p for a factor of r < p rows"
     exactness: ClassVar[str] = "exact"
     choose_it_for: ClassVar[str] = "p up to some 5,000; many right-hand sides; many λ"
 
@@ -252,8 +250,9 @@ class SampleSpaceInverse(InverseOperator):
     ) -> None:
         rows = A.factor_shape[0]  # type: ignore[attr-defined]
         way_out = 'Try method="cg", which keeps no matrix.'
-        # The factor in its parts and whole, scaled, and two matrices of r rows.
-        needed = (SAMPLE_COPIES * A.size + 2 * rows) * rows * A.dtype.itemsize
+        # The factor in its parts, whole and scaled, and two matrices of r rows; at hand, it is scaled alone.
+        copies = 1 if isinstance(A, LowRank) else 3
+        needed = (copies * A.size + 2 * rows) * rows * A.dtype.itemsize
         check_memory(needed, f"A factor of {rows:,} rows", way_out, A.device)
         self.rows = A.factor(verbose)  # type: ignore[attr-defined]
         check_factor(A, self.rows, hessian_perturbation)
@@ -290,6 +289,7 @@ class SampleSpaceInverse(InverseOperator):
         R = self.penalty
         if R is None or bool((R == R[0]).all()):
             if self._spectral is None:
+                _check_svd(self.rows, 2)
                 _, sizes, vectors = torch.linalg.svd(self.rows, full_matrices=False)
                 rest = 0.0 if R is None else float(R[0])
                 self._spectral = LowRankInverse(
@@ -325,6 +325,7 @@ class SampleSpaceInverse(InverseOperator):
             self.cholesky = cholesky if int(info) == 0 else None
         if self.cholesky is None:
             del core
+            _check_svd(self.rows, 3)
             _, sizes, self.vectors = torch.linalg.svd(self.rows * self.inverse_shift.sqrt(), full_matrices=False)
             self.damped = (1 / (1 + sizes.double().square())).to(sizes)
 
@@ -345,6 +346,12 @@ class SampleSpaceInverse(InverseOperator):
         more = across @ self.vectors.mT
         across = across - more @ self.vectors
         return (((along + more) * self.damped) @ self.vectors + across) * root
+
+
+def _check_svd(rows: torch.Tensor, copies: int) -> None:
+    """Raise MemoryError where so many copies of the factor do not fit beside it."""
+    way_out = 'Try a larger hessian_perturbation, or method="cg", which keeps no matrix.'
+    check_memory(copies * rows.nbytes, f"The singular vectors of {len(rows):,} rows", way_out, rows.device)
 
 
 def _positive_shift(A: LinearOperator, hessian_perturbation: float) -> torch.Tensor | None:
@@ -369,8 +376,9 @@ def _rcond(cholesky: torch.Tensor, norm: float) -> float:
         return 0.0
     if cholesky.device.type == "cpu":
         pocon = scipy.linalg.get_lapack_funcs("pocon", (cholesky.numpy(),))
-        # Column-major: the transpose of the row-major lower factor is the upper one, without a copy.
-        rcond, _ = pocon(cholesky.numpy().T, norm, uplo="U")
+        # LAPACK reads columns: the transpose of a row-major lower factor is the upper one, without a copy.
+        by_columns = cholesky.mT.is_contiguous()
+        rcond, _ = pocon(cholesky.numpy() if by_columns else cholesky.numpy().T, norm, uplo="L" if by_columns else "U")
         return float(rcond)
 
     def solve(columns: np.ndarray) -> np.ndarray:
