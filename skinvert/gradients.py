@@ -98,6 +98,7 @@ class PerSampleGradient(TransformerMixin, BaseEstimator):
         """Record the scale of the training loss; ``X, y`` as ``HessianInverter.fit`` takes them."""
         model = self._at_point()
         objective = Objective(model, self._batches(model, X, y, sample_weight), self.verbose)
+        objective.first_pass.warn_of_unreached()
         self.loss_scale_, self.n_features_out_ = objective.scale, model.num_params
         self.parameter_names_, self._layout = list(model.layout.names), model.layout
         self._totals = model.totals

@@ -14,6 +14,7 @@ from .._validation import must_be
 from ..data import Batches
 from ..models import TorchTwiceDifferentiable, map_tensors
 from ..operators import LinearOperator
+from .first_pass import FirstPass
 
 __all__ = ["Curvature", "Objective"]
 
@@ -45,7 +46,7 @@ class Objective:
         self.weight_sum = self.mass_sum = 0.0
         model.settle(batches)
         self.gradient = torch.zeros(model.num_params, dtype=model.dtype, device=model.device)
-        self._spread = _SpreadRows()
+        self._spread, self.first_pass = _SpreadRows(), FirstPass(model)
         for batch, weights in progress(batches, "loss and gradient", verbose):
             self._add(batch, weights)
         self._spread.verify(model)
@@ -84,20 +85,20 @@ class Objective:
         return part
 
     def _add(self, batch: Any, weights: torch.Tensor) -> None:
-        outputs = _forward(self.model, batch)
+        outputs = _forward(self.first_pass, batch)
         if self.weight_sum == 0:
             check_rows_alone(self.model, outputs, batch)
         self._spread.add(outputs, batch)
-        losses = self.model.per_sample_loss(outputs, batch)
+        losses = self.first_pass.losses(outputs, batch)
         if losses.shape != weights.shape:
             must = f"of shape {tuple(weights.shape)}, one per row of the batch"
             raise ValueError(must_be("The per-sample losses", must, f"shape {tuple(losses.shape)}"))
-        self.gradient += self.model.gradient_of((losses * weights).sum())
+        self.gradient += self.first_pass.gradient((losses * weights).sum())
         self.weight_sum += float(weights.sum())
         self.mass_sum += float((weights * self.model.mass(outputs, batch)).sum())
 
 
-def _forward(model: TorchTwiceDifferentiable, batch: Any) -> Any:
+def _forward(model: FirstPass, batch: Any) -> Any:
     try:
         return model.forward(batch)
     except (RuntimeError, IndexError, NotImplementedError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from glob import escape
+from typing import Any
 
 import torch
 
@@ -25,7 +26,19 @@ CURVATURES = {"hessian": Hessian, "ggn": GGN, "fisher": Fisher, "empirical_fishe
 def build_curvature(
     curvature: str | SampledFisher, model: TwiceDifferentiable, batches: Batches, verbose: int = 0
 ) -> LinearOperator:
-    """Return the curvature, given by name or by its settings, of a model at a fixed point over all the data."""
+    """Return the curvature, given by name or by its settings, of a model at a fixed point over all the data.
+
+    Parameters that no loss reaches are warned of.
+    """
+    built: Any = _build(curvature, model, batches, verbose)
+    if isinstance(model, TorchTwiceDifferentiable):
+        built.objective.first_pass.warn_of_unreached()
+    return built
+
+
+def _build(
+    curvature: str | SampledFisher, model: TwiceDifferentiable, batches: Batches, verbose: int
+) -> LinearOperator:
     name = curvature_name(curvature)
     if isinstance(model, TorchTwiceDifferentiable):
         objective = Objective(model, batches, verbose)
@@ -50,7 +63,7 @@ def build_blocks(
     places, operators, indices = model.layout.slices, [], []
     for names in members.values():
         part = model.at_point([escape(name) for name in names], model.dtype, model.device)
-        operators.append(build_curvature(curvature, part, batches, verbose))
+        operators.append(_build(curvature, part, batches, verbose))
         indices.append(torch.cat([torch.arange(places[name].start, places[name].stop) for name in names]))
     return BlockDiagonal(operators, indices)
 

@@ -45,6 +45,8 @@ def _rows(
     # A module of its own: `functional_call` swaps its tensors while it runs, and threads may share the model.
     model = copy.copy(model)
     model.module = structural_copy(model.module)
+    # A forward pass may write into its inputs.
+    batch = map_tensors(torch.clone, batch)
     theta = dict(zip(model.layout.names, (t.detach() for t in model.theta), strict=True))
 
     def of_row(parameters: dict[str, torch.Tensor], row: Any) -> torch.Tensor:

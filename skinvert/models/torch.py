@@ -15,6 +15,9 @@ from .._progress import progress as progress_bar
 from .._validation import check_number, must_be, resolve_device, resolve_dtype
 from ..parameters import ParameterLayout, select_parameters
 from .base import TwiceDifferentiable
+from .compiled import eager
+from .conversion import Conversion
+from .leaks import Watch
 from .losses import Loss, as_loss
 from .structural_copy import structural_copy
 
@@ -133,16 +136,17 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         The selected parameters and the buffers are snapshots (p numbers, less than one right-hand side of a solve);
         frozen parameters are shared where no conversion is needed.
         """
-        duplicate = copy.copy(self)
-        duplicate.module = structural_copy(self.model)
-        chosen = select_parameters(list(duplicate.module.named_parameters()), params)
-        first = dict(duplicate.module.named_parameters())[chosen[0]]
-        to_dtype, to_device = (
-            resolve_dtype(dtype, first.dtype),
-            resolve_device(device, _one_device(duplicate.module)),
-        )
-        _convert(duplicate.module, set(chosen), to_dtype, to_device)
+        duplicate, shared = copy.copy(self), structural_copy(self.model)
+        named = dict(shared.named_parameters())
+        chosen = select_parameters(list(named.items()), params)
+        own = named[chosen[0]].dtype
+        to_dtype, to_device = resolve_dtype(dtype, own), resolve_device(device, _one_device(shared))
+        selected = {id(named[name]) for name in chosen}
+        found: dict[int, tuple[str, torch.Tensor]] = {}
+        conversion = Conversion(shared, selected, own, to_dtype, to_device)
+        duplicate.module = structural_copy(self.model, conversion, found)
         duplicate._select(chosen)
+        duplicate.watch = Watch(found, selected, to_dtype)
         if duplicate.loss is not None:
             duplicate.loss = duplicate.loss.to(to_dtype, to_device)
         duplicate._verified = False
@@ -160,6 +164,10 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
 
     # The fitted steps of a pipeline before the model; None where it sees the data as they are.
     features: Any = None
+    # Over a copy until its first forward pass: a look-out for what it still shares with the user's model.
+    watch: Watch | None = None
+    # Whether the model changes its inputs in place: then it is given copies.
+    writes_inputs = False
     # What `settle` took from the training data; None where L depends on nothing of them.
     totals: Any = None
 
@@ -184,11 +192,17 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
             got = f"a tuple of {len(batch)}" if isinstance(batch, tuple) else type(batch).__name__
             hint = "For other batches subclass TorchTwiceDifferentiable: `outputs` and `per_sample_loss`."
             raise ValueError(must_be("A batch", "a pair (inputs, targets)", got, hint))
+        # Once for a copy: what it does on its first batch.
+        watch, self.watch = self.watch, None
+        given = map_tensors(torch.clone, batch) if self.writes_inputs else batch
         # The fused attention kernels have no second derivative.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _without_fused_rnn(self.module, self.device):
-            outputs = self.outputs(self.module, batch)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _without_fused_rnn(self.module, self.device), eager():
+            with nullcontext() if watch is None else watch.over_forward():
+                outputs = self.outputs(self.module, given)
+        outputs = self._in_own_dtype(outputs)
         if not self._own_loss():
-            self._check(outputs, batch)
+            with nullcontext() if watch is None else watch.over_loss():
+                self._check(outputs, batch)
         return outputs
 
     def mass(self, outputs: Any, batch: Any) -> torch.Tensor:
@@ -235,6 +249,17 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         self.theta: list[torch.Tensor] = [tensors[name] for name in names]
         self.layout = ParameterLayout(tuple(names), tuple(tuple(t.shape) for t in self.theta))
 
+    def _in_own_dtype(self, outputs: Any) -> Any:
+        """Return outputs in the dtype of θ; raise where they have lost accuracy."""
+        if not isinstance(outputs, torch.Tensor) or outputs.dtype == self.dtype:
+            return outputs
+        if not outputs.is_floating_point():
+            raise TypeError(must_be("The model's output", "floating, and differentiable", outputs.dtype))
+        if outputs.dtype.itemsize < self.dtype.itemsize:
+            hint = "Remove `torch.autocast` and casts such as `.float()` from its forward pass, or leave dtype=None."
+            raise ValueError(must_be("The model's output", f"in {self.dtype}, as θ is", outputs.dtype, hint))
+        return outputs.to(self.dtype)
+
     def _check(self, outputs: Any, batch: Any) -> None:
         if not isinstance(outputs, torch.Tensor):
             hint = "Subclass TorchTwiceDifferentiable and override `outputs` and `per_sample_loss`."
@@ -279,26 +304,6 @@ def _one_device(module: nn.Module) -> torch.device:
     if len(devices) != 1 or next(iter(devices)).type == "meta":
         raise ValueError(must_be("The model", "on one device that holds numbers", ", ".join(sorted(map(str, devices)))))
     return devices.pop()
-
-
-def _convert(module: nn.Module, chosen: set[str], dtype: torch.dtype, device: torch.device) -> None:
-    """Put converted tensors into a structural copy; selected ones become leaves that require a gradient."""
-    converted: dict[int, torch.Tensor] = {}
-    selected = {id(tensor) for name, tensor in module.named_parameters() if name in chosen}
-    for child in list(module.modules()):
-        buffers = list(child.named_buffers(recurse=False, remove_duplicate=False))
-        weights = list(child.named_parameters(recurse=False, remove_duplicate=False))
-        for name, tensor in weights + buffers:
-            if id(tensor) not in converted:
-                snapshot = id(tensor) in selected or not isinstance(tensor, nn.Parameter)
-                converted[id(tensor)] = _converted(tensor, dtype, device, snapshot)
-                converted[id(tensor)].requires_grad_(id(tensor) in selected)
-            setattr(child, name, converted[id(tensor)])
-
-
-def _converted(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, snapshot: bool) -> torch.Tensor:
-    data = tensor.detach().to(device, dtype if tensor.is_floating_point() else None, copy=snapshot)
-    return nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data
 
 
 def map_tensors(function: Any, batch: Any) -> Any:
