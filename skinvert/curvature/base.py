@@ -98,10 +98,10 @@ class Objective:
         self.mass_sum += float((weights * self.model.mass(outputs, batch)).sum())
 
 
-def _forward(model: FirstPass, batch: Any) -> Any:
+def _forward(model: TorchTwiceDifferentiable | FirstPass, batch: Any) -> Any:
     try:
         return model.forward(batch)
-    except (RuntimeError, IndexError, NotImplementedError) as error:
+    except (RuntimeError, IndexError, NotImplementedError, AssertionError) as error:
         shapes: list[str] = []
         map_tensors(lambda tensor: shapes.append(f"{tuple(tensor.shape)} {tensor.dtype}"), batch)
         message = must_be("The data", "what the model takes", f"a batch of {', '.join(shapes)}", str(error))
@@ -137,8 +137,8 @@ def check_rows_alone(model: TorchTwiceDifferentiable, outputs: Any, batch: Any) 
     if not isinstance(outputs, torch.Tensor):
         return
     with torch.no_grad():
-        again = model.forward(batch)
-        alone = model.forward(map_tensors(lambda tensor: tensor[:1], batch))
+        again = _forward(model, batch)
+        alone = _forward(model, map_tensors(lambda tensor: tensor[:1], batch))
     tolerance = 1e3 * torch.finfo(outputs.dtype).eps * outputs.detach().abs().max().clamp(min=1)
     for other, what, hint in (
         (again, "the same on every call", "Dropout must take `training=self.training`."),
@@ -237,7 +237,7 @@ def _measured(build: Callable[[], Any]) -> tuple[Any, int]:
     sizes: list[int] = []
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
-        sizes.append(tensor.nbytes)
+        sizes.append(tensor.coalesce().values().nbytes if tensor.layout == torch.sparse_coo else tensor.nbytes)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):

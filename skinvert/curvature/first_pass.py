@@ -60,7 +60,12 @@ class FirstPass:
         theta = self.model.theta
         parts: Sequence[torch.Tensor | None] = [None] * len(theta)
         if value.requires_grad:
-            parts = torch.autograd.grad(value, theta, allow_unused=True)
+            try:
+                parts = torch.autograd.grad(value, theta, allow_unused=True)
+            except RuntimeError as error:
+                hint = "Checkpoints want `use_reentrant=False`."
+                message = must_be("The model's backward pass", "one for `torch.autograd.grad`", f"{error}", hint)
+                raise ValueError(message) from error
         self.reached = [seen or part is not None for seen, part in zip(self.reached, parts, strict=True)]
         flat = [torch.zeros_like(t) if part is None else part for t, part in zip(theta, parts, strict=True)]
         return torch.cat([part.reshape(-1) for part in flat]).detach()

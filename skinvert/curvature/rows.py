@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..models import TorchTwiceDifferentiable, leading_length, map_tensors
+from ..models.compiled import eager
 from ..models.structural_copy import structural_copy
 
 __all__ = ["gradient_rows", "jacobian_rows"]
@@ -42,41 +43,28 @@ def _rows(
     inputs: Callable[[Any], Any] = lambda batch: batch,
 ) -> torch.Tensor:
     """Return the Jacobians (m, r, p) of ``values(outputs, row)`` (r,), of one-row batches."""
-    # A module of its own: `functional_call` swaps its tensors while it runs, and threads may share the model.
-    model = copy.copy(model)
-    model.module = structural_copy(model.module)
     # A forward pass may write into its inputs.
     batch = map_tensors(torch.clone, batch)
     theta = dict(zip(model.layout.names, (t.detach() for t in model.theta), strict=True))
 
     def of_row(parameters: dict[str, torch.Tensor], row: Any) -> torch.Tensor:
         row = map_tensors(lambda tensor: tensor[None], row)
-        call = _Call(model)
-        outputs = torch.func.functional_call(call, {f"module.{k}": v for k, v in parameters.items()}, (inputs(row),))
-        return values(outputs, row)
+        swapped = {id(t): parameters[name] for name, t in zip(model.layout.names, model.theta, strict=True)}
+        # Not `functional_call`, which leaves a parameter where a list or a closure holds it too.
+        module = structural_copy(model.module, lambda tensor: swapped.get(id(tensor), tensor))
+        return values(model.outputs(module, inputs(row)), row)
 
     jacobian = torch.func.jacrev(of_row)
     try:
         # The fused attention kernels have no batching rule.
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), eager(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")
             parts = torch.vmap(jacobian, in_dims=(None, 0))(theta, batch)
     except (RuntimeError, NotImplementedError, ValueError):
         # Some layers have no batching rule (recurrent ones), some models branch on values: then row by row.
         return _loop(model, batch, values, inputs)
     m = leading_length(batch)
     return torch.cat([parts[name].detach().reshape(m, -1, theta[name].numel()) for name in model.layout.names], dim=2)
-
-
-class _Call(torch.nn.Module):
-    """The forward pass of an adapted model as a module, so that parameters can be swapped in."""
-
-    def __init__(self, model: TorchTwiceDifferentiable) -> None:
-        super().__init__()
-        self.module = model.module
-        self.outputs = model.outputs
-
-    def forward(self, batch: Any) -> Any:
-        return self.outputs(self.module, batch)
 
 
 def _loop(model: TorchTwiceDifferentiable, batch: Any, values: Any, inputs: Any) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["copy_function", "copy_object", "copy_partial", "holds_tensors", "is_plain_object"]
+__all__ = ["copy_function", "copy_object", "copy_partial", "holds_tensors", "is_plain_object", "tensors_within"]
 
 Copy = Callable[[Any, str], Any]
 
@@ -25,17 +25,14 @@ _FOREIGN = sys.stdlib_module_names | {"torch", "builtins", "numpy"}
 
 def holds_tensors(value: Any) -> bool:
     """Return whether a module or a tensor can be reached from a function or an object."""
-    # The objects themselves are kept as well: an identity counts only while its object lives.
-    waiting, seen = [value], {id(value): value}
-    while waiting and len(seen) < _REACH:
-        found = waiting.pop()
-        if isinstance(found, nn.Module | torch.Tensor):
-            return True
-        for part in _parts(found):
-            if id(part) not in seen:
-                seen[id(part)] = part
-                waiting.append(part)
-    return False
+    return any(isinstance(found, nn.Module | torch.Tensor) for found in _reachable(value))
+
+
+def tensors_within(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors that can be reached from ``value``, those of modules included."""
+    for found in _reachable(value):
+        if isinstance(found, torch.Tensor):
+            yield found
 
 
 def copy_partial(value: functools.partial[Any], copy: Copy) -> Any:
@@ -92,9 +89,23 @@ def is_plain_object(value: Any) -> bool:
     return not made_otherwise and kind.__module__.split(".")[0] not in _FOREIGN
 
 
+def _reachable(value: Any) -> Iterator[Any]:
+    # The objects themselves are kept as well: an identity counts only while its object lives.
+    waiting, seen = [value], {id(value): value}
+    while waiting and len(seen) < _REACH:
+        found = waiting.pop()
+        yield found
+        for part in _parts(found):
+            if id(part) not in seen:
+                seen[id(part)] = part
+                waiting.append(part)
+
+
 def _parts(value: Any) -> Iterator[Any]:
     """Yield what a value holds."""
-    if isinstance(value, dict):
+    if isinstance(value, nn.Module):
+        yield from vars(value).values()
+    elif isinstance(value, dict):
         yield from [*value.keys(), *value.values()]
     elif isinstance(value, list | tuple | set | frozenset | deque):
         yield from value

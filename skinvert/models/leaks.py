@@ -12,12 +12,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from .._validation import must_be
+from .holders import tensors_within
 
 __all__ = ["Watch"]
+
+Found = dict[int, tuple[str, torch.Tensor]]
 
 # What is asked of a tensor but its values. Properties come as the `__get__` of their descriptors.
 _ASKED = frozenset(
@@ -34,17 +38,16 @@ class Watch:
     ----------
     found : dict
         The name and the tensor of everything in the user's model, by its identity.
-    selected : set of int
-        The identities of the selected ones.
+    differentiated : set of int
+        The identities of the parameters that are selected or require a gradient. A loss may read others: they are
+        constants there.
     dtype : torch.dtype
         Of θ.
     """
 
-    def __init__(self, found: dict[int, tuple[str, torch.Tensor]], selected: set[int], dtype: torch.dtype) -> None:
+    def __init__(self, found: Found, differentiated: set[int], dtype: torch.dtype) -> None:
         self.found, self.dtype = found, dtype
-        # A loss may read a frozen tensor or a buffer: it is a constant there.
-        differentiated = {key: item for key, item in found.items() if item[1].requires_grad or key in selected}
-        self.differentiated = differentiated
+        self.differentiated = {key: item for key, item in found.items() if key in differentiated}
 
     @contextmanager
     def over_forward(self) -> Iterator[None]:
@@ -72,9 +75,14 @@ class Watch:
         with _told(_LookOut(self.differentiated, self.dtype), "The loss", _LOSS_HINT):
             yield
 
+    def check_modules(self, loss: Any) -> None:
+        """Raise where a module of the loss holds the user's parameters: the copy of it would take them along."""
+        held = {id(t) for part in vars(loss).values() if isinstance(part, nn.Module) for t in tensors_within(part)}
+        _refuse([name for key, (name, _) in self.differentiated.items() if key in held], "The loss", _LOSS_HINT)
+
     def check(self, losses: torch.Tensor) -> None:
         """Raise where the losses depend on the user's own parameters, by whatever way."""
-        own = {key: item for key, item in self.differentiated.items() if item[1].requires_grad and item[1].is_leaf}
+        own = {key: item for key, item in self.differentiated.items() if item[1].requires_grad}
         if not losses.requires_grad or not own:
             return
         tensors = [tensor for _, tensor in own.values()]
@@ -121,7 +129,7 @@ def _told(look: _LookOut, what: str, hint: str) -> Iterator[None]:
 class _LookOut(TorchFunctionMode):
     """Stop at the first call that is given one of some tensors: it might change it (running statistics)."""
 
-    def __init__(self, tensors: dict[int, tuple[str, torch.Tensor]], dtype: torch.dtype) -> None:
+    def __init__(self, tensors: Found, dtype: torch.dtype) -> None:
         super().__init__()
         self.tensors, self.dtype = tensors, dtype
         self.used: list[str] = []

@@ -142,12 +142,14 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         own = named[chosen[0]].dtype
         to_dtype, to_device = resolve_dtype(dtype, own), resolve_device(device, _one_device(shared))
         selected = {id(named[name]) for name in chosen}
-        found: dict[int, tuple[str, torch.Tensor]] = {}
+        found = {id(t): (name, t) for name, t in [*named.items(), *shared.named_buffers()]}
         conversion = Conversion(shared, selected, own, to_dtype, to_device)
         duplicate.module = structural_copy(self.model, conversion, found)
         duplicate._select(chosen)
-        duplicate.watch = Watch(found, selected, to_dtype)
+        trained = {id(tensor) for tensor in named.values() if tensor.requires_grad}
+        duplicate.watch = Watch(found, selected | trained, to_dtype)
         if duplicate.loss is not None:
+            duplicate.watch.check_modules(duplicate.loss)
             duplicate.loss = duplicate.loss.to(to_dtype, to_device)
         duplicate._verified = False
         return duplicate
