@@ -2,6 +2,7 @@
 
 from .base import Objective
 from .build import CURVATURES, build_blocks, build_curvature, curvature_name
+from .first_pass import warn_of_unreached
 from .fisher import EmpiricalFisher, Fisher, SampledFisher
 from .ggn import GGN, split_batch
 from .gram import Gram
@@ -25,4 +26,5 @@ __all__ = [
     "gradient_rows",
     "held_out_curvature",
     "split_batch",
+    "warn_of_unreached",
 ]

@@ -38,6 +38,8 @@ class Objective:
         Σ wᵢ and Σ wᵢmᵢ.
     gradient : tensor of shape (p,)
         ∇L(θ), penalty included.
+    unreached : list of str
+        Selected parameters that no row's loss depends on.
     """
 
     def __init__(self, model: TorchTwiceDifferentiable, batches: Batches, verbose: int = 0) -> None:
@@ -50,7 +52,8 @@ class Objective:
         for batch, weights in progress(batches, "loss and gradient", verbose):
             self._add(batch, weights)
         self._spread.verify(model)
-        del self._spread
+        self.unreached = self.first_pass.unreached
+        del self._spread, self.first_pass
         if not self.mass_sum > 0:
             raise ValueError(must_be("The targets", "valid for at least one weighted row", "all ignored"))
         self.gradient = self.gradient / self.mass_sum

@@ -14,6 +14,7 @@ from ..data import Batches
 from ..models import TorchTwiceDifferentiable, TwiceDifferentiable
 from ..operators import LinearOperator
 from .base import Objective
+from .first_pass import warn_of_unreached
 from .fisher import EmpiricalFisher, Fisher, SampledFisher
 from .ggn import GGN
 from .hessian import GenericHessian, Hessian
@@ -32,7 +33,8 @@ def build_curvature(
     """
     built: Any = _build(curvature, model, batches, verbose)
     if isinstance(model, TorchTwiceDifferentiable):
-        built.objective.first_pass.warn_of_unreached()
+        # Through `HessianInverter.fit`, to its caller.
+        warn_of_unreached(built.objective.unreached, stacklevel=6)
     return built
 
 

@@ -11,7 +11,7 @@ import torch
 from .._validation import must_be
 from ..models import TorchTwiceDifferentiable, map_tensors
 
-__all__ = ["FirstPass"]
+__all__ = ["FirstPass", "warn_of_unreached"]
 
 
 class FirstPass:
@@ -70,16 +70,19 @@ class FirstPass:
         flat = [torch.zeros_like(t) if part is None else part for t, part in zip(theta, parts, strict=True)]
         return torch.cat([part.reshape(-1) for part in flat]).detach()
 
-    def warn_of_unreached(self) -> None:
-        """Name the selected parameters that no loss has depended on."""
-        names = [n for n, reached in zip(self.model.layout.names, self.reached, strict=True) if not reached]
-        if names:
-            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            hint = "Their curvature is that of the penalty alone. Leave them out with `params`, or look for a `detach`."
-            must = "reached by the loss of at least one row"
-            # From `build_curvature`, through `HessianInverter.fit`, to its caller.
-            got = f"no loss that depends on {listed}"
-            warnings.warn(must_be("The selected parameters", must, got, hint), stacklevel=6)
+    @property
+    def unreached(self) -> list[str]:
+        """The names of the selected parameters that no loss has depended on."""
+        return [n for n, reached in zip(self.model.layout.names, self.reached, strict=True) if not reached]
+
+
+def warn_of_unreached(names: Sequence[str], stacklevel: int) -> None:
+    """Name the selected parameters that no loss depends on: their derivatives are zeros that nobody meant."""
+    if names:
+        listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        hint = "Their curvature is that of the penalty alone. Leave them out with `params`, or look for a `detach`."
+        must, got = "reached by the loss of at least one row", f"no loss that depends on {listed}"
+        warnings.warn(must_be("The selected parameters", must, got, hint), UserWarning, stacklevel=stacklevel)
 
 
 def _check_dtype(losses: torch.Tensor, dtype: torch.dtype) -> None:

@@ -12,12 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["copy_function", "copy_object", "copy_partial", "holds_tensors", "is_plain_object", "tensors_within"]
+__all__ = [
+    "BUILTIN_OWNERS",
+    "copy_function",
+    "copy_object",
+    "copy_partial",
+    "holds_tensors",
+    "is_plain_object",
+    "tensors_within",
+]
 
 Copy = Callable[[Any, str], Any]
 
 # A trainer may hang on a module, and a data set on the trainer: beyond so many objects nothing is looked at.
 _REACH = 10_000
+# Whose bound methods, written in C, lead to parts of a model.
+BUILTIN_OWNERS = (torch.Tensor, dict, list, deque, set)
 _NAMESPACES = (types.SimpleNamespace, UserDict, UserList)
 # Objects of these are never copied: they hold locks, files and graphs, and no forward pass runs through them.
 _FOREIGN = sys.stdlib_module_names | {"torch", "builtins", "numpy"}
@@ -112,7 +122,7 @@ def _parts(value: Any) -> Iterator[Any]:
     elif isinstance(value, types.MethodType):
         yield from (value.__self__, value.__func__)
     elif isinstance(value, types.BuiltinMethodType):
-        yield from [value.__self__] if isinstance(value.__self__, torch.Tensor) else []
+        yield from [value.__self__] if isinstance(value.__self__, BUILTIN_OWNERS) else []
     elif isinstance(value, functools.partial):
         yield from (value.func, value.args, value.keywords, value.__dict__)
     elif isinstance(value, types.FunctionType):

@@ -47,11 +47,12 @@ class Watch:
 
     def __init__(self, found: Found, differentiated: set[int], dtype: torch.dtype) -> None:
         self.found, self.dtype = found, dtype
+        self.lower: list[torch.dtype] = []
         self.differentiated = {key: item for key, item in found.items() if key in differentiated}
 
     @contextmanager
     def over_forward(self) -> Iterator[None]:
-        """Raise where a forward pass uses the user's tensors, or half precision; warn of float32 within float64."""
+        """Raise where a forward pass uses the user's tensors, or half precision."""
         half: list[torch.dtype] = []
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -65,9 +66,14 @@ class Watch:
         half += [dtype for dtype in look.lower if dtype.itemsize < 4]
         if half:
             raise ValueError(must_be("What the model computes", f"in {self.dtype}, as θ is", half[0], _CAST_HINT))
-        if look.lower:
-            what = must_be("What the model computes", f"in {self.dtype}, as θ is", look.lower[0], _CAST_HINT)
-            warnings.warn(what, UserWarning, stacklevel=2)
+        self.lower = look.lower[:1]
+
+    def warn_of_casts(self) -> None:
+        """Warn where a forward pass went through a lower precision."""
+        for dtype in self.lower:
+            what = must_be("What the model computes", f"in {self.dtype}, as θ is", dtype, _CAST_HINT)
+            # From the first batch of an objective, through `HessianInverter.fit`, to its caller.
+            warnings.warn(what, UserWarning, stacklevel=12)
 
     @contextmanager
     def over_loss(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._validation import must_be
 from .compiled import Uncompiled, is_compiled, is_compiled_function, unwrapped
-from .holders import copy_function, copy_object, copy_partial, holds_tensors, is_plain_object
+from .holders import BUILTIN_OWNERS, copy_function, copy_object, copy_partial, holds_tensors, is_plain_object
 from .weight_norm import plain_hook, plain_parametrization
 
 __all__ = ["structural_copy"]
@@ -176,8 +176,8 @@ class _Copier:
             same = owner is value.__self__ and function is value.__func__
             return value if same else types.MethodType(function, owner)
         if isinstance(value, types.BuiltinMethodType):
-            owner = value.__self__
-            return getattr(self.copy(owner, path), value.__name__) if isinstance(owner, torch.Tensor) else value
+            bound: Any = value.__self__
+            return getattr(self.copy(bound, path), value.__name__) if isinstance(bound, BUILTIN_OWNERS) else value
         if isinstance(value, weakref.ReferenceType):
             return self._reference(value, path)
         hook = plain_hook(value)

@@ -89,7 +89,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     def grad(self, x: Any, y: Any, create_graph: bool = False) -> torch.Tensor:
         """Return the gradient (p,) of L on one batch."""
         batch = (x, y)
-        outputs = self.forward(batch)
+        # A forward pass may write into its inputs.
+        outputs = self.forward(map_tensors(torch.clone, batch))
         mean = self.per_sample_loss(outputs, batch).sum() / self.mass(outputs, batch).sum()
         gradient = self.gradient_of(mean, create_graph)
         penalty = self.penalty_diagonal()
@@ -202,6 +203,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
             with nullcontext() if watch is None else watch.over_forward():
                 outputs = self.outputs(self.module, given)
         outputs = self._in_own_dtype(outputs)
+        if watch is not None:
+            watch.warn_of_casts()
         if not self._own_loss():
             with nullcontext() if watch is None else watch.over_loss():
                 self._check(outputs, batch)
