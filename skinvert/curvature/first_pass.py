@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class FirstPass:
     """
 
     def __init__(self, model: TorchTwiceDifferentiable) -> None:
-        self.model, self.watch = model, model.watch
+        self.model, self.watch, self.started = model, model.watch, False
         self.reached = [False] * len(model.theta)
 
     def forward(self, batch: Any) -> Any:
@@ -43,13 +44,12 @@ class FirstPass:
     def losses(self, outputs: Any, batch: Any) -> torch.Tensor:
         """Return the losses (m,) of the rows; raise where they are no function of outputs and targets alone."""
         given = map_tensors(torch.clone, batch)
-        if self.watch is None:
+        with nullcontext() if self.watch is None or self.started else self.watch.over_loss():
             losses = self.model.per_sample_loss(outputs, given)
-        else:
-            with self.watch.over_loss():
-                losses = self.model.per_sample_loss(outputs, given)
+        self.started = True
+        if self.watch is not None:
+            # On every batch: a branch may be taken late.
             self.watch.check(losses)
-            self.watch = None
         if not _same(given, batch):
             raise ValueError(must_be("The loss", "one that leaves its targets as they are", "changed targets"))
         _check_dtype(losses, self.model.dtype)

@@ -43,8 +43,6 @@ def _rows(
     inputs: Callable[[Any], Any] = lambda batch: batch,
 ) -> torch.Tensor:
     """Return the Jacobians (m, r, p) of ``values(outputs, row)`` (r,), of one-row batches."""
-    # A forward pass may write into its inputs.
-    batch = map_tensors(torch.clone, batch)
     theta = dict(zip(model.layout.names, (t.detach() for t in model.theta), strict=True))
 
     def of_row(parameters: dict[str, torch.Tensor], row: Any) -> torch.Tensor:
@@ -52,7 +50,8 @@ def _rows(
         swapped = {id(t): parameters[name] for name, t in zip(model.layout.names, model.theta, strict=True)}
         # Not `functional_call`, which leaves a parameter where a list or a closure holds it too.
         module = structural_copy(model.module, lambda tensor: swapped.get(id(tensor), tensor))
-        return values(model.outputs(module, inputs(row)), row)
+        # A forward pass may write into its inputs.
+        return values(model.outputs(module, map_tensors(torch.clone, inputs(row))), row)
 
     jacobian = torch.func.jacrev(of_row)
     try:
@@ -71,7 +70,7 @@ def _loop(model: TorchTwiceDifferentiable, batch: Any, values: Any, inputs: Any)
     rows = []
     for i in range(leading_length(batch)):
         row = map_tensors(lambda tensor, i=i: tensor[i : i + 1], batch)
-        outputs = values(model.forward(inputs(row)), row)
+        outputs = values(model.forward(map_tensors(torch.clone, inputs(row))), row)
         rows.append(
             torch.stack([model.gradient_of(value, create_graph=True).detach() for value in outputs.reshape(-1)])
         )

@@ -28,6 +28,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     r"""L(θ) = Σᵢ wᵢℓᵢ / Σᵢ wᵢ + ½ μ‖θ‖² of a PyTorch module.
 
     The model is used in eval mode through a structural copy that shares its tensors: nothing of the user's changes.
+    A compiled or data-parallel module counts as the module inside it, with that one's parameter names.
 
     To serve a model that is not ``loss(model(x), y)``, override ``outputs`` and ``per_sample_loss``; every curvature
     and every method follow.

@@ -43,6 +43,23 @@ def test_inputs_are_kept(curvature, always):
     assert torch.equal(X, case.X)
 
 
+def test_inputs_are_kept_row_by_row():
+    class Recurrent(nn.Module):
+        # No batching rule.
+        def __init__(self):
+            super().__init__()
+            self.inner, self.out = nn.LSTM(2, 3, batch_first=True), nn.Linear(3, 3)
+
+        def forward(self, x):
+            x += 1.0
+            return self.out(self.inner(x.reshape(-1, 2, 2))[0][:, -1])
+
+    X = torch.zeros(5, 4)
+    rows = PerSampleGradient(Recurrent(), loss="cross_entropy").fit(X, Y[:5]).transform((X, Y[:5]))
+    assert not X.any()
+    torch.testing.assert_close(rows[0], rows[3])
+
+
 def test_targets_are_kept():
     case = problem("mlp", "mse")
     y = case.y.clone()

@@ -80,6 +80,15 @@ def test_a_leak_that_the_model_catches():
         fit(Catching(True))
 
 
+def test_a_leak_in_a_later_batch():
+    class Late(Global):
+        def forward(self, x):
+            return self.inner(x) + (NETS["global"](x) if bool(x[0, 0] > 0.9) else 0)
+
+    with pytest.raises(ValueError, match=r"inner\.0\.weight"):
+        fit(Late(True), (torch.cat([torch.zeros(4, 4), torch.ones(4, 4)]), Y[:8]), batch_size=4)
+
+
 def test_a_tensor_made_once_from_parameters():
     class Stale(nn.Module):
         def __init__(self):
