@@ -13,7 +13,7 @@ from ._autograd import ordinary
 from ._memory import check_memory, rows_within
 from ._progress import progress
 from ._validation import check_number, must_be
-from .curvature import Objective, gradient_rows, split_batch
+from .curvature import Objective, gradient_rows, split_batch, warn_of_unreached
 from .data import as_batches
 from .models import TorchTwiceDifferentiable, as_margin, as_model
 
@@ -100,6 +100,7 @@ class PerSampleGradient(TransformerMixin, BaseEstimator):
         """Record the scale of the training loss; ``X, y`` as ``HessianInverter.fit`` takes them."""
         model = self._at_point()
         objective = Objective(model, self._batches(model, X, y, sample_weight), self.verbose)
+        warn_of_unreached(objective.unreached, stacklevel=3)
         self.loss_scale_, self.n_features_out_ = objective.scale, model.num_params
         self.parameter_names_, self._layout = list(model.layout.names), model.layout
         self._totals = model.totals

@@ -16,6 +16,7 @@ from ..data import Batches
 from ..models import TorchTwiceDifferentiable, map_tensors
 from ..operators import LinearOperator
 from .checks import check_layers, check_rows_alone, explain_not_finite
+from .first_pass import FirstPass
 from .loss_values import LossValues
 
 __all__ = ["Curvature", "Objective"]
@@ -40,6 +41,8 @@ class Objective:
         Σ wᵢ and Σ wᵢmᵢ.
     gradient : tensor of shape (p,)
         ∇L(θ), penalty included.
+    unreached : list of str
+        Selected parameters that no row's loss depends on.
     """
 
     def __init__(self, model: TorchTwiceDifferentiable, batches: Batches, verbose: int = 0) -> None:
@@ -50,10 +53,12 @@ class Objective:
         model.settle(batches)
         self.gradient = torch.zeros(model.num_params, dtype=model.dtype, device=model.device)
         self._values, self._alone, start = LossValues(model), False, 0
+        self.first_pass = FirstPass(model)
         for index, (batch, weights) in enumerate(progress(batches, "loss and gradient", verbose)):
             self._add(batch, weights, index, slice(start, start + len(weights)))
             start += len(weights)
-        del self._values
+        self.unreached = self.first_pass.unreached
+        del self._values, self.first_pass
         self._check_joined()
         if not self.mass_sum > 0:
             raise ValueError(must_be("The targets", "valid for at least one weighted row", "all ignored"))
@@ -89,16 +94,16 @@ class Objective:
         return part
 
     def _add(self, batch: Any, weights: torch.Tensor, index: int, rows: slice) -> None:
-        outputs = _forward(self.model, batch)
+        outputs = _forward(self.first_pass, batch)
         if not self._alone and len(weights) > 1:
             check_rows_alone(self.model, outputs, batch)
             self._alone = True
-        losses = self.model.per_sample_loss(outputs, batch)
+        losses = self.first_pass.losses(outputs, batch)
         if losses.shape != weights.shape:
             must = f"of shape {tuple(weights.shape)}, one per row of the batch"
             raise ValueError(must_be("The per-sample losses", must, f"shape {tuple(losses.shape)}"))
         self._values.add(outputs, batch, losses)
-        gradient = self.model.gradient_of((losses * weights).sum())
+        gradient = self.first_pass.gradient((losses * weights).sum())
         if not bool(torch.isfinite(gradient).all()):
             raise ValueError(explain_not_finite(self.model, batch, index, rows))
         self.gradient += gradient
@@ -114,10 +119,10 @@ class Objective:
             check_rows_alone(self.model, _forward(self.model, batch), batch)
 
 
-def _forward(model: TorchTwiceDifferentiable, batch: Any) -> Any:
+def _forward(model: TorchTwiceDifferentiable | FirstPass, batch: Any) -> Any:
     try:
         return model.forward(batch)
-    except (RuntimeError, IndexError, NotImplementedError) as error:
+    except (RuntimeError, IndexError, NotImplementedError, AssertionError) as error:
         shapes: list[str] = []
         map_tensors(lambda tensor: shapes.append(f"{tuple(tensor.shape)} {tensor.dtype}"), batch)
         message = must_be("The data", "what the model takes", f"a batch of {', '.join(shapes)}", str(error))
@@ -215,7 +220,7 @@ def _measured(build: Callable[[], Any]) -> tuple[Any, int]:
     sizes: list[int] = []
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
-        sizes.append(tensor.nbytes)
+        sizes.append(tensor.coalesce().values().nbytes if tensor.layout == torch.sparse_coo else tensor.nbytes)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):

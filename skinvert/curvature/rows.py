@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._autograd import ordinary
 from ..models import TorchTwiceDifferentiable, leading_length, map_tensors
+from ..models.compiled import eager
 from ..models.plain_functions import PlainFunctions
 from ..models.structural_copy import structural_copy
 
@@ -68,20 +69,22 @@ def _rows(model: TorchTwiceDifferentiable, batch: Any, values: _Values) -> torch
 
 def _at_once(model: TorchTwiceDifferentiable, batch: Any, values: _Values) -> torch.Tensor | None:
     """Return the Jacobians under ``vmap``; None where a layer has no rule for it."""
-    # A module of its own: `functional_call` swaps its tensors while it runs, and threads may share the model.
-    model = copy.copy(model)
-    model.module = structural_copy(model.module)
     theta = dict(zip(model.layout.names, (t.detach() for t in model.theta), strict=True))
-    call = _Call(model)
 
     def of_row(parameters: dict[str, torch.Tensor], row: Any) -> torch.Tensor:
         rows = map_tensors(lambda tensor: tensor[None], row)
-        named = {f"module.{name}": tensor for name, tensor in parameters.items()}
-        return values.of(torch.func.functional_call(call, named, (values.inputs(rows),)), rows)[0]
+        swapped = {id(t): parameters[name] for name, t in zip(model.layout.names, model.theta, strict=True)}
+        # Not `functional_call`, which leaves a parameter where a list or a closure holds it too.
+        module = structural_copy(model.module, lambda tensor: swapped.get(id(tensor), tensor))
+        with PlainFunctions():
+            # A forward pass may write into its inputs.
+            outputs = model.outputs(module, map_tensors(torch.clone, values.inputs(rows)))
+        return values.of(outputs, rows)[0]
 
     try:
         # The fused attention kernels have no batching rule.
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), eager(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")
             parts = torch.vmap(torch.func.jacrev(of_row), in_dims=(None, 0))(theta, batch)
     except (RuntimeError, NotImplementedError, ValueError):
         return None
@@ -91,7 +94,7 @@ def _at_once(model: TorchTwiceDifferentiable, batch: Any, values: _Values) -> to
 
 def _agree(model: TorchTwiceDifferentiable, batch: Any, values: _Values, rows: torch.Tensor) -> bool:
     """Return whether a random mixture of the rows is the gradient of that mixture of the values."""
-    value = values.of(model.forward(values.inputs(batch)), batch)
+    value = values.of(model.forward(map_tensors(torch.clone, values.inputs(batch))), batch)
     if value.shape != rows.shape[:2]:
         return False
     generator = torch.Generator().manual_seed(0)
@@ -105,19 +108,6 @@ def _one_by_one(model: TorchTwiceDifferentiable, batch: Any, values: _Values) ->
     rows = []
     for i in range(leading_length(batch)):
         row = map_tensors(lambda tensor, i=i: tensor[i : i + 1], batch)
-        outputs = values.of(model.forward(values.inputs(row)), row)
+        outputs = values.of(model.forward(map_tensors(torch.clone, values.inputs(row))), row)
         rows.append(torch.stack([model.gradient_of(value, create_graph=True).detach() for value in outputs[0]]))
     return torch.stack(rows)
-
-
-class _Call(torch.nn.Module):
-    """The forward pass of an adapted model as a module, so that parameters can be swapped in."""
-
-    def __init__(self, model: TorchTwiceDifferentiable) -> None:
-        super().__init__()
-        self.module = model.module
-        self.outputs = model.outputs
-
-    def forward(self, batch: Any) -> Any:
-        with PlainFunctions():
-            return self.outputs(self.module, batch)

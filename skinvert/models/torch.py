@@ -16,6 +16,9 @@ from .._progress import progress as progress_bar
 from .._validation import check_number, must_be, resolve_device, resolve_dtype
 from ..parameters import ParameterLayout, select_parameters
 from .base import TwiceDifferentiable
+from .compiled import eager
+from .conversion import Conversion
+from .leaks import Watch
 from .losses import Loss, as_loss
 from .output_hessians import OutputHessian
 from .plain_functions import PlainFunctions
@@ -29,6 +32,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     r"""L(θ) = Σᵢ wᵢℓᵢ / Σᵢ wᵢ + ½ μ‖θ‖² of a PyTorch module.
 
     The model is used in eval mode through a structural copy that shares its tensors: nothing of the user's changes.
+    A compiled or data-parallel module counts as the module inside it, with that one's parameter names.
 
     To serve a model that is not ``loss(model(x), y)``, override ``outputs`` and ``per_sample_loss``; every curvature
     and every method follow.
@@ -97,7 +101,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     def grad(self, x: Any, y: Any, create_graph: bool = False) -> torch.Tensor:
         """Return the gradient (p,) of L on one batch."""
         batch = map_tensors(own_tensor, (x, y))
-        outputs = self.forward(batch)
+        # A forward pass may write into its inputs.
+        outputs = self.forward(map_tensors(torch.clone, batch))
         mean = self.per_sample_loss(outputs, batch).sum() / self.mass(outputs, batch).sum()
         gradient = self.gradient_of(mean, create_graph)
         penalty = self.penalty_diagonal()
@@ -149,17 +154,20 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         The selected parameters and the buffers are snapshots (p numbers, less than one right-hand side of a solve);
         frozen parameters are shared where no conversion is needed.
         """
-        duplicate = copy.copy(self)
-        duplicate.module = structural_copy(self.model)
-        chosen = select_parameters(list(duplicate.module.named_parameters()), params)
-        first = dict(duplicate.module.named_parameters())[chosen[0]]
-        to_dtype, to_device = (
-            resolve_dtype(dtype, first.dtype),
-            resolve_device(device, _one_device(duplicate.module)),
-        )
-        _convert(duplicate.module, set(chosen), to_dtype, to_device)
+        duplicate, shared = copy.copy(self), structural_copy(self.model)
+        named = dict(shared.named_parameters())
+        chosen = select_parameters(list(named.items()), params)
+        own = named[chosen[0]].dtype
+        to_dtype, to_device = resolve_dtype(dtype, own), resolve_device(device, _one_device(shared))
+        selected = {id(named[name]) for name in chosen}
+        found = {id(t): (name, t) for name, t in [*named.items(), *shared.named_buffers()]}
+        conversion = Conversion(shared, selected, own, to_dtype, to_device)
+        duplicate.module = structural_copy(self.model, conversion, found)
         duplicate._select(chosen)
+        trained = {id(tensor) for tensor in named.values() if tensor.requires_grad}
+        duplicate.watch = Watch(found, selected | trained, to_dtype)
         if duplicate.loss is not None:
+            duplicate.watch.check_modules(duplicate.loss)
             duplicate.loss = duplicate.loss.to(to_dtype, to_device)
         duplicate._verified, duplicate.batched_rows = False, {}
         return duplicate
@@ -176,6 +184,10 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
 
     # The fitted steps of a pipeline before the model; None where it sees the data as they are.
     features: Any = None
+    # Over a copy until its first forward pass: a look-out for what it still shares with the user's model.
+    watch: Watch | None = None
+    # Whether the model changes its inputs in place: then it is given copies.
+    writes_inputs = False
     # What `settle` took from the training data; None where L depends on nothing of them.
     totals: Any = None
 
@@ -201,12 +213,20 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
             got = f"a tuple of {len(batch)}" if isinstance(batch, tuple) else type(batch).__name__
             hint = "For other batches subclass TorchTwiceDifferentiable: `outputs` and `per_sample_loss`."
             raise ValueError(must_be("A batch", "a pair (inputs, targets)", got, hint))
+        # Once for a copy: what it does on its first batch.
+        watch, self.watch = self.watch, None
+        given = map_tensors(torch.clone, batch) if self.writes_inputs else batch
         # The fused attention kernels have no second derivative.
         kernels = _without_fused_rnn(self.module, self.device)
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), kernels, PlainFunctions():
-            outputs = self.outputs(self.module, batch)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), kernels, eager(), PlainFunctions():
+            with nullcontext() if watch is None else watch.over_forward():
+                outputs = self.outputs(self.module, given)
+        outputs = self._in_own_dtype(outputs)
+        if watch is not None:
+            watch.warn_of_casts()
         if not self._own_loss():
-            self._check(outputs, batch)
+            with nullcontext() if watch is None else watch.over_loss():
+                self._check(outputs, batch)
         return outputs
 
     def mass(self, outputs: Any, batch: Any) -> torch.Tensor:
@@ -265,6 +285,17 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         tensors = dict(self.module.named_parameters())
         self.theta: list[torch.Tensor] = [tensors[name] for name in names]
         self.layout = ParameterLayout(tuple(names), tuple(tuple(t.shape) for t in self.theta))
+
+    def _in_own_dtype(self, outputs: Any) -> Any:
+        """Return outputs in the dtype of θ; raise where they have lost accuracy."""
+        if not isinstance(outputs, torch.Tensor) or outputs.dtype == self.dtype:
+            return outputs
+        if not outputs.is_floating_point():
+            raise TypeError(must_be("The model's output", "floating, and differentiable", outputs.dtype))
+        if outputs.dtype.itemsize < self.dtype.itemsize:
+            hint = "Remove `torch.autocast` and casts such as `.float()` from its forward pass, or leave dtype=None."
+            raise ValueError(must_be("The model's output", f"in {self.dtype}, as θ is", outputs.dtype, hint))
+        return outputs.to(self.dtype)
 
     def _check(self, outputs: Any, batch: Any) -> None:
         if not isinstance(outputs, torch.Tensor):
