@@ -37,6 +37,7 @@ from .persistence import left_out, load_state, require_present, save_state
 from .registry import InversionRegistry, check_requirements, is_method
 from .results import InverseHvpResult, InversionMethod, Spectrum
 from .scores import HeldOut, quadratic_score
+from .sources import Samples
 
 __all__ = ["HessianInverter", "load"]
 
@@ -598,21 +599,8 @@ def load(path: str | os.PathLike[str], device: Any = None) -> HessianInverter:
     return inverter
 
 
-class _Samples(torch.utils.data.Dataset):
-    """A list of samples, as a search over a data set leaves it."""
-
-    def __init__(self, samples: list[Any]) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.samples[index]
-
-
 def as_data(X: Any, y: Any) -> Any:
     """Return what ``fit(X, y)`` with a model means: a pair, or a list of samples where a search indexed a data set."""
     if y is not None:
         return (X, y)
-    return _Samples(X) if isinstance(X, list) else X
+    return Samples(X) if isinstance(X, list) else X

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..models import TorchTwiceDifferentiable, leading_length, map_tensors
+from ..models import TorchTwiceDifferentiable, leading_length, map_tensors, row_axes, with_row_axis
 from ..models.structural_copy import structural_copy
 
 __all__ = ["gradient_rows", "jacobian_rows"]
@@ -47,8 +47,10 @@ def _rows(
     model.module = structural_copy(model.module)
     theta = dict(zip(model.layout.names, (t.detach() for t in model.theta), strict=True))
 
+    axes = row_axes(batch)
+
     def of_row(parameters: dict[str, torch.Tensor], row: Any) -> torch.Tensor:
-        row = map_tensors(lambda tensor: tensor[None], row)
+        row = with_row_axis(row, axes)
         call = _Call(model)
         outputs = torch.func.functional_call(call, {f"module.{k}": v for k, v in parameters.items()}, (inputs(row),))
         return values(outputs, row)
@@ -57,7 +59,7 @@ def _rows(
     try:
         # The fused attention kernels have no batching rule.
         with sdpa_kernel(SDPBackend.MATH):
-            parts = torch.vmap(jacobian, in_dims=(None, 0))(theta, batch)
+            parts = torch.vmap(jacobian, in_dims=(None, axes))(theta, batch)
     except (RuntimeError, NotImplementedError, ValueError):
         # Some layers have no batching rule (recurrent ones), some models branch on values: then row by row.
         return _loop(model, batch, values, inputs)
