@@ -13,7 +13,7 @@ from ._checksum import checksum
 from ._memory import working_memory
 from ._validation import check_sample_weight, must_be, to_plain_array
 from .models import TorchTwiceDifferentiable, labels_key, leading_length, map_tensors
-from .sources import source_of
+from .sources import is_numbers, source_of
 
 __all__ = ["Batches", "as_batches"]
 
@@ -193,7 +193,7 @@ def _to_tensors(batch: Any, dtype: torch.dtype, device: torch.device) -> Any:
 
 def _tensor(value: Any, dtype: torch.dtype, device: torch.device, target: bool = False) -> Any:
     """Return a part of a batch: floats in ``dtype``, short integers widened, but the bytes of inputs as they are."""
-    if isinstance(value, np.ndarray | np.generic) or _is_numbers(value):
+    if isinstance(value, np.ndarray | np.generic) or is_numbers(value):
         value = torch.from_numpy(np.array(to_plain_array(value, "A batch"), copy=True))
     if isinstance(value, torch.Tensor):
         if value.is_complex() or value.layout != torch.strided:
@@ -209,14 +209,6 @@ def _tensor(value: Any, dtype: torch.dtype, device: torch.device, target: bool =
         parts = [_tensor(part, dtype, device, target) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return value
-
-
-def _is_numbers(value: Any) -> bool:
-    """Return whether ``value`` is a list of numbers, however deep."""
-    deep = isinstance(value, list)
-    while isinstance(value, list) and value:
-        value = value[0]
-    return isinstance(value, int | float) and deep
 
 
 def _merged(parts: list[Any]) -> list[Any]:

@@ -547,6 +547,8 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def _rows(self, b: Any) -> Rows:
         check_is_fitted(self, "n_features_in_")
+        if isinstance(self.__dict__.get("_model"), TorchTwiceDifferentiable):
+            self._model.check_unchanged()
         target = self.curvature_ if self.inverse_ is None else self.inverse_
         if self.model is not None and len(np.shape(b)) == 2 and np.shape(b)[1] != target.size:
             hint = "Rows are gradients, no inputs. In a pipeline they go to its last step: `pipe[-1].transform(b)`."

@@ -24,7 +24,7 @@ from torch.utils.data import (
 from ._validation import must_be, to_plain_array
 from .models import SparseRows, labels_key
 
-__all__ = ["Samples", "source_of"]
+__all__ = ["Samples", "is_numbers", "source_of"]
 
 ACCEPTED = (
     "an (X, y) tuple, a map-style Dataset, a DataLoader, a skorch SliceDict or SliceDataset with y, "
@@ -39,7 +39,7 @@ def source_of(data: Any, batch_size: int | None, needs_row_order: bool) -> Calla
     if isinstance(data, DataLoader):
         return _loader(data, batch_size, needs_row_order)
     if _is_map_style(data) or (isinstance(data, list) and data and _is_sample(data[0])):
-        return _rebatched(data, range(len(data)), batch_size or 1024, default_collate)
+        return _rebatched(data, range(len(data)), batch_size or 1024, _collate)
     if isinstance(data, Mapping) and labels_key(data) is not None:
         return _arrays((data, None), batch_size)
     if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
@@ -90,7 +90,35 @@ def _is_sample(item: Any, mapping: bool = False) -> bool:
         return True
     if not all(isinstance(part, torch.Tensor | np.ndarray) and part.ndim for part in (x, y)):
         return False
-    return len(x) != len(y)
+    # Labels of another number than the rows are a fault in a batch, not a sample of many labels.
+    return len(x) != len(y) and torch.as_tensor(y).is_floating_point()
+
+
+def _collate(samples: list[Any]) -> Any:
+    """Return samples as a batch as torch does, but their lists of numbers as rows."""
+    try:
+        return default_collate([_with_arrays(sample) for sample in samples])
+    except RuntimeError as error:
+        hint = "Try a DataLoader with a `collate_fn` that pads."
+        raise ValueError(must_be("Samples", "of one shape", str(error), hint)) from error
+
+
+def _with_arrays(sample: Any) -> Any:
+    if isinstance(sample, Mapping):
+        return {key: _row(value) for key, value in sample.items()}
+    return tuple(map(_row, sample)) if type(sample) in (tuple, list) and len(sample) == 2 else sample
+
+
+def _row(value: Any) -> Any:
+    return np.asarray(value) if is_numbers(value) else value
+
+
+def is_numbers(value: Any) -> bool:
+    """Return whether ``value`` is a list of numbers, however deep."""
+    first = value
+    while isinstance(first, list) and first:
+        first = first[0]
+    return isinstance(value, list) and isinstance(first, int | float)
 
 
 @dataclass

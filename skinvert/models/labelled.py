@@ -96,7 +96,7 @@ def reading_of(module: nn.Module, batches: Iterable[Any], loss: Any, decided: Re
     for batch in batches:
         inputs, labels = _split(batch)
         label = _label_of(module, inputs, labels)
-        own, logits = _with_labels(module, inputs, labels)
+        own, logits = _with_labels(module, inputs, labels, label)
         if loss is not None:
             _warn_of_a_shift(logits, labels, own, loss)
             return _layout_for(logits, labels, label, batch)
@@ -115,7 +115,10 @@ def reading_of(module: nn.Module, batches: Iterable[Any], loss: Any, decided: Re
 def _split(batch: Any) -> tuple[Any, Any]:
     pair = split_labels(batch)
     if isinstance(pair, Mapping):
-        hint = f"Name them 'labels', or make batches pairs (inputs, targets). {SUBCLASS}"
+        hint = (
+            "Name them so, or make batches pairs (inputs, targets), or subclass TorchTwiceDifferentiable: `outputs` "
+            "and `per_sample_loss`."
+        )
         raise ValueError(must_be("A batch that is a mapping", "one with 'labels'", sorted(map(str, pair)), hint))
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise ValueError(must_be("A batch", "a pair (inputs, targets)", type(pair).__name__, SUBCLASS))
@@ -135,9 +138,9 @@ def _label_of(module: nn.Module, inputs: Any, labels: Any) -> str | None:
     return None
 
 
-def _with_labels(module: nn.Module, inputs: Any, labels: Any) -> tuple[torch.Tensor | None, Any]:
+def _with_labels(module: nn.Module, inputs: Any, labels: Any, label: str | None) -> tuple[torch.Tensor | None, Any]:
     """Return the model's own loss of a batch, where it gives one, and its logits."""
-    name = next((name for name in ("labels", "label") if takes(module, name)), None)
+    name = label or next((name for name in ("labels", "label") if takes(module, name)), None)
     with torch.no_grad():
         if name is None:
             outputs = call(module, inputs)

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .._checksum import checksum
+from .._memory import working_memory
 from .._progress import progress as progress_bar
 from .._validation import check_number, must_be, resolve_device, resolve_dtype
 from ..parameters import ParameterLayout, select_parameters
@@ -141,8 +143,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     ) -> TorchTwiceDifferentiable:
         """Return a copy fixed at today's θ: chosen parameters, dtype and device; later training does not reach it.
 
-        The selected parameters and the buffers are snapshots (p numbers, less than one right-hand side of a solve);
-        frozen parameters are shared where no conversion is needed.
+        Parameters and buffers are snapshots; frozen parameters that together exceed scikit-learn's ``working_memory``
+        are shared where no conversion is needed, and `check_unchanged` says whether they are still the same.
         """
         duplicate = copy.copy(self)
         duplicate.module = structural_copy(self.model)
@@ -157,7 +159,20 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         if duplicate.loss is not None:
             duplicate.loss = duplicate.loss.to(to_dtype, to_device)
         duplicate._verified = False
+        own = {tensor.data_ptr() for tensor in self.model.parameters()}
+        shared = {name: t for name, t in duplicate.module.named_parameters() if t.data_ptr() in own and t.numel()}
+        duplicate._shared = {name: (tensor, checksum(tensor)) for name, tensor in shared.items()}
         return duplicate
+
+    # Parameters shared with the user's model, with their checksums.
+    _shared: Mapping[str, tuple[torch.Tensor, Any]] = {}
+
+    def check_unchanged(self) -> None:
+        """Raise where a parameter that this copy shares with the user's model has changed since."""
+        changed = [name for name, (tensor, known) in self._shared.items() if checksum(tensor) != known]
+        if changed:
+            hint = "They were too large to copy. Call `fit` again."
+            raise ValueError(must_be("The frozen parameters", "those of fit", f"others in {changed}", hint))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -201,8 +216,11 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         try:
             with sdpa_kernel(SDPBackend.MATH):
                 self.reading = reading_of(self.module, batches(), loss, decided)
-        except (RuntimeError, IndexError, NotImplementedError) as error:
-            raise ValueError(must_be("The data", "what the model takes", "a batch it fails on", str(error))) from error
+        except (RuntimeError, LookupError, NotImplementedError) as error:
+            message = must_be(
+                "The data", "what the model takes", f"a batch it fails on: {error}", "Override `outputs`?"
+            )
+            raise ValueError(message) from error
         if self.loss is None and self.reading.loss is not None:
             self.loss = as_loss(self.reading.loss).to(self.dtype, self.device)
             self._learned = True
@@ -333,12 +351,14 @@ def _convert(module: nn.Module, chosen: set[str], dtype: torch.dtype, device: to
     """Put converted tensors into a structural copy; selected ones become leaves that require a gradient."""
     converted: dict[int, torch.Tensor] = {}
     selected = {id(tensor) for name, tensor in module.named_parameters() if name in chosen}
+    # Frozen ones may be trained later: copies of them are out of reach.
+    few = sum(tensor.nbytes for tensor in module.parameters() if id(tensor) not in selected) <= working_memory()
     for child in list(module.modules()):
         buffers = list(child.named_buffers(recurse=False, remove_duplicate=False))
         weights = list(child.named_parameters(recurse=False, remove_duplicate=False))
         for name, tensor in weights + buffers:
             if id(tensor) not in converted:
-                snapshot = id(tensor) in selected or not isinstance(tensor, nn.Parameter)
+                snapshot = few or id(tensor) in selected or not isinstance(tensor, nn.Parameter)
                 converted[id(tensor)] = _converted(tensor, dtype, device, snapshot)
                 converted[id(tensor)].requires_grad_(id(tensor) in selected)
             setattr(child, name, converted[id(tensor)])
