@@ -62,9 +62,11 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         inputs, go to the last one: ``pipe[-1].transform(b)``.
     loss : str, torch loss module or callable, default=None
         The loss of a bare module: ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, ``"nll"``, ``"huber"``,
-        ``"poisson_nll"``, a torch loss module, or a callable (output, target) that is a mean or a sum over rows.
+        ``"poisson_nll"``, a torch loss module, or a callable (output, target) that is a mean or a sum over rows. None
+        for a model that is given ``labels`` and returns its own ``loss`` beside ``logits``, as Hugging Face's are.
     weight_decay : float, default=0.0
-        μ in ½ μ‖θ‖² of the training objective: part of H, not of λ.
+        μ in ½ μ‖θ‖² of the training objective: part of H, not of λ. Where it is 0, a skorch net's optimiser gives its
+        own if that is such a penalty; a decoupled one (AdamW) is warned of and left out.
     params : str or list of str, default=None
         Globs on parameter names; None selects all that require a gradient.
     blocks : {"layer", "parameter"} or mapping of str to globs, default=None
@@ -162,7 +164,9 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         X : model, array of shape (n, ...) or data
             A model, with its data as ``y``; else the inputs for ``self.model``; else plain rows (n, p).
         y : data or array of shape (n, ...), default=None
-            ``(X, y)``, a Dataset, a DataLoader or batches after a model; targets after inputs.
+            ``(X, y)``, a Dataset, a DataLoader, batches or a list of samples after a model; targets after inputs. X
+            may be a mapping, given to ``forward`` by name, or a tuple of inputs; a batch may be a mapping with
+            ``"labels"``. What the memory holds is copied; larger data must be the same in every pass.
         sample_weight : array of shape (n,), default=None
             Weights wᵢ ≥ 0; weight 2 equals a row given twice.
 

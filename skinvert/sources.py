@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ def source_of(data: Any, batch_size: int | None, needs_row_order: bool) -> Calla
         raise TypeError(must_be("data", ACCEPTED, type(data).__name__, hint))
     if isinstance(data, np.ndarray | torch.Tensor):
         raise TypeError(must_be("data", ACCEPTED, f"an array of shape {tuple(data.shape)}", "Try `(X, y)`."))
-    if iter(data) is data:
+    if isinstance(data, Iterator):
         hint = "It yields its batches only once, and a solve reads them many times. Try `list(...)`."
         raise TypeError(must_be("data", ACCEPTED, f"a {type(data).__name__}", hint))
     return _Reiterable(data)
@@ -75,7 +75,8 @@ def _is_map_style(data: Any) -> bool:
     if not (callable(getattr(data, "__getitem__", None)) and callable(getattr(data, "__len__", None))):
         return False
     # With `__iter__` it may yield batches; Hugging Face's data sets yield samples, as mappings.
-    return not isinstance(data, Iterable) or (len(data) > 0 and _is_sample(data[0], mapping=True))
+    rows: Any = data
+    return not isinstance(data, Iterable) or (len(rows) > 0 and _is_sample(rows[0], mapping=True))
 
 
 def _is_sample(item: Any, mapping: bool = False) -> bool:
@@ -161,7 +162,7 @@ def _loader(loader: Any, batch_size: int | None, needs_row_order: bool) -> Calla
     if isinstance(loader.dataset, IterableDataset):
         _refuse_a_dropped_rest(loader)
         return _Reiterable(loader)
-    batched = loader.batch_sampler if loader.batch_size is None else None
+    batched: Any = loader.batch_sampler if loader.batch_size is None else None
     if batched is not None and type(batched) is not BatchSampler:
         return _Rebatched(
             loader.dataset, _drawn_batches(loader, needs_row_order), loader.collate_fn, loader.num_workers

@@ -48,7 +48,9 @@ class SkorchTwiceDifferentiable(TorchTwiceDifferentiable):
 
     def __init__(self, net: Any, weight_decay: float = 0.0) -> None:
         self.net = net
-        super().__init__(net.module_, SkorchLoss(net, net.criterion_), weight_decay or _decay_of(net))
+        super().__init__(
+            net.module_, SkorchLoss(net, net.criterion_), weight_decay if weight_decay != 0 else _decay_of(net)
+        )
 
     def outputs(self, module: nn.Module, batch: Any) -> Any:
         """Return ``net.infer(x)`` with ``module`` as the net's."""
@@ -112,9 +114,9 @@ class SkorchLoss(ModuleLoss):
         self.ridge = self._find_penalty(output, target)
         super().verify(output, target)
         with torch.no_grad():
-            values = [self._get_loss(self.module, output, target, training=flag).mean() for flag in (False, True)]
-        if not torch.isclose(*values, rtol=1e-4, atol=1e-7, equal_nan=True):
-            got = f"{values[1]:.6g} and {values[0]:.6g}"
+            still, trained = (self._get_loss(self.module, output, target, training=t).mean() for t in (False, True))
+        if not torch.isclose(still, trained, rtol=1e-4, atol=1e-7, equal_nan=True):
+            got = f"{trained:.6g} and {still:.6g}"
             hint = "What it adds in training is part of the loss. A penalty belongs in `weight_decay=`."
             raise ValueError(must_be("get_loss with training=True and False", "the same", got, hint))
 
