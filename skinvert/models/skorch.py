@@ -89,7 +89,7 @@ class SkorchTwiceDifferentiable(TorchTwiceDifferentiable):
         if not ridge:
             return None
         parts = [
-            torch.full((t.numel(),), ridge.get(name, 0.0))
+            torch.full((t.numel(),), ridge.get(name, 0.0), dtype=torch.float64)
             for name, t in zip(self.layout.names, self.theta, strict=True)
         ]
         return torch.cat(parts).to(self.device, self.dtype)
