@@ -15,7 +15,7 @@ from ._progress import progress
 from ._validation import check_number, must_be
 from .curvature import Objective, gradient_rows, split_batch, warn_of_unreached
 from .data import as_batches
-from .models import TorchTwiceDifferentiable, as_margin, as_model
+from .models import TorchTwiceDifferentiable, as_margin, as_model, describe
 
 __all__ = ["PerSampleGradient"]
 
@@ -169,6 +169,5 @@ class PerSampleGradient(TransformerMixin, BaseEstimator):
             batch_size=self.batch_size,
             sample_weight=sample_weight,
             needs_row_order=True,
-            dtype=model.dtype,
-            device=model.device,
+            **describe(model),
         )

@@ -42,6 +42,7 @@ from .persistence import left_out, load_state, refusing_damage, require_present,
 from .registry import InversionRegistry, check_requirements, is_method
 from .results import InverseHvpResult, InversionMethod, Spectrum
 from .scores import HeldOut, quadratic_score
+from .sources import Samples
 
 __all__ = ["HessianInverter", "load"]
 
@@ -68,9 +69,11 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         inputs, go to the last one: ``pipe[-1].transform(b)``.
     loss : str, torch loss module or callable, default=None
         The loss of a bare module: ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, ``"nll"``, ``"huber"``,
-        ``"poisson_nll"``, a torch loss module, or a callable (output, target) that is a mean or a sum over rows.
+        ``"poisson_nll"``, a torch loss module, or a callable (output, target) that is a mean or a sum over rows. None
+        for a model that is given ``labels`` and returns its own ``loss`` beside ``logits``, as Hugging Face's are.
     weight_decay : float, default=0.0
-        μ in ½ μ‖θ‖² of the training objective: part of H, not of λ.
+        μ in ½ μ‖θ‖² of the training objective: part of H, not of λ. Where it is 0, a skorch net's optimiser gives its
+        own if that is such a penalty; a decoupled one (AdamW) is warned of and left out.
     params : str or list of str, default=None
         Globs on parameter names; None selects all that require a gradient.
     blocks : {"layer", "parameter"} or mapping of str to globs, default=None
@@ -174,7 +177,9 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         X : model, array of shape (n, ...) or data
             A model, with its data as ``y``; else the inputs for ``self.model``; else plain rows (n, p).
         y : data or array of shape (n, ...), default=None
-            ``(X, y)``, a Dataset, a DataLoader or batches after a model; targets after inputs.
+            ``(X, y)``, a Dataset, a DataLoader, batches or a list of samples after a model; targets after inputs. X
+            may be a mapping, given to ``forward`` by name, or a tuple of inputs; a batch may be a mapping with
+            ``"labels"``. What the memory holds is copied; larger data must be the same in every pass.
         sample_weight : array of shape (n,), default=None
             Weights wᵢ ≥ 0; weight 2 equals a row given twice.
 
@@ -582,6 +587,8 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def _rows(self, b: Any) -> Rows:
         check_is_fitted(self, "n_features_in_")
+        if isinstance(self.__dict__.get("_model"), TorchTwiceDifferentiable):
+            self._model.check_unchanged()
         target = self.curvature_ if self.inverse_ is None else self.inverse_
         if self.model is not None and len(np.shape(b)) == 2 and np.shape(b)[1] != target.size:
             hint = "Rows are gradients, no inputs. In a pipeline they go to its last step: `pipe[-1].transform(b)`."
@@ -638,21 +645,8 @@ def load(path: str | os.PathLike[str], device: Any = None) -> HessianInverter:
     return inverter
 
 
-class _Samples(torch.utils.data.Dataset):
-    """A list of samples, as a search over a data set leaves it."""
-
-    def __init__(self, samples: list[Any]) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.samples[index]
-
-
 def as_data(X: Any, y: Any) -> Any:
     """Return what ``fit(X, y)`` with a model means: a pair, or a list of samples where a search indexed a data set."""
     if y is not None:
         return (X, y)
-    return _Samples(X) if isinstance(X, list) else X
+    return Samples(X) if isinstance(X, list) else X

@@ -284,6 +284,8 @@ def _take(data: Any, rows: np.ndarray) -> Any:
 def _take_array(values: Any, rows: np.ndarray) -> Any:
     if isinstance(values, Mapping):
         return {key: _take_array(part, rows) for key, part in values.items()}
+    if isinstance(values, tuple):
+        return tuple(_take_array(part, rows) for part in values)
     if isinstance(values, torch.Tensor):
         return values[torch.from_numpy(rows).to(values.device)]
     if hasattr(values, "iloc"):
@@ -301,7 +303,8 @@ def _n_rows(data: Any) -> tuple[int, Any]:
         return len(data), None
     if isinstance(data, tuple) and len(data) == 2 and data[1] is not None:
         X, y = data
-        check_consistent_length(*(X.values() if isinstance(X, Mapping) else [X]), y)
+        inputs = X.values() if isinstance(X, Mapping) else X if isinstance(X, tuple) else [X]
+        check_consistent_length(*inputs, y)
         return len(y), y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else y
     dataset = data
     if isinstance(data, DataLoader) and data.batch_size is not None:

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._autograd import ordinary
-from ..models import TorchTwiceDifferentiable, leading_length, map_tensors
+from ..models import TorchTwiceDifferentiable, leading_length, map_tensors, row_axes, with_row_axis
 from ..models.compiled import eager
 from ..models.plain_functions import PlainFunctions
 from ..models.structural_copy import structural_copy
@@ -71,8 +71,10 @@ def _at_once(model: TorchTwiceDifferentiable, batch: Any, values: _Values) -> to
     """Return the Jacobians under ``vmap``; None where a layer has no rule for it."""
     theta = dict(zip(model.layout.names, (t.detach() for t in model.theta), strict=True))
 
+    axes = row_axes(batch)
+
     def of_row(parameters: dict[str, torch.Tensor], row: Any) -> torch.Tensor:
-        rows = map_tensors(lambda tensor: tensor[None], row)
+        rows = with_row_axis(row, axes)
         swapped = {id(t): parameters[name] for name, t in zip(model.layout.names, model.theta, strict=True)}
         # Not `functional_call`, which leaves a parameter where a list or a closure holds it too.
         module = structural_copy(model.module, lambda tensor: swapped.get(id(tensor), tensor))
@@ -85,7 +87,7 @@ def _at_once(model: TorchTwiceDifferentiable, batch: Any, values: _Values) -> to
         # The fused attention kernels have no batching rule.
         with sdpa_kernel(SDPBackend.MATH), eager(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")
-            parts = torch.vmap(torch.func.jacrev(of_row), in_dims=(None, 0))(theta, batch)
+            parts = torch.vmap(torch.func.jacrev(of_row), in_dims=(None, axes))(theta, batch)
     except (RuntimeError, NotImplementedError, ValueError):
         return None
     m = leading_length(batch)

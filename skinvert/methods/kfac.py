@@ -31,8 +31,8 @@ class KFAC(Method):
     ``Conv1D`` of transformers, and MultiheadAttention as its four projections. Each group of a grouped convolution is a
     block of its own; a layer that is called several times sees the rows of all its calls; one that sees the same for
     every sample (positions) counts once a sample. The scale and shift of norms (torch's own, BatchNorm in eval mode,
-    and modules named ...Norm with one weight an entry) have the curvature's exact diagonal. In every chunk of the data the
-    factors' product is held against the derivative by the weights themselves.
+    and modules named ...Norm with one weight an entry) have the curvature's exact diagonal. In every chunk of the data
+    the factors' product is held against the derivative by the weights themselves.
 
     It costs one pass with c backward passes for c outputs, O(d³ + i³) per layer, and d² + i² numbers twice over.
 

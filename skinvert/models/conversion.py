@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .._autograd import own_tensor
+from .._memory import working_memory
 from .._validation import must_be
 
 __all__ = ["Conversion"]
@@ -31,6 +33,9 @@ class Conversion:
         self.selected, self.dtype, self.device = selected, dtype, device
         self.changes = dtype != own
         self.registered = {id(tensor) for tensor in [*module.parameters(), *module.buffers()]}
+        # Frozen ones may be trained later: copies of them are out of reach.
+        frozen = sum(tensor.nbytes for tensor in module.parameters() if id(tensor) not in selected)
+        self.copies_frozen = frozen <= working_memory()
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if tensor.device.type == "meta":
                 raise ValueError(must_be(f"{name} of the model", "on a device that holds numbers", "'meta'"))
@@ -47,7 +52,7 @@ class Conversion:
         # An attribute may be in a dtype of its own, as long as the model keeps the one that it was written for.
         dtype = self.dtype if registered or is_parameter or self.changes else tensor.dtype
         chosen = id(tensor) in self.selected
-        # Buffers and attributes are written to in a forward pass; frozen parameters are shared.
-        snapshot = chosen or not is_parameter or tensor.is_inference()
-        data = tensor.detach().to(self.device, dtype if tensor.is_floating_point() else None, copy=snapshot)
+        # Buffers and attributes are written to in a forward pass; frozen parameters are shared where they are large.
+        snapshot = chosen or not is_parameter or self.copies_frozen
+        data = own_tensor(tensor.detach()).to(self.device, dtype if tensor.is_floating_point() else None, copy=snapshot)
         return nn.Parameter(data, requires_grad=False).requires_grad_(chosen) if is_parameter else data
