@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copyreg
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import scipy.sparse.linalg
 import torch
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, clone
-from sklearn.utils import check_random_state
+from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from ._arguments import check_fit_arguments, check_method
+from ._fitting import clone_sharing, fit_whole
+from ._frames import check_columns, has_columns, refuse_parameters
+from ._linear_map import apply_linear, solve_linear
 from ._rows import Rows
 from ._state import pack, unpack
 from ._validation import (
     check_hessian_perturbation,
     check_number,
     check_sample_weight,
+    check_shift,
     must_be,
     resolve_device,
     resolve_dtype,
@@ -30,12 +35,12 @@ from .data import as_batches
 from .methods.base import Method, relative_residual
 from .methods.blocks import invert_blocks
 from .methods.spectrum import has_spectrum, spectrum
-from .models import TorchTwiceDifferentiable, as_model, describe, is_model
+from .models import TorchTwiceDifferentiable, as_model, describe, fixed_at, is_model
 from .operators import LinearOperator, Shifted, as_scipy
 from .parameters import ParameterLayout, split_blocks
 from .persistence import left_out, load_state, require_present, save_state
 from .registry import InversionRegistry, check_requirements, is_method
-from .results import InverseHvpResult, InversionMethod, Spectrum
+from .results import InverseHvpResult, Spectrum
 from .scores import HeldOut, quadratic_score
 
 __all__ = ["HessianInverter", "load"]
@@ -62,8 +67,9 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     loss : str, torch loss module or callable, default=None
         The loss of a bare module: ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, ``"nll"``, ``"huber"``,
         ``"poisson_nll"``, a torch loss module, or a callable (output, target) that is a mean or a sum over rows.
-    weight_decay : float, default=0.0
-        μ in ½ μ‖θ‖² of the training objective: part of H, not of λ.
+    weight_decay : float or mapping of str to float, default=0.0
+        μ in ½ μ‖θ‖² of the training objective: part of H, not of λ. Or globs on parameter names and the μ of each, as
+        an optimiser's parameter groups have them: ``{"*.weight": 1e-2}``.
     params : str or list of str, default=None
         Globs on parameter names; None selects all that require a gradient.
     blocks : {"layer", "parameter"} or mapping of str to globs, default=None
@@ -128,7 +134,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         curvature: Any = "auto",
         model: Any = None,
         loss: Any = None,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         params: Any = None,
         blocks: Any = None,
         batch_size: int | None = None,
@@ -170,15 +176,15 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         HessianInverter
             Itself.
         """
+        check_method(self.method)
+        check_fit_arguments(X, y, self.model)
         shift = check_hessian_perturbation(self.hessian_perturbation, "HessianInverter")
-        return self._fit_at(X, y, sample_weight, shift)
+        return fit_whole(self, lambda fresh: fresh._fit_at(X, y, sample_weight, shift))
 
     def _fit_at(self, X: Any, y: Any, sample_weight: Any, shift: float) -> Any:
         """Fit at λ = ``shift``."""
         if self.batch_size is not None:
             check_number(self.batch_size, "batch_size", owner="HessianInverter", low=1, integer=True)
-        for name in ("eigenvalues_", "parameter_names_", "gradient_norm_", "feature_names_in_"):
-            self.__dict__.pop(name, None)
         if is_model(X):
             A, blocks = self._model_curvature(X, y, sample_weight)
         elif self.model is not None:
@@ -193,8 +199,8 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             raise ValueError(must_be("fit(model, data)'s data", "given", "None", "Try fit(model, (X, y))."))
         model, loss = require_present(model, "model"), require_present(self.loss, "loss")
         adapted: Any = as_model(model, loss, self.weight_decay)
+        adapted = fixed_at(adapted, self.params, self.dtype, self.device)
         if isinstance(adapted, TorchTwiceDifferentiable):
-            adapted = adapted.at_point(self.params, self.dtype, self.device)
             self._layout: ParameterLayout | None = adapted.layout
         else:
             shapes = tuple(tuple(parameter.shape) for parameter in adapted.parameters)
@@ -243,9 +249,6 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """Return a configured method, or a registered function."""
         if isinstance(self.method, Method):
             return self._seeded(clone(self.method))
-        if not isinstance(self.method, str | InversionMethod):
-            must = "a registered name or a Method instance"
-            raise TypeError(must_be("method", must, repr(self.method)))
         found = InversionRegistry.get(model_type or TorchTwiceDifferentiable, self.method)
         if is_method(found):
             return self._seeded(found())
@@ -262,7 +265,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return method
 
     def _invert(self, A: LinearOperator, blocks: BlockDiagonal | None, shift: float) -> None:
-        self.curvature_, self.hessian_perturbation_ = A, shift
+        self.curvature_, self.hessian_perturbation_ = A, check_shift(shift, A.dtype)
         self.inverse_: Any = None
         if isinstance(self.method_, Method):
             check_requirements(self.method_, A)
@@ -314,6 +317,9 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         InverseHvpResult
             ``x`` as ``transform`` returns it; ``info["residual"]`` (k,), ``info["converged"]`` (k,), and more.
         """
+        return solve_linear(b, self._solve)
+
+    def _solve(self, b: Any) -> InverseHvpResult:
         rows = self._rows(b)
         if self.inverse_ is None:
             self._need("_model", "solve")
@@ -336,8 +342,18 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         array or tensor of shape (n_λ, k, p)
             x at each λ, of b's kind, dtype and device.
         """
-        rows = self._rows(b)
         shifts = [check_hessian_perturbation(shift, "path") for shift in hessian_perturbations]
+
+        def adjoint(gradients: Any) -> Any:
+            parts = [self._path(rows, [shift])[0] for rows, shift in zip(gradients, shifts, strict=True)]
+            return sum(parts, start=gradients.new_zeros(gradients.shape[1:]))
+
+        return apply_linear(b, lambda rows: self._path(rows, shifts), adjoint)
+
+    def _path(self, b: Any, shifts: list[float]) -> Any:
+        rows = self._rows(b)
+        for shift in shifts:
+            check_shift(shift, rows.tensor.dtype)
         return rows.back(self._factorised("path", "Call `solve` for each λ.").path(rows.tensor, shifts))
 
     def spectrum(self, *, n_probes: int = 10, steps: int = 60) -> Spectrum:
@@ -362,6 +378,9 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def inverse_transform(self, X: Any) -> Any:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
+        return apply_linear(X, self._inverse_transform)
+
+    def _inverse_transform(self, X: Any) -> Any:
         rows = self._rows(X)
         operator = self._exact() if self.inverse_ is None else self.inverse_.operator
         return rows.back(operator.apply(rows.tensor))
@@ -429,6 +448,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def _at(self, shift: float) -> Any:
         """Return this inverter at another λ, over the same curvature: its factorisation is reused where it can be."""
         inverse, method = self._factorised("another λ"), self.method_
+        check_shift(shift, inverse.dtype)
         found = inverse.at(shift) if hasattr(inverse, "at") else method.invert(self.curvature_, shift, self.verbose)
         # Not `copy.copy`, which goes by the state of a pickle: without the curvature.
         other = object.__new__(type(self))
@@ -444,13 +464,18 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             return super().get_feature_names_out(input_features)
         return np.asarray(self._layout.feature_names(), dtype=object)
 
-    def flatten(self, mapping: Mapping[str, Any]) -> Any:
-        """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row."""
+    def flatten(self, mapping: Mapping[str, Any] | Iterable[Any]) -> Any:
+        """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row.
+
+        A sequence, such as ``torch.autograd.grad`` returns, is taken in the order of ``parameter_names_``.
+        """
         return self._named().flatten(mapping)
 
     def unflatten(self, x: Any) -> dict[str, Any]:
         """Return named tensors or arrays (k, *shape) of rows (k, p)."""
-        return self._named().unflatten(x)
+        layout = self._named()
+        check_columns(x, layout.feature_names())
+        return layout.unflatten(x)
 
     def aslinearoperator(self) -> scipy.sparse.linalg.LinearOperator:
         """Return (H + λI)⁻¹ as a ``scipy.sparse.linalg.LinearOperator``."""
@@ -458,13 +483,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def __sklearn_clone__(self) -> HessianInverter:
         """Share the model and the loss: a trained model is data, not a setting."""
-        params = self.get_params(deep=False)
-        shared = {name: params.pop(name) for name in ("model", "loss")}
-        duplicate = type(self)(**{name: clone(value, safe=False) for name, value in params.items()}, **shared)
-        for name in ("_metadata_request", "_sklearn_output_config", "_skl_callbacks"):
-            if name in self.__dict__:
-                setattr(duplicate, name, clone(self.__dict__[name], safe=False))
-        return duplicate
+        return clone_sharing(self)
 
     def __sklearn_tags__(self) -> Any:
         """Say that float32 stays float32 and that no target is needed."""
@@ -546,13 +565,23 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def _rows(self, b: Any) -> Rows:
         check_is_fitted(self, "n_features_in_")
+        refuse_parameters(b)
         target = self.curvature_ if self.inverse_ is None else self.inverse_
         if self.model is not None and len(np.shape(b)) == 2 and np.shape(b)[1] != target.size:
             hint = "Rows are gradients, no inputs. In a pipeline they go to its last step: `pipe[-1].transform(b)`."
             raise ValueError(must_be("b", f"of shape (k, {target.size})", f"shape {tuple(np.shape(b))}", hint))
         if not isinstance(b, torch.Tensor):
-            b = validate_data(self, b, dtype=[np.float64, np.float32], reset=False)
+            b = validate_data(self, self._by_name(b), dtype=[np.float64, np.float32], reset=False)
         return Rows.of(b, target)
+
+    def _by_name(self, b: Any) -> Any:
+        """Return ``b``; as an array where it is a frame whose columns are the parameters', which fit has not seen."""
+        if not has_columns(b) or hasattr(self, "feature_names_in_") or len(b.columns) != self.n_features_in_:
+            return b
+        names = self.get_feature_names_out().tolist()
+        if self._layout is not None:
+            check_columns(b, names)
+        return check_array(b, dtype=[np.float64, np.float32]) if list(b.columns) == names else b
 
     def _exact(self) -> LinearOperator:
         self._need("curvature_", "residual")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 import numpy as np
+
+from ._validation import must_be
 
 __all__ = ["InverseHvpResult", "InversionMethod", "Spectrum"]
 
@@ -61,6 +64,17 @@ class InverseHvpResult:
     def __iter__(self) -> Iterator[Any]:
         """Yield x, then info."""
         return iter((self.x, self.info))
+
+    def __len__(self) -> int:
+        """Return 2: x and info."""
+        return 2
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return x for 0 and info for 1, as of the pair that it unpacks to."""
+        if isinstance(index, numbers.Integral | slice):
+            return (self.x, self.info)[index]
+        hint = f"Try `.info[{index!r}]`." if isinstance(index, str) else "Rows of x are those of `.x`."
+        raise TypeError(must_be("The index of a result", "0 for x or 1 for info", repr(index), hint))
 
 
 @dataclass(frozen=True)

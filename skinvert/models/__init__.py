@@ -1,6 +1,6 @@
 """Models that can be inverted: PyTorch modules, skorch nets, scikit-learn models, any ``TwiceDifferentiable``."""
 
-from .adapt import as_margin, as_model, describe, is_model, register_model
+from .adapt import as_margin, as_model, describe, fixed_at, is_model, register_model
 from .affine import Affine
 from .base import TwiceDifferentiable
 from .losses import LOSSES, ModuleLoss
@@ -19,6 +19,7 @@ __all__ = [
     "as_margin",
     "as_model",
     "describe",
+    "fixed_at",
     "is_model",
     "leading_length",
     "map_tensors",

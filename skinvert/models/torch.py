@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._progress import progress as progress_bar
-from .._validation import check_number, must_be, resolve_device, resolve_dtype
+from .._validation import must_be, resolve_device, resolve_dtype
 from ..parameters import ParameterLayout, select_parameters
 from .base import TwiceDifferentiable
 from .losses import Loss, as_loss
 from .structural_copy import structural_copy
+from .weight_decay import decay_by_name
 
 __all__ = ["TorchTwiceDifferentiable", "leading_length", "map_tensors"]
 
@@ -37,8 +38,9 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, ``"nll"``, ``"huber"``, ``"poisson_nll"``; a torch loss
         module with its own ``reduction``; a callable (output, target) that is a mean or a sum over rows. None only in
         a subclass that overrides ``per_sample_loss``.
-    weight_decay : float, default=0.0
-        μ ≥ 0 of ½ μ‖θ‖².
+    weight_decay : float or mapping of str to float, default=0.0
+        μ ≥ 0 of ½ μ‖θ‖²; or, as an optimiser's parameter groups have it, globs on parameter names and the μ of each:
+        ``{"*.weight": 1e-2}`` leaves all other parameters without.
 
     Examples
     --------
@@ -50,12 +52,13 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     [[1.5, 0.0], [0.0, 1.5]]
     """
 
-    def __init__(self, model: nn.Module, loss: Any, weight_decay: float = 0.0) -> None:
+    def __init__(self, model: nn.Module, loss: Any, weight_decay: Any = 0.0) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(must_be("model", "a torch.nn.Module", type(model).__name__))
-        self.model, self.weight_decay = model, check_number(weight_decay, "weight_decay", low=0.0)
+        self.model, self.weight_decay = model, weight_decay
         self.loss: Loss | None = None if loss is None and self._own_loss() else as_loss(loss)
         self.module = structural_copy(model)
+        self._decay = decay_by_name(weight_decay, list(self.module.named_parameters(remove_duplicate=False)))
         self._verified = False
         # `at_point` raises where none is trainable and none is chosen by name.
         self._select([name for name, tensor in self.module.named_parameters() if tensor.requires_grad])
@@ -112,6 +115,10 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     ) -> torch.Tensor:
         """Return rows (d, m): the derivative of ``grad_xy`` (p,) along each row of ``v`` (d, p)."""
         variables = [backprop_on] if isinstance(backprop_on, torch.Tensor) else list(backprop_on)
+        v = torch.as_tensor(v, dtype=grad_xy.dtype, device=grad_xy.device)
+        if v.ndim != 2 or v.shape[1:] != grad_xy.shape:
+            hint = "One direction is one row: try `v.reshape(1, -1)`." if v.ndim == 1 else ""
+            raise ValueError(must_be("v", f"of shape (d, {grad_xy.numel()})", f"shape {tuple(v.shape)}", hint))
         rows = [
             _flat_grad(grad_xy, variables, direction, retain_graph=True)
             for direction in progress_bar(v, "Hessian-vector products", int(progress), len(v))
@@ -208,13 +215,16 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
 
     def penalty_diagonal(self) -> torch.Tensor | None:
         """Return the penalty's Hessian as a diagonal (p,), or None where there is no penalty."""
-        if not self.weight_decay:
+        decays = [self._decay[name] for name in self.layout.names]
+        if not any(decays):
             return None
-        return torch.full((self.num_params,), self.weight_decay, dtype=self.dtype, device=self.device)
+        sizes = torch.tensor(self.layout.sizes, device=self.device)
+        return torch.tensor(decays, dtype=self.dtype, device=self.device).repeat_interleave(sizes)
 
     def penalty_gradient(self) -> torch.Tensor:
         """Return the penalty's gradient (p,) at θ."""
-        return self.weight_decay * torch.cat([t.detach().reshape(-1) for t in self.theta])
+        decays = [self._decay[name] for name in self.layout.names]
+        return torch.cat([mu * t.detach().reshape(-1) for mu, t in zip(decays, self.theta, strict=True)])
 
     def output_factor(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor | None:
         """Return Sᵢ (m, c, c) with ∇²_f sᵢ = SᵢSᵢᵀ in closed form, or None."""
