@@ -63,10 +63,10 @@ def solve_linear(b: Any, solve: Callable[[Any], Any]) -> InverseHvpResult:
 class _LinearMap(torch.autograd.Function):
     @staticmethod
     def forward(b: torch.Tensor, apply: Map, _: Map) -> Any:
-        # A matrix-free solve differentiates the loss.
-        with torch.enable_grad():
-            x = apply(b.detach())
-        return x.detach() if isinstance(x, torch.Tensor) else x
+        # A matrix-free solve differentiates the loss, and x is to be an ordinary tensor.
+        with torch.inference_mode(False), torch.enable_grad():
+            x = apply(b.clone() if b.is_inference() else b.detach())
+            return x.detach() if isinstance(x, torch.Tensor) else x
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004 (torch's names)

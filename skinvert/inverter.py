@@ -576,12 +576,14 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def _by_name(self, b: Any) -> Any:
         """Return ``b``; as an array where it is a frame whose columns are the parameters', which fit has not seen."""
-        if not has_columns(b) or hasattr(self, "feature_names_in_") or len(b.columns) != self.n_features_in_:
+        if not has_columns(b) or hasattr(self, "feature_names_in_"):
             return b
         names = self.get_feature_names_out().tolist()
         if self._layout is not None:
             check_columns(b, names)
-        return check_array(b, dtype=[np.float64, np.float32]) if list(b.columns) == names else b
+        elif list(b.columns) != names:
+            return b
+        return check_array(b, dtype=[np.float64, np.float32])
 
     def _exact(self) -> LinearOperator:
         self._need("curvature_", "residual")

@@ -55,6 +55,10 @@ class _QuadraticScorer:
         """Return what the scorer requests."""
         return self._request
 
+    def _accept_sample_weight(self) -> bool:
+        # What a search over several scorers asks each of them, where metadata are not routed.
+        return True
+
     def __call__(self, estimator: Any, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         # A search inside another.
         estimator = getattr(estimator, "best_estimator_", estimator)
@@ -302,7 +306,7 @@ class HessianInverterCV(HessianInverter):
 
 
 def _through(steps: Pipeline, X: Any, y: Any) -> tuple[Any, Any]:
-    """Return ``(X, y)`` after the steps of a pipeline, of which one may turn it into gradients, which have no targets."""
+    """Return ``(X, y)`` after the steps of a pipeline, of which one may make gradients, which have no targets."""
     for _, step in steps.steps:
         inner = step
         while isinstance(inner, FrozenEstimator):

@@ -11,6 +11,7 @@ import torch
 from .._progress import progress
 from ..operators import LinearOperator, Shifted
 from ..results import InverseHvpResult
+from .advice import advise
 from .base import InverseOperator, Method, relative_residual, shifted, warn_not_converged
 from .krylov import check_settings, products_with, starting_point, within
 
@@ -112,7 +113,7 @@ class MINRESInverse(InverseOperator):
 
     def _hint(self, stagnated: bool) -> str:
         if not stagnated:
-            return 'Try a larger `maxiter`, a larger hessian_perturbation, or method="direct".'
+            return advise(self.operator, "a larger `maxiter`", "a larger hessian_perturbation")
         hint = "A + λI is singular with b outside its range, or rounding does not allow less."
         more = " or dtype=torch.float64" if self.dtype == torch.float32 else ""
         return f"{hint} Try a larger hessian_perturbation{more}."

@@ -15,6 +15,7 @@ from .._memory import rows_within
 from .._progress import progress
 from .._validation import check_hessian_perturbation
 from ..operators import LinearOperator
+from .advice import advise
 from .base import warn_not_converged
 from .spectrum import smallest_eigenvalue
 
@@ -255,5 +256,6 @@ def _warn(
         )
     rest = ~negative
     if len(sigma):
-        hint = 'Try a larger `maxiter` or `rtol`, dtype=torch.float64, or method="direct".'
+        wider = ["dtype=torch.float64"] if A.dtype == torch.float32 else []
+        hint = advise(A, "a larger `maxiter` or `rtol`", *wider)
         warn_not_converged("cg", residual[rest], converged[rest], rtol, hint)
