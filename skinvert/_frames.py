@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,7 @@ def refuse_parameters(b: Any) -> None:
         return
     parts = list(b.values()) if isinstance(b, Mapping) else b
     listed = isinstance(parts, list | tuple) and any(isinstance(part, torch.Tensor | np.ndarray) for part in parts)
-    if isinstance(b, Mapping | Iterator) or (listed and not _is_matrix(parts)):
+    if isinstance(b, Mapping | Iterator | ValuesView | torch.nn.Module) or (listed and not _is_matrix(parts)):
         got = f"a {type(b).__name__}" + (f" of {len(parts)}" if hasattr(parts, "__len__") else "")
         hint = "Try `inverter.flatten(...)` of a gradient by parameters, `torch.stack(...)` of whole rows (p,)."
         raise TypeError(must_be("b", "an array or tensor of shape (k, p)", got, hint))

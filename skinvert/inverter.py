@@ -290,7 +290,9 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Returns
         -------
         array or tensor of shape (k, p)
-            x: a tensor for a tensor, of its dtype and device; an array for an array.
+            x: a tensor for a tensor, of its dtype and device; an array for an array. Where b requires a gradient, x is
+            differentiable by b, as often as wanted: H + λI is symmetric, and the backward pass is ``transform`` itself.
+            The model, its data and λ are constants. Columns with names must be those of ``get_feature_names_out()``.
         """
         return self.solve(X).x
 
@@ -315,7 +317,8 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Returns
         -------
         InverseHvpResult
-            ``x`` as ``transform`` returns it; ``info["residual"]`` (k,), ``info["converged"]`` (k,), and more.
+            ``x`` as ``transform`` returns it; ``info["residual"]`` (k,), ‖(H + λI)x − b‖ / ‖b‖ against the exact
+            curvature, ``info["converged"]`` (k,), which judges it, and more: see ``InverseHvpResult``.
         """
         return solve_linear(b, self._solve)
 

@@ -48,8 +48,12 @@ class InverseHvpResult:
     x : tensor or array of shape (k, p)
         The solutions, of the kind, dtype and device of b.
     info : dict
-        ``residual`` (k,), the true ‖Ax − b‖ / ‖b‖ of each row (0 where b = 0), recomputed after the solve with the
-        operator that the method inverts; ``converged`` (k,); further entries as each method documents.
+        ``residual`` (k,), ‖(H + λI)x − b‖ / ‖b‖ of each row (0 where b = 0) against the exact curvature H, whatever
+        the method inverts, recomputed after the solve: 0 is exact, and above 1 x = 0 would be better. NaN where H is
+        not at hand (an approximate method, loaded or unpickled) or not asked for (``check_residual=False``).
+        ``converged`` (k,), whether that is within the tolerance. ``approximate``, whether the method inverts another
+        operator than H + λI; then ``residual_of_approximation`` (k,) is that against this one. Further entries as each
+        method documents.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What was mistaken for what: each error says what came, what must come and what to try, and settings do what they say."""
+"""What was mistaken for what: each error says what came and what to try, and settings do what they say."""
 
 import numpy as np
 import pytest
@@ -160,7 +160,7 @@ def test_float64_holds_it():
 
 
 @pytest.mark.parametrize("face", ["transform", "solve", "path", "solve_hvp"])
-@pytest.mark.parametrize("form", ["tuple", "list", "dict", "generator", "parameters", "rows"])
+@pytest.mark.parametrize("form", ["tuple", "list", "dict", "values", "generator", "parameters", "module", "rows"])
 def test_parts_in_the_place_of_rows(face, form):
     inverter, parts = fitted(), parts_of_a_gradient()
     net, X, y = problem()
@@ -168,6 +168,8 @@ def test_parts_in_the_place_of_rows(face, form):
         "tuple": lambda: parts,
         "list": lambda: [part.numpy() for part in parts],
         "dict": lambda: dict(zip(inverter.parameter_names_, parts, strict=True)),
+        "values": lambda: dict(enumerate(parts)).values(),
+        "module": lambda: nn.ParameterList(parts),
         "generator": lambda: net.parameters(),
         "parameters": lambda: list(net.parameters()),
         "rows": lambda: [torch.ones(8), torch.ones(8)],

@@ -294,3 +294,18 @@ def test_confident_outputs_lose_nothing_but_rounding(curvature):
     X = torch.linspace(0.9, 1.1, 300, dtype=torch.float64).reshape(100, 3) * torch.tensor([1.0, 0.0, 0.0])
     received, _ = matrix(net, (X, torch.zeros(100, dtype=torch.long)), "cross_entropy", curvature)
     assert np.abs(received).max() <= 1e-13
+
+
+@pytest.mark.parametrize("c", [1, 4])
+def test_the_empirical_fisher_of_mse_has_the_scale_that_the_readme_says(c):
+    # Residuals of variance c/2 in each output and of no correlation: then it is the Hessian, 2/c for each weight.
+    net = nn.Linear(1, c, bias=False).double()
+    X = torch.ones(2 * c, 1, dtype=torch.float64)
+    residuals = torch.cat([torch.eye(c), -torch.eye(c)]).double() * (c / 2 * c) ** 0.5
+    data = (X, (net(X) - residuals).detach())
+    empirical, hessian = (
+        HessianInverter("direct", 1.0, curvature=name, loss="mse").fit(net, data).curvature_.to_dense()
+        for name in ("empirical_fisher", "hessian")
+    )
+    torch.testing.assert_close(hessian, torch.eye(c).double() * 2 / c)
+    torch.testing.assert_close(empirical, hessian)
