@@ -13,6 +13,7 @@ import torch
 from sklearn.base import BaseEstimator, is_classifier
 from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
+from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
 from sklearn.pipeline import Pipeline, make_pipeline
 from torch import nn
 
@@ -147,8 +148,8 @@ def _checked(adapted: Any, model: Any) -> TwiceDifferentiable:
 
 
 def _refuse_search(model: Any) -> None:
-    # A fitted search has it; an unfitted one has what it would be fitted from.
-    if hasattr(model, "best_estimator_") or {"estimator", "cv", "refit"} <= set(model.get_params(deep=False)):
+    # Searches of other kinds and libraries have it too, once they are fitted.
+    if isinstance(model, GridSearchCV | RandomizedSearchCV) or hasattr(model, "best_estimator_"):
         got = f"a {type(model).__name__}, a search for one"
         raise TypeError(must_be("model", ACCEPTED, got, "Try its `.best_estimator_`, once it is fitted."))
 
