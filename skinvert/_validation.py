@@ -13,11 +13,12 @@ import torch
 
 __all__ = [
     "check_choice",
-    "check_fits",
+    "check_shift",
     "check_hessian_perturbation",
     "check_number",
     "check_rows",
     "check_sample_weight",
+    "check_shift",
     "must_be",
     "resolve_device",
     "resolve_dtype",
@@ -58,12 +59,14 @@ def check_hessian_perturbation(value: Any, owner: str = "") -> float:
     return check_number(value, "hessian_perturbation", owner=owner, low=0.0)
 
 
-def check_fits(hessian_perturbation: float, dtype: torch.dtype) -> None:
-    """Raise where λ is beyond the largest number of the dtype that it is added in."""
-    most = torch.finfo(dtype).max
-    if hessian_perturbation > most:
-        hint = "Try dtype=torch.float64." if dtype == torch.float32 else ""
-        raise ValueError(must_be("hessian_perturbation", f"at most {most:.3g} in {dtype}", hessian_perturbation, hint))
+def check_shift(shift: float, dtype: torch.dtype) -> float:
+    """Return λ, which ``dtype`` must hold: 0, or a normal number."""
+    numbers_of = torch.finfo(dtype)
+    if shift and not numbers_of.tiny <= shift <= numbers_of.max:
+        must = f"0 or in the range [{numbers_of.tiny:.3g}, {numbers_of.max:.3g}] of {dtype}"
+        hint = "Try dtype=torch.float64." if dtype != torch.float64 else ""
+        raise ValueError(must_be("hessian_perturbation", must, f"{shift:.3g}", hint))
+    return shift
 
 
 def check_choice(value: Any, name: str, choices: Iterable[Any], hint: str = "") -> Any:

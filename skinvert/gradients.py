@@ -6,21 +6,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.utils.validation import check_is_fitted
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ._autograd import ordinary
+from ._fitting import clone_sharing, fit_whole
+from ._frames import RowTransformer, rows_of
 from ._memory import check_memory, rows_within
 from ._progress import progress
 from ._validation import check_number, must_be
 from .curvature import Objective, gradient_rows, split_batch, warn_of_unreached
 from .data import as_batches
-from .models import TorchTwiceDifferentiable, as_margin, as_model, describe
+from .models import TorchTwiceDifferentiable, as_margin, as_model, describe, is_model, map_tensors
 
 __all__ = ["PerSampleGradient"]
 
 
-class PerSampleGradient(TransformerMixin, BaseEstimator):
+class PerSampleGradient(RowTransformer):
     r"""Map rows (X, y) to their loss gradients gᵢ = ∇ℓᵢ(θ), one per row; the penalty is left out.
 
     ``fit`` records the scale κ = Σ w / Σ w m of the training loss (1/c for ``mse``, the mean class weight for weighted
@@ -98,20 +100,29 @@ class PerSampleGradient(TransformerMixin, BaseEstimator):
     @ordinary
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> PerSampleGradient:
         """Record the scale of the training loss; ``X, y`` as ``HessianInverter.fit`` takes them."""
+        _check_pair(X, y)
+        return fit_whole(self, lambda fresh: fresh._fit(X, y, sample_weight))
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:
         model = self._at_point()
         objective = Objective(model, self._batches(model, X, y, sample_weight), self.verbose)
         warn_of_unreached(objective.unreached, stacklevel=3)
         self.loss_scale_, self.n_features_out_ = objective.scale, model.num_params
         self.parameter_names_, self._layout = list(model.layout.names), model.layout
         self._totals = model.totals
-        return self
 
     @ordinary
-    def transform(self, X: Any) -> Any:
-        """Return the gradients (n, p) of ``(X, y)``, a tuple (or a Dataset, a DataLoader, batches).
+    def transform(self, X: Any, y: Any = None) -> Any:
+        """Return the gradients (n, p) of ``(X, y)``, a tuple or two arguments (or a Dataset, a DataLoader, batches).
 
-        Arrays give an array; tensors give a tensor, on their device.
+        Arrays give an array. Tensors, and data sets and loaders of tensors, give a tensor on the model's device. A
+        frame, where ``set_output`` asks for one, has the index of X.
         """
+        _check_pair(X, y)
+        data = X if y is None else (X, y)
+        return super().transform(rows_of(data), self._gradients(data))
+
+    def _gradients(self, X: Any) -> Any:
         check_is_fitted(self, "loss_scale_")
         model = self._at_point()
         model.adopt(self._totals)
@@ -126,13 +137,12 @@ class PerSampleGradient(TransformerMixin, BaseEstimator):
             for rows, part in split_batch(batch, weights, chunk):
                 gradients[start : start + len(part)] = self.loss_scale_ * gradient_rows(model, rows)
                 start += len(part)
-        first = X[0] if isinstance(X, tuple) else None
-        return gradients if isinstance(first, torch.Tensor) else gradients.cpu().numpy()
+        return gradients if _holds_tensors(X) else gradients.cpu().numpy()
 
     @ordinary
     def fit_transform(self, X: Any, y: Any = None, **fit_params: Any) -> Any:
         """Fit, and return the gradients of the same rows."""
-        return self.fit(X, y, **fit_params).transform((X, y) if y is not None else X)
+        return self.fit(X, y, **fit_params).transform(X, y)
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """Return the p names of the columns: ``"fc1.weight[0,3]"``."""
@@ -141,9 +151,7 @@ class PerSampleGradient(TransformerMixin, BaseEstimator):
 
     def __sklearn_clone__(self) -> PerSampleGradient:
         """Share the model and the loss."""
-        params = self.get_params(deep=False)
-        shared = {name: params.pop(name) for name in ("model", "loss")}
-        return type(self)(**{name: clone(value, safe=False) for name, value in params.items()}, **shared)
+        return clone_sharing(self)
 
     def __sklearn_tags__(self) -> Any:
         """Say that a target is needed."""
@@ -171,3 +179,34 @@ class PerSampleGradient(TransformerMixin, BaseEstimator):
             needs_row_order=True,
             **describe(model),
         )
+
+
+def _check_pair(X: Any, y: Any) -> None:
+    """Raise where rows came without their targets, as ``Pipeline.score`` passes them, or another model with them."""
+    if is_model(X):
+        hint = "The model is a setting: try `PerSampleGradient(model, loss=...).fit(X, y)`."
+        raise TypeError(must_be("The first argument", "X", f"a {type(X).__name__}", hint))
+    frame = isinstance(X, np.ndarray | torch.Tensor) or hasattr(X, "iloc") or hasattr(X, "toarray")
+    if y is None and frame:
+        hint = (
+            "A gradient needs the target: try `transform((X, y))`. `Pipeline.transform` and `Pipeline.score` pass X "
+            "alone: try `pipe.transform((X, y))`, and `make_quadratic_scorer()` to score, in a search as `scoring=`."
+        )
+        raise TypeError(must_be("PerSampleGradient's data", "(X, y)", f"X of shape {tuple(X.shape)} alone", hint))
+
+
+def _holds_tensors(data: Any) -> bool:
+    """Return whether the inputs are tensors as the user holds them."""
+    if isinstance(data, tuple):
+        return _any_tensor(data[0])
+    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+        return _any_tensor(data.collate_fn([data.dataset[0]]))
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return _any_tensor(data[0])
+    return _any_tensor(next(iter(data)))
+
+
+def _any_tensor(batch: Any) -> bool:
+    found: list[torch.Tensor] = []
+    map_tensors(found.append, batch[0] if isinstance(batch, tuple | list) and batch else batch)
+    return bool(found)

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import copyreg
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import scipy.sparse.linalg
 import torch
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, clone
-from sklearn.utils import check_random_state
+from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from ._arguments import check_fit_arguments, check_method
 from ._autograd import ordinary
+from ._fitting import clone_sharing, fit_whole
+from ._frames import check_columns, has_columns, refuse_parameters
+from ._linear_map import apply_linear, solve_linear
 from ._rows import Rows
 from ._scaling import times_powers
 from ._state import pack, unpack
 from ._validation import (
     check_choice,
-    check_fits,
     check_hessian_perturbation,
     check_number,
     check_sample_weight,
+    check_shift,
     must_be,
     resolve_device,
     resolve_dtype,
@@ -35,12 +39,12 @@ from .data import as_batches
 from .methods.base import InverseOperator, Method, relative_residual
 from .methods.blocks import invert_blocks
 from .methods.spectrum import has_spectrum, spectrum
-from .models import TorchTwiceDifferentiable, as_model, describe, is_model
+from .models import TorchTwiceDifferentiable, as_model, describe, fixed_at, is_model
 from .operators import LinearOperator, Shifted, as_scipy
 from .parameters import ParameterLayout, split_blocks
 from .persistence import left_out, load_state, refusing_damage, require_present, save_state
 from .registry import InversionRegistry, check_requirements, is_method
-from .results import InverseHvpResult, InversionMethod, Spectrum
+from .results import InverseHvpResult, Spectrum
 from .scores import HeldOut, quadratic_score
 from .sources import Samples
 
@@ -71,9 +75,10 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         The loss of a bare module: ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, ``"nll"``, ``"huber"``,
         ``"poisson_nll"``, a torch loss module, or a callable (output, target) that is a mean or a sum over rows. None
         for a model that is given ``labels`` and returns its own ``loss`` beside ``logits``, as Hugging Face's are.
-    weight_decay : float, default=0.0
-        μ in ½ μ‖θ‖² of the training objective: part of H, not of λ. Where it is 0, a skorch net's optimiser gives its
-        own if that is such a penalty; a decoupled one (AdamW) is warned of and left out.
+    weight_decay : float or mapping of str to float, default=0.0
+        μ in ½ μ‖θ‖² of the training objective: part of H, not of λ. Or globs on parameter names and the μ of each, as
+        an optimiser's parameter groups have them: ``{"*.weight": 1e-2}``. Where it is 0, a skorch net's optimiser
+        gives its own if that is such a penalty; a decoupled one (AdamW) is warned of and left out.
     params : str or list of str, default=None
         Globs on parameter names; None selects all that require a gradient.
     blocks : {"layer", "parameter"} or mapping of str to globs, default=None
@@ -141,7 +146,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         curvature: Any = "auto",
         model: Any = None,
         loss: Any = None,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         params: Any = None,
         blocks: Any = None,
         batch_size: int | None = None,
@@ -188,16 +193,17 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         HessianInverter
             Itself.
         """
+        check_method(self.method)
+        check_fit_arguments(X, y, self.model)
         shift = check_hessian_perturbation(self.hessian_perturbation, "HessianInverter")
-        return self._fit_at(X, y, sample_weight, shift)
+        return fit_whole(self, lambda fresh: fresh._fit_at(X, y, sample_weight, shift))
 
+    @ordinary
     def _fit_at(self, X: Any, y: Any, sample_weight: Any, shift: float) -> Any:
         """Fit at λ = ``shift``."""
         if self.batch_size is not None:
             check_number(self.batch_size, "batch_size", owner="HessianInverter", low=1, integer=True)
         check_choice(self.check_residual, "check_residual", [True, False])
-        for name in ("eigenvalues_", "parameter_names_", "gradient_norm_", "feature_names_in_"):
-            self.__dict__.pop(name, None)
         if is_model(X):
             A, blocks = self._model_curvature(X, y, sample_weight)
         elif self.model is not None:
@@ -212,8 +218,8 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             raise ValueError(must_be("fit(model, data)'s data", "given", "None", "Try fit(model, (X, y))."))
         model, loss = require_present(model, "model"), require_present(self.loss, "loss")
         adapted: Any = as_model(model, loss, self.weight_decay)
+        adapted = fixed_at(adapted, self.params, self.dtype, self.device)
         if isinstance(adapted, TorchTwiceDifferentiable):
-            adapted = adapted.at_point(self.params, self.dtype, self.device)
             self._layout: ParameterLayout | None = adapted.layout
         else:
             shapes = tuple(tuple(parameter.shape) for parameter in adapted.parameters)
@@ -263,9 +269,6 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """Return a configured method, or a registered function."""
         if isinstance(self.method, Method):
             return self._seeded(clone(self.method))
-        if not isinstance(self.method, str | InversionMethod):
-            must = "a registered name or a Method instance"
-            raise TypeError(must_be("method", must, repr(self.method)))
         found = InversionRegistry.get(model_type or TorchTwiceDifferentiable, self.method)
         if is_method(found):
             return self._seeded(found())
@@ -282,8 +285,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return method
 
     def _invert(self, A: LinearOperator, blocks: BlockDiagonal | None, shift: float) -> None:
-        check_fits(shift, A.dtype)
-        self.curvature_, self.hessian_perturbation_ = A, shift
+        self.curvature_, self.hessian_perturbation_ = A, check_shift(shift, A.dtype)
         self.inverse_: Any = None
         if isinstance(self.method_, Method):
             check_requirements(self.method_, A)
@@ -297,7 +299,6 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     # -- solve -----------------------------------------------------------------------------------------------------
 
-    @ordinary
     def transform(self, X: Any) -> Any:
         """Return the solutions of (H + λI) x = b.
 
@@ -309,7 +310,9 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Returns
         -------
         array or tensor of shape (k, p)
-            x: a tensor for a tensor, of its dtype and device; an array for an array.
+            x: a tensor for a tensor, of its dtype and device; an array for an array. Where b requires a gradient, x is
+            differentiable by b, as often as wanted: H + λI is symmetric, and the backward pass is ``transform`` itself.
+            The model, its data and λ are constants. Columns with names must be those of ``get_feature_names_out()``.
         """
         return self.solve(X).x
 
@@ -324,7 +327,6 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             raise TypeError(must_be("fit_transform", "called on plain rows", "a model", hint))
         return self.fit(X, y, **fit_params).transform(X)
 
-    @ordinary
     def solve(self, b: Any) -> InverseHvpResult:
         """Return the solutions and what is known of them, ``x, info``.
 
@@ -336,8 +338,13 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Returns
         -------
         InverseHvpResult
-            ``x`` as ``transform`` returns it; ``info["residual"]`` (k,), ``info["converged"]`` (k,), and more.
+            ``x`` as ``transform`` returns it; ``info["residual"]`` (k,), ‖(H + λI)x − b‖ / ‖b‖ against the exact
+            curvature, ``info["converged"]`` (k,), which judges it, and more: see ``InverseHvpResult``.
         """
+        return solve_linear(b, self._solve)
+
+    @ordinary
+    def _solve(self, b: Any) -> InverseHvpResult:
         rows = self._rows(b)
         if self.inverse_ is None:
             self._need("_model", "solve")
@@ -345,7 +352,6 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         x, info = rows.through(self._judged()).solve(rows.tensor)
         return rows.result(x, info)
 
-    @ordinary
     def path(self, b: Any, hessian_perturbations: Any) -> Any:
         """Return the solutions at many λ, for the price of about one solve where the method allows it.
 
@@ -361,9 +367,20 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         array or tensor of shape (n_λ, k, p)
             x at each λ, of b's kind, dtype and device.
         """
-        rows = self._rows(b)
         shifts = [check_hessian_perturbation(shift, "path") for shift in hessian_perturbations]
-        check_fits(max(shifts, default=0.0), self._factorised("path", "Call `solve` for each λ.").dtype)
+
+        def adjoint(gradients: Any) -> Any:
+            parts = [self._path(rows, [shift])[0] for rows, shift in zip(gradients, shifts, strict=True)]
+            return sum(parts, start=gradients.new_zeros(gradients.shape[1:]))
+
+        return apply_linear(b, lambda rows: self._path(rows, shifts), adjoint)
+
+    @ordinary
+    def _path(self, b: Any, shifts: list[float]) -> Any:
+        rows = self._rows(b)
+        for shift in shifts:
+            check_shift(shift, rows.tensor.dtype)
+        self._factorised("path", "Call `solve` for each λ.")
         return rows.back(rows.through(self._judged()).path(rows.tensor, shifts))
 
     @ordinary
@@ -387,9 +404,12 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         curvature = getattr(self, "curvature_", None)
         return spectrum(curvature, self.inverse_, n_probes=n_probes, steps=steps, random_state=seed)
 
-    @ordinary
     def inverse_transform(self, X: Any) -> Any:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
+        return apply_linear(X, self._inverse_transform)
+
+    @ordinary
+    def _inverse_transform(self, X: Any) -> Any:
         rows = self._rows(X)
         operator = self._exact() if self.inverse_ is None else self.inverse_.operator
         return rows.back(operator.apply(rows.tensor))
@@ -465,6 +485,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def _at(self, shift: float) -> Any:
         """Return this inverter at another λ, over the same curvature: its factorisation is reused where it can be."""
         inverse, method = self._factorised("another λ"), self.method_
+        check_shift(shift, inverse.dtype)
         found = (
             inverse.at(shift)
             if type(inverse).at is not InverseOperator.at
@@ -484,13 +505,18 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             return super().get_feature_names_out(input_features)
         return np.asarray(self._layout.feature_names(), dtype=object)
 
-    def flatten(self, mapping: Mapping[str, Any]) -> Any:
-        """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row."""
+    def flatten(self, mapping: Mapping[str, Any] | Iterable[Any]) -> Any:
+        """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row.
+
+        A sequence, such as ``torch.autograd.grad`` returns, is taken in the order of ``parameter_names_``.
+        """
         return self._named().flatten(mapping)
 
     def unflatten(self, x: Any) -> dict[str, Any]:
         """Return named tensors or arrays (k, *shape) of rows (k, p)."""
-        return self._named().unflatten(x)
+        layout = self._named()
+        check_columns(x, layout.feature_names())
+        return layout.unflatten(x)
 
     def aslinearoperator(self) -> scipy.sparse.linalg.LinearOperator:
         """Return (H + λI)⁻¹ as a ``scipy.sparse.linalg.LinearOperator``."""
@@ -498,13 +524,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def __sklearn_clone__(self) -> HessianInverter:
         """Share the model and the loss: a trained model is data, not a setting."""
-        params = self.get_params(deep=False)
-        shared = {name: params.pop(name) for name in ("model", "loss")}
-        duplicate = type(self)(**{name: clone(value, safe=False) for name, value in params.items()}, **shared)
-        for name in ("_metadata_request", "_sklearn_output_config", "_skl_callbacks"):
-            if name in self.__dict__:
-                setattr(duplicate, name, clone(self.__dict__[name], safe=False))
-        return duplicate
+        return clone_sharing(self)
 
     def __sklearn_tags__(self) -> Any:
         """Say that float32 stays float32 and that no target is needed."""
@@ -589,13 +609,25 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         check_is_fitted(self, "n_features_in_")
         if isinstance(self.__dict__.get("_model"), TorchTwiceDifferentiable):
             self._model.check_unchanged()
+        refuse_parameters(b)
         target = self.curvature_ if self.inverse_ is None else self.inverse_
         if self.model is not None and len(np.shape(b)) == 2 and np.shape(b)[1] != target.size:
             hint = "Rows are gradients, no inputs. In a pipeline they go to its last step: `pipe[-1].transform(b)`."
             raise ValueError(must_be("b", f"of shape (k, {target.size})", f"shape {tuple(np.shape(b))}", hint))
         if not isinstance(b, torch.Tensor):
-            b = validate_data(self, b, dtype=[np.float64, np.float32], reset=False)
+            b = validate_data(self, self._by_name(b), dtype=[np.float64, np.float32], reset=False)
         return Rows.of(b, target)
+
+    def _by_name(self, b: Any) -> Any:
+        """Return ``b``; as an array where it is a frame whose columns are the parameters', which fit has not seen."""
+        if not has_columns(b) or hasattr(self, "feature_names_in_"):
+            return b
+        names = self.get_feature_names_out().tolist()
+        if self._layout is not None:
+            check_columns(b, names)
+        elif list(b.columns) != names:
+            return b
+        return check_array(b, dtype=[np.float64, np.float32])
 
     def _exact(self) -> LinearOperator:
         self._need("curvature_", "residual")

@@ -14,7 +14,7 @@ from ._autograd import ordinary, ordinary_methods
 from ._memory import check_memory, rows_within
 from ._progress import progress
 from ._state import TensorState
-from ._validation import check_fits, must_be
+from ._validation import check_shift, must_be
 
 __all__ = ["Dense", "Diagonal", "LinearOperator", "LowRank", "Shifted", "TensorState", "as_scipy"]
 
@@ -255,7 +255,7 @@ class Shifted(LinearOperator):
 
     def __init__(self, operator: LinearOperator, shift: float) -> None:
         super().__init__(operator.size, operator.dtype, operator.device)
-        check_fits(shift, operator.dtype)
+        check_shift(shift, operator.dtype)
         self.operator, self.shift = operator, float(shift)
         self.is_psd, self.hint = operator.is_psd and shift >= 0, operator.hint
 

@@ -64,14 +64,12 @@ class ParameterLayout:
             for index in np.ndindex(*shape)
         ]
 
-    def flatten(self, mapping: Mapping[str, Any]) -> Any:
-        """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row."""
-        missing = [name for name in self.names if name not in mapping]
-        unknown = [name for name in mapping if name not in self.names]
-        if missing or unknown:
-            must = f"a mapping of exactly the names {list(self.names)}"
-            raise ValueError(must_be("flatten's argument", must, f"missing {missing}, unknown {unknown}"))
-        values = [mapping[name] for name in self.names]
+    def flatten(self, mapping: Mapping[str, Any] | Iterable[Any]) -> Any:
+        """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row.
+
+        A sequence, such as ``torch.autograd.grad`` returns, is taken in the order of ``names``.
+        """
+        values = self._values(mapping)
         if all(tuple(value.shape) == shape for value, shape in zip(values, self.shapes, strict=True)):
             values = [value[None] for value in values]
         k = values[0].shape[0]
@@ -83,8 +81,26 @@ class ParameterLayout:
             return torch.cat([torch.as_tensor(value).reshape(k, -1) for value in values], dim=1)
         return np.concatenate([np.asarray(value).reshape(k, -1) for value in values], axis=1)
 
+    def _values(self, mapping: Any) -> list[Any]:
+        """Return the parameters' values in order, as tensors or arrays."""
+        what, must = "flatten's argument", f"a mapping of exactly the names {list(self.names)}"
+        if not isinstance(mapping, Mapping):
+            if isinstance(mapping, torch.Tensor | np.ndarray | str) or not isinstance(mapping, Iterable):
+                raise TypeError(must_be(what, f"{must}, or as many values", f"a {type(mapping).__name__}"))
+            listed = list(mapping)
+            if len(listed) != len(self.names):
+                raise ValueError(must_be(what, f"{must}, or as many values", f"{len(listed)} values"))
+            mapping = dict(zip(self.names, listed, strict=True))
+        missing = [name for name in self.names if mapping.get(name) is None]
+        unknown = [name for name in mapping if name not in self.names]
+        if missing or unknown:
+            raise ValueError(must_be(what, must, f"missing {missing}, unknown {unknown}"))
+        values = [mapping[name] for name in self.names]
+        return [value if isinstance(value, torch.Tensor) else np.asarray(value) for value in values]
+
     def unflatten(self, rows: Any) -> dict[str, Any]:
         """Return named tensors or arrays (k, *shape) of rows (k, p)."""
+        rows = rows if isinstance(rows, torch.Tensor) else np.asarray(rows)
         if rows.ndim != 2 or rows.shape[1] != self.num_params:
             must = f"of shape (k, {self.num_params})"
             raise ValueError(must_be("x", must, f"shape {tuple(rows.shape)}"))

@@ -9,17 +9,47 @@ from typing import Any, ClassVar
 
 from . import methods
 from ._autograd import ordinary
+from ._frames import check_columns, refuse_parameters
+from ._linear_map import solve_linear
 from ._rows import Rows
-from ._validation import check_fits, check_hessian_perturbation, must_be
-from .curvature import CURVATURES, build_curvature
+from ._validation import check_hessian_perturbation, check_number, check_shift, must_be
+from .curvature import CURVATURES, build_curvature, seeded_curvature
 from .data import as_batches
 from .methods.base import Method
-from .models import TorchTwiceDifferentiable, TwiceDifferentiable, as_model, describe
+from .models import TorchTwiceDifferentiable, TwiceDifferentiable, as_model, describe, fixed_at
 from .results import InverseHvpResult, InversionMethod
 
 __all__ = ["InversionRegistry", "solve_hvp"]
 
 SIGNATURE = ("model", "training_data", "b", "hessian_perturbation")
+# What `solve_hvp` takes beside a method's own settings.
+OWN = (
+    "batch_size",
+    "curvature",
+    "device",
+    "dtype",
+    "loss",
+    "params",
+    "random_state",
+    "sample_weight",
+    "verbose",
+    "weight_decay",
+)
+# Other libraries' words for our settings.
+RENAMED = {
+    **dict.fromkeys(
+        ("regularization", "hessian_regularization", "dampen", "damping", "damp", "lam", "lambda_", "ridge"),
+        "hessian_perturbation",
+    ),
+    **dict.fromkeys(("rank_estimate", "krylov_dimension", "n_components"), "rank"),
+    **dict.fromkeys(("max_iter", "max_iterations", "maxiters", "n_iter"), "maxiter"),
+    **dict.fromkeys(("tol", "eps"), "rtol"),
+    **dict.fromkeys(("seed", "generator"), "random_state"),
+    "progress": "verbose",
+    "pre_conditioner": "preconditioner",
+    "h0": "x0",
+    "loss_fn": "loss",
+}
 
 
 class InversionRegistry:
@@ -90,32 +120,42 @@ class InversionRegistry:
         raise ValueError(must_be(f"The method for {model_type.__name__}", f"one of {names}", repr(name)))
 
     @classmethod
-    @ordinary
     def call(
         cls,
         inversion_method: InversionMethod | str,
-        model: TwiceDifferentiable,
+        model: Any,
         training_data: Any,
         b: Any,
         hessian_perturbation: float = 0.0,
         **kwargs: Any,
     ) -> InverseHvpResult:
         """Solve (H + λI) x = b for each row of b; see ``solve_hvp``."""
-        model = as_model(model)
+        if not isinstance(model, TwiceDifferentiable):
+            model = as_model(model, kwargs.pop("loss", None), kwargs.pop("weight_decay", 0.0))
         found = cls.get(type(model), inversion_method)
+        settings, own = _split_settings(found, inversion_method, kwargs)
+        # A model that brings its own is told so.
+        as_model(model, own.pop("loss", None), own.pop("weight_decay", 0.0))
         if not is_method(found):
-            return found(model, training_data, b, hessian_perturbation, **kwargs)
+            return solve_linear(b, lambda rows: found(model, training_data, rows, hessian_perturbation, **settings))
         shift = check_hessian_perturbation(hessian_perturbation)
-        curvature = kwargs.pop("curvature", "auto")
-        method = found(**kwargs)
-        fixed = model.at_point() if isinstance(model, TorchTwiceDifferentiable) else model
-        batches = as_batches(fixed.read(training_data) if hasattr(fixed, "read") else training_data, **describe(fixed))
-        A = build_curvature(method.default_curvature if curvature == "auto" else curvature, fixed, batches)
-        check_fits(shift, A.dtype)
-        rows = Rows.of(b, A)
+        method, verbose = found(**settings), own.pop("verbose", 0)
+        # A method that draws has it among its settings too.
+        own["curvature"] = seeded_curvature(own.get("curvature", "auto"), own.pop("random_state", None))
+        A, names = _curvature(method, model, training_data, verbose=verbose, **own)
+        refuse_parameters(b)
+        check_columns(b, names)
+        Rows.of(b, A)
         check_requirements(method, A)
-        x, info = rows.through(method.invert(A, shift)).solve(rows.tensor)
-        return rows.result(x, info)
+        inverse = ordinary(method.invert)(A, check_shift(shift, A.dtype), verbose)
+
+        @ordinary
+        def solve(b: Any) -> InverseHvpResult:
+            rows = Rows.of(b, A)
+            x, info = rows.through(inverse).solve(rows.tensor)
+            return rows.result(x, info)
+
+        return solve_linear(b, solve)
 
 
 def solve_hvp(
@@ -134,7 +174,7 @@ def solve_hvp(
     inversion_method : InversionMethod or str
         A name in the ``InversionRegistry``.
     model : TwiceDifferentiable
-        A trained model; a skorch net is adapted.
+        A trained model; a module (with ``loss``), a skorch net or a scikit-learn model is adapted.
     training_data : tuple, Dataset, DataLoader or iterable of batches
         The data of L.
     b : array or tensor of shape (k, p)
@@ -142,12 +182,14 @@ def solve_hvp(
     hessian_perturbation : float, default=0.0
         λ ≥ 0.
     **kwargs
-        The method's settings, and ``curvature``.
+        The method's settings, and of ``HessianInverter``'s ``curvature``, ``loss``, ``weight_decay``, ``params``,
+        ``batch_size`` (``"lissa"``'s own is its minibatch), ``device``, ``dtype``, ``random_state``, ``verbose``, and
+        ``sample_weight``. A registered function takes what its signature has.
 
     Returns
     -------
     InverseHvpResult
-        ``x`` (k, p), of the kind, dtype and device of b; ``info``.
+        ``x`` (k, p), of the kind, dtype and device of b; ``info``. Where b requires a gradient, x is differentiable.
 
     Examples
     --------
@@ -159,6 +201,46 @@ def solve_hvp(
     tensor([[1., 2.]])
     """
     return InversionRegistry.call(inversion_method, model, training_data, b, hessian_perturbation, **kwargs)
+
+
+def _split_settings(found: Any, name: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings that go to the method, and those of the curvature; TypeError for one that is neither."""
+    parameters = inspect.signature(found).parameters
+    known = [key for key in parameters if key not in (*SIGNATURE, "self")]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return kwargs, {}
+    valid = [*known, *(OWN if is_method(found) else ())]
+    for key in kwargs:
+        if key not in valid:
+            ours = RENAMED.get(key, "")
+            hint = f"Try `{ours}`." if ours in (*valid, "hessian_perturbation") else ""
+            raise TypeError(must_be(f"A setting of {str(name)!r}", f"one of {sorted(set(valid))}", repr(key), hint))
+    own = {key: value for key, value in kwargs.items() if key not in known}
+    return {key: value for key, value in kwargs.items() if key in known}, own
+
+
+@ordinary
+def _curvature(
+    method: Method,
+    model: Any,
+    data: Any,
+    *,
+    curvature: Any = "auto",
+    params: Any = None,
+    batch_size: int | None = None,
+    device: Any = None,
+    dtype: Any = None,
+    sample_weight: Any = None,
+    verbose: int = 0,
+) -> tuple[Any, list[str]]:
+    """Return the curvature that the method inverts, and the names of its columns."""
+    if batch_size is not None:
+        check_number(batch_size, "batch_size", low=1, integer=True)
+    fixed = fixed_at(model, params, dtype, device)
+    read = fixed.read(data) if hasattr(fixed, "read") else data
+    batches = as_batches(read, batch_size=batch_size, sample_weight=sample_weight, **describe(fixed))
+    A = build_curvature(method.default_curvature if curvature == "auto" else curvature, fixed, batches, verbose)
+    return A, fixed.layout.feature_names() if isinstance(fixed, TorchTwiceDifferentiable) else []
 
 
 def is_method(value: Any) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 import numpy as np
+
+from ._validation import must_be
 
 __all__ = ["InverseHvpResult", "InversionMethod", "Spectrum"]
 
@@ -45,8 +48,12 @@ class InverseHvpResult:
     x : tensor or array of shape (k, p)
         The solutions, of the kind, dtype and device of b.
     info : dict
-        ``residual`` (k,), the true ‖Ax − b‖ / ‖b‖ of each row (0 where b = 0), recomputed after the solve with the
-        operator that the method inverts; ``converged`` (k,); further entries as each method documents.
+        ``residual`` (k,), ‖(H + λI)x − b‖ / ‖b‖ of each row (0 where b = 0) against the exact curvature H, whatever
+        the method inverts, recomputed after the solve: 0 is exact, and above 1 x = 0 would be better. NaN where H is
+        not at hand (an approximate method, loaded or unpickled) or not asked for (``check_residual=False``).
+        ``converged`` (k,), whether that is within the tolerance. ``approximate``, whether the method inverts another
+        operator than H + λI; then ``residual_of_approximation`` (k,) is that against this one. Further entries as each
+        method documents.
 
     Examples
     --------
@@ -61,6 +68,17 @@ class InverseHvpResult:
     def __iter__(self) -> Iterator[Any]:
         """Yield x, then info."""
         return iter((self.x, self.info))
+
+    def __len__(self) -> int:
+        """Return 2: x and info."""
+        return 2
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return x for 0 and info for 1, as of the pair that it unpacks to."""
+        if isinstance(index, numbers.Integral | slice):
+            return (self.x, self.info)[index]
+        hint = f"Try `.info[{index!r}]`." if isinstance(index, str) else "Rows of x are those of `.x`."
+        raise TypeError(must_be("The index of a result", "0 for x or 1 for info", repr(index), hint))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,16 +10,22 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 import scipy.stats
+import sklearn
 import torch
+from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import check_cv
 from sklearn.pipeline import Pipeline
 from sklearn.utils import check_consistent_length
+from sklearn.utils.metadata_routing import MetadataRequest
 from sklearn.utils.validation import validate_data
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 
+from ._arguments import check_fit_arguments, check_method
 from ._autograd import ordinary
+from ._fitting import fit_whole
 from ._progress import progress
-from ._validation import check_hessian_perturbation, check_sample_weight, must_be
+from ._validation import check_hessian_perturbation, check_sample_weight, check_shift, must_be
+from .gradients import PerSampleGradient
 from .inverter import HessianInverter, as_data
 from .methods.base import InverseOperator
 from .models import SklearnTwiceDifferentiable, as_model, is_model
@@ -35,11 +42,34 @@ class _QuadraticScorer:
 
     def __init__(self, rhs: Any) -> None:
         self.rhs = rhs
+        self._request = MetadataRequest(owner=repr(self))
+        self._request.score.add_request(param="sample_weight", alias=None)
+
+    def set_score_request(self, *, sample_weight: bool | str | None = None) -> _QuadraticScorer:
+        """Say whether a search passes ``sample_weight`` on, as for scikit-learn's own scorers."""
+        if not sklearn.get_config()["enable_metadata_routing"]:
+            hint = "Try `sklearn.set_config(enable_metadata_routing=True)`."
+            raise RuntimeError(must_be("Metadata routing", "enabled for set_score_request", "disabled", hint))
+        self._request.score.add_request(param="sample_weight", alias=sample_weight)
+        return self
+
+    def get_metadata_routing(self) -> MetadataRequest:
+        """Return what the scorer requests."""
+        return self._request
+
+    def _accept_sample_weight(self) -> bool:
+        # What a search over several scorers asks each of them, where metadata are not routed.
+        return True
 
     @ordinary
     def __call__(self, estimator: Any, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        # A search inside another.
+        estimator = getattr(estimator, "best_estimator_", estimator)
         if isinstance(estimator, Pipeline):
-            X, estimator = estimator[:-1].transform(X), estimator[-1]
+            (X, y), estimator = _through(estimator[:-1], X, y), estimator[-1]
+        if not isinstance(estimator, HessianInverter):
+            must = "a HessianInverter, or a pipeline that ends in one"
+            raise TypeError(must_be("The estimator to score", must, f"a {type(estimator).__name__}"))
         if self.rhs is None:
             return estimator.score(X, y, sample_weight)
         inverse = estimator._factorised("score")
@@ -75,7 +105,9 @@ def make_quadratic_scorer(rhs: Any = None) -> Any:
     Returns
     -------
     callable
-        ``scorer(estimator, X, y=None)``, for ``scoring=`` of ``HessianInverterCV`` and of scikit-learn's searches.
+        ``scorer(estimator, X, y=None, sample_weight=None)``, for ``scoring=`` of ``HessianInverterCV`` and of
+        scikit-learn's searches. It scores pipelines too, ``PerSampleGradient`` with its targets among their steps. With
+        scikit-learn's metadata routing, ``set_score_request(sample_weight=True)`` asks a search for the weights.
 
     Examples
     --------
@@ -104,7 +136,8 @@ class HessianInverterCV(HessianInverter):
     cv : int, splitter or iterable of (train, test), default=5
         Folds of rows; an int takes consecutive rows, unshuffled, as ``KFold`` does.
     scoring : callable, default=None
-        ``scorer(estimator, X, y)``; None is ``HessianInverter.score``. See ``make_quadratic_scorer``.
+        ``scorer(estimator, X, y)``; None is ``HessianInverter.score``. See ``make_quadratic_scorer``. Where there are
+        weights it must take ``sample_weight`` by name.
     method, curvature, model, loss, weight_decay, params, blocks, batch_size, device, dtype, random_state
         As for ``HessianInverter``.
     check_residual, verbose
@@ -130,8 +163,7 @@ class HessianInverterCV(HessianInverter):
 
     Notes
     -----
-    The limits of ``HessianInverter.score`` are its own. ``sample_weight`` weighs training and held-out rows; a
-    ``scoring`` other than ``make_quadratic_scorer`` sees no weights.
+    The limits of ``HessianInverter.score`` are its own. ``sample_weight`` weighs training and held-out rows.
 
     Examples
     --------
@@ -150,7 +182,7 @@ class HessianInverterCV(HessianInverter):
         curvature: Any = "auto",
         model: Any = None,
         loss: Any = None,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         params: Any = None,
         blocks: Any = None,
         batch_size: int | None = None,
@@ -178,7 +210,7 @@ class HessianInverterCV(HessianInverter):
         self.verbose = verbose
 
     @ordinary
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> HessianInverterCV:
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None, groups: Any = None) -> HessianInverterCV:
         """Choose λ, and fit the inverse at it on all rows.
 
         Parameters
@@ -190,23 +222,30 @@ class HessianInverterCV(HessianInverter):
             ``(X, y)``, a Dataset or a DataLoader after a model; targets after inputs.
         sample_weight : array of shape (n,), default=None
             Weights wᵢ ≥ 0.
+        groups : array of shape (n,), default=None
+            Labels of groups of rows, for a ``cv`` that keeps them together, such as ``GroupKFold``.
 
         Returns
         -------
         HessianInverterCV
             Itself.
         """
+        check_method(self.method)
+        check_fit_arguments(X, y, self.model)
         shifts = _check_shifts(self.hessian_perturbations)
+        return fit_whole(self, lambda fresh: fresh._search(X, y, sample_weight, groups, shifts))
+
+    def _search(self, X: Any, y: Any, sample_weight: Any, groups: Any, shifts: list[float]) -> None:
         model, data = self._model_and_data(X, y)
         n, targets = _n_rows(data)
         weights = check_sample_weight(sample_weight, n)
         folded = self._settled(model, data, weights)
         splitter = check_cv(self.cv, targets, classifier=False)
-        splits = list(splitter.split(np.zeros((n, 1)), targets))
+        splits = list(splitter.split(np.zeros((n, 1)), targets, groups))
         folds = progress(splits, "folds", self.verbose, len(splits))
         scores = np.array([self._fold_scores(folded, data, weights, shifts, *fold) for fold in folds]).T
         self._choose(shifts, scores)
-        return self._fit_at(X, y, sample_weight, shifts[self.best_index_])
+        self._fit_at(X, y, sample_weight, shifts[self.best_index_])
 
     def _model_and_data(self, X: Any, y: Any) -> tuple[Any, Any]:
         """Return the model that ``fit`` is given before its data, and the data to split: rows where there is none."""
@@ -215,7 +254,9 @@ class HessianInverterCV(HessianInverter):
         if self.model is not None:
             return None, as_data(X, y)
         rows = X.detach().cpu().numpy() if isinstance(X, torch.Tensor) else X
-        return None, validate_data(self, rows, dtype=[np.float64, np.float32])
+        checked = validate_data(self, rows, dtype=[np.float64, np.float32])
+        # The folds of a frame are frames, and know its columns.
+        return None, rows if hasattr(rows, "iloc") else checked
 
     def _settled(self, model: Any, data: Any, weights: Any) -> Any:
         """Return the model of the folds: scikit-learn's penalties are divided by the rows of the fit, not of a fold."""
@@ -238,12 +279,18 @@ class HessianInverterCV(HessianInverter):
             # Of a λ that is only where the path starts from; indefinite ones score -inf, and are warned of.
             warnings.simplefilter("ignore", scipy.linalg.LinAlgWarning)
             inverter.fit(*((model, seen) if model is not None else _pair(seen)), sample_weight=part)
+        for shift in shifts:
+            check_shift(shift, inverter._factorised("another λ").dtype)
         scoring = _QuadraticScorer(None) if self.scoring is None else self.scoring
         if isinstance(scoring, _QuadraticScorer):
             return scoring.path(inverter, shifts, (*_pair(held), rest))
         if not callable(scoring):
             raise TypeError(must_be("scoring", "None or a callable (estimator, X, y)", repr(scoring)))
-        return [float(scoring(inverter._at(shift), *_pair(held))) for shift in shifts]
+        weighed = {} if rest is None else {"sample_weight": rest}
+        if weighed and "sample_weight" not in inspect.signature(scoring).parameters:
+            must = "one that takes sample_weight by name, where there are weights"
+            raise TypeError(must_be("scoring", must, repr(scoring), "Try `make_quadratic_scorer()`."))
+        return [float(scoring(inverter._at(shift), *_pair(held), **weighed)) for shift in shifts]
 
     def _choose(self, shifts: list[float], scores: np.ndarray) -> None:
         scores = np.where(np.isnan(scores), -np.inf, scores)
@@ -265,6 +312,21 @@ class HessianInverterCV(HessianInverter):
         }
         self.best_index_, self.n_splits_ = int(rank.argmin()), scores.shape[1]
         self.best_score_ = float(mean[self.best_index_])
+
+
+def _through(steps: Pipeline, X: Any, y: Any) -> tuple[Any, Any]:
+    """Return ``(X, y)`` after the steps of a pipeline, of which one may make gradients, which have no targets."""
+    for _, step in steps.steps:
+        inner = step
+        while isinstance(inner, FrozenEstimator):
+            inner = inner.estimator
+        if isinstance(inner, Pipeline):
+            X, y = _through(inner, X, y)
+        elif isinstance(inner, PerSampleGradient):
+            X, y = inner.transform(X, y), None
+        elif inner is not None and inner != "passthrough":
+            X = step.transform(X)
+    return X, y
 
 
 def _take(data: Any, rows: np.ndarray) -> Any:
@@ -299,7 +361,7 @@ def _pair(data: Any) -> tuple[Any, Any]:
 
 def _n_rows(data: Any) -> tuple[int, Any]:
     """Return how many rows there are to split, and the targets where they are at hand."""
-    if isinstance(data, np.ndarray):
+    if isinstance(data, np.ndarray) or hasattr(data, "iloc"):
         return len(data), None
     if isinstance(data, tuple) and len(data) == 2 and data[1] is not None:
         X, y = data

@@ -17,6 +17,7 @@ from .._scaling import ScaledProducts, norms
 from .._validation import check_choice
 from ..operators import LinearOperator, Shifted
 from ..results import InverseHvpResult
+from .advice import advise, direct_fits
 from .base import InverseOperator, Method, shifted, warn_not_converged
 from .block_cg import BlockRun
 from .krylov import Problem, check_settings, products_with, starting_point, warn_of_lost, within
@@ -230,8 +231,8 @@ class CGInverse(InverseOperator):
                 )
             hint += " Try dtype=torch.float64." if self.dtype == torch.float32 else " Try a larger λ or rtol."
         else:
-            ways = "dtype=torch.float64, " if self.dtype == torch.float32 else ""
-            hint = f'Try {ways}a larger `maxiter`, a larger hessian_perturbation, or method="direct".'
+            ways = ["dtype=torch.float64"] if self.dtype == torch.float32 else []
+            hint = advise(self.operator, *ways, "a larger `maxiter`", "a larger hessian_perturbation")
         warn_not_converged("cg", residual[rest], converged[rest], self.rtol, hint)
 
     def _indefinite(self, run: CGState, problem: Problem) -> str:
@@ -244,6 +245,7 @@ class CGInverse(InverseOperator):
         say = "" if known else " (not converged: λ may have to be larger)"
         need = f"hessian_perturbation must be > {-lowest:.3g} for cg here"
         met = f"{int(run.negative.sum())} of {len(run.negative)} right-hand sides met it and stopped"
+        direct = ' or "direct"' if direct_fits(self.operator) else ""
         hint = f"Try hessian_perturbation={1.5 * (abs(lowest) + error):.6g}, or"
-        hint += f' method="minres" or "direct". {self.operator.hint}'
+        hint += f' method="minres"{direct}. {self.operator.hint}'
         return f"{need}: the curvature has eigenvalue {lowest:.3g}{say}, and {met}. {hint}"

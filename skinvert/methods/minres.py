@@ -11,6 +11,7 @@ from .._progress import progress
 from .._scaling import norms
 from ..operators import LinearOperator, Shifted
 from ..results import InverseHvpResult
+from .advice import advise
 from .base import InverseOperator, Method, shifted, warn_not_converged
 from .krylov import (
     Problem,
@@ -130,7 +131,7 @@ class MINRESInverse(InverseOperator):
 
     def _hint(self, stagnated: bool) -> str:
         if not stagnated:
-            return 'Try a larger `maxiter`, a larger hessian_perturbation, or method="direct".'
+            return advise(self.operator, "a larger `maxiter`", "a larger hessian_perturbation")
         hint = "A + λI is singular with b outside its range, or rounding does not allow less."
         more = " or dtype=torch.float64" if self.dtype == torch.float32 else ""
         return f"{hint} Try a larger hessian_perturbation{more}."

@@ -17,6 +17,7 @@ from .._progress import progress
 from .._scaling import norms
 from .._validation import check_hessian_perturbation
 from ..operators import LinearOperator, Shifted
+from .advice import advise
 from .base import warn_not_converged
 from .krylov import Problem, check_finite, warn_of_lost
 from .spectrum import smallest_eigenvalue
@@ -265,5 +266,6 @@ def _warn(
     warn_of_lost("cg", lost, A.dtype)
     rest = ~negative & ~lost
     if len(sigma):
-        hint = 'Try a larger `maxiter` or `rtol`, dtype=torch.float64, or method="direct".'
+        wider = ["dtype=torch.float64"] if A.dtype == torch.float32 else []
+        hint = advise(A, "a larger `maxiter` or `rtol`", *wider)
         warn_not_converged("cg", residual[rest], converged[rest], rtol, hint)

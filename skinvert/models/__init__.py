@@ -1,6 +1,6 @@
 """Models that can be inverted: PyTorch modules, skorch nets, scikit-learn models, any ``TwiceDifferentiable``."""
 
-from .adapt import as_margin, as_model, describe, is_model, register_model
+from .adapt import as_margin, as_model, describe, fixed_at, is_model, register_model
 from .affine import Affine
 from .base import TwiceDifferentiable
 from .batches import labels_key, leading_length, map_tensors, row_axes, with_row_axis
@@ -26,6 +26,7 @@ __all__ = [
     "as_margin",
     "as_model",
     "describe",
+    "fixed_at",
     "is_model",
     "labels_key",
     "leading_length",

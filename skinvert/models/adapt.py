@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from sklearn.base import BaseEstimator, is_classifier
 from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
+from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
 from sklearn.pipeline import Pipeline, make_pipeline
 from torch import nn
 
@@ -23,7 +25,7 @@ from .sklearn import SklearnTwiceDifferentiable
 from .skorch import SkorchTwiceDifferentiable
 from .torch import TorchTwiceDifferentiable
 
-__all__ = ["as_margin", "as_model", "describe", "is_model", "register_model"]
+__all__ = ["as_margin", "as_model", "describe", "fixed_at", "is_model", "register_model"]
 
 ACCEPTED = "a torch.nn.Module, an initialised skorch net, a fitted scikit-learn model or a TwiceDifferentiable"
 
@@ -69,7 +71,7 @@ def is_model(value: Any) -> bool:
     return adapted or hasattr(value, "get_params") or _adapter_of(value) is not None
 
 
-def as_model(model: Any, loss: Any = None, weight_decay: float = 0.0) -> TwiceDifferentiable:
+def as_model(model: Any, loss: Any = None, weight_decay: Any = 0.0) -> TwiceDifferentiable:
     """Return ``model`` adapted; ``loss`` and ``weight_decay`` are for what does not bring its own."""
     model = _unwrap(model)
     if isinstance(model, TwiceDifferentiable):
@@ -86,11 +88,12 @@ def as_model(model: Any, loss: Any = None, weight_decay: float = 0.0) -> TwiceDi
     if isinstance(model, Pipeline):
         return _adapt_pipeline(model, loss, weight_decay)
     if isinstance(model, BaseEstimator):
+        _refuse_search(model)
         _refuse_own(model, loss, weight_decay)
         return SklearnTwiceDifferentiable(model)
     if isinstance(model, type):
         raise TypeError(must_be("model", ACCEPTED, f"the class {model.__name__}", "Try an instance of it."))
-    raise TypeError(must_be("model", ACCEPTED, type(model).__name__))
+    raise TypeError(must_be("model", ACCEPTED, f"a {type(model).__name__}", _way_to_a_model(model)))
 
 
 def as_margin(model: Any) -> TwiceDifferentiable:
@@ -116,6 +119,17 @@ def describe(model: TwiceDifferentiable) -> dict[str, Any]:
     return {"dtype": getattr(torch, np.asarray(first).dtype.name), "device": torch.device("cpu")}
 
 
+def fixed_at(model: TwiceDifferentiable, params: Any, dtype: Any, device: Any) -> Any:
+    """Return ``model`` at today's θ, of these parameters; ValueError for settings that a model of one's own lacks."""
+    if isinstance(model, TorchTwiceDifferentiable):
+        return model.at_point(params, dtype, device)
+    for name, value in (("params", params), ("dtype", dtype), ("device", device)):
+        if value is not None and value != "auto":
+            hint = "Its own θ says where and what it is. Subclass TorchTwiceDifferentiable for the choice."
+            raise ValueError(must_be(name, f"None for a {type(model).__name__}", repr(value), hint))
+    return model
+
+
 def _unwrap(model: Any) -> Any:
     while isinstance(model, SharedModel | FrozenEstimator):
         model = model.model if isinstance(model, SharedModel) else model.estimator
@@ -133,7 +147,24 @@ def _checked(adapted: Any, model: Any) -> TwiceDifferentiable:
     return adapted
 
 
-def _refuse_own(model: Any, loss: Any, weight_decay: float) -> None:
+def _refuse_search(model: Any) -> None:
+    # Searches of other kinds and libraries have it too, once they are fitted.
+    if isinstance(model, GridSearchCV | RandomizedSearchCV) or hasattr(model, "best_estimator_"):
+        got = f"a {type(model).__name__}, a search for one"
+        raise TypeError(must_be("model", ACCEPTED, got, "Try its `.best_estimator_`, once it is fitted."))
+
+
+def _way_to_a_model(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "A `state_dict` holds tensors alone: load it into its module."
+    if isinstance(value, str | bytes | Path):
+        return "Load it first."
+    if callable(value):
+        return "Wrap a function of inputs in a module; for another loss subclass TwiceDifferentiable."
+    return "Models of other types: `register_model`."
+
+
+def _refuse_own(model: Any, loss: Any, weight_decay: Any) -> None:
     if loss is not None or weight_decay:
         name = "loss" if loss is not None else "weight_decay"
         hint = f"A {type(model).__name__} brings its own: give it there."
@@ -146,7 +177,7 @@ def _is_skorch(value: Any) -> bool:
     return skorch is not None and isinstance(value, skorch.NeuralNet)
 
 
-def _adapt_skorch(net: Any, loss: Any, weight_decay: float) -> TwiceDifferentiable:
+def _adapt_skorch(net: Any, loss: Any, weight_decay: Any) -> TwiceDifferentiable:
     if loss is not None:
         hint = "A skorch net brings its criterion; for another loss, pass `net.module_`."
         raise ValueError(must_be("loss", "None for a skorch net", repr(loss), hint))
@@ -156,7 +187,7 @@ def _adapt_skorch(net: Any, loss: Any, weight_decay: float) -> TwiceDifferentiab
     return SkorchTwiceDifferentiable(net, weight_decay)
 
 
-def _adapt_pipeline(pipeline: Any, loss: Any, weight_decay: float) -> TwiceDifferentiable:
+def _adapt_pipeline(pipeline: Any, loss: Any, weight_decay: Any) -> TwiceDifferentiable:
     """Return the last step's model, which reads data through the steps before it."""
     adapted = as_model(pipeline.steps[-1][1], loss, weight_decay)
     if len(pipeline) == 1:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._autograd import ordinary, own_tensor
 from .._checksum import checksum
 from .._progress import progress as progress_bar
-from .._validation import check_number, must_be, resolve_device, resolve_dtype
+from .._validation import must_be, resolve_device, resolve_dtype
 from ..parameters import ParameterLayout, select_parameters
 from .base import TwiceDifferentiable
 from .batches import call, check_pair, map_tensors, split_labels
@@ -27,6 +27,7 @@ from .output_hessians import OutputHessian
 from .plain_functions import PlainFunctions
 from .second_derivative import check_second_derivative
 from .structural_copy import structural_copy
+from .weight_decay import decay_by_name
 
 __all__ = ["TorchTwiceDifferentiable"]
 
@@ -48,8 +49,9 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, ``"nll"``, ``"huber"``, ``"poisson_nll"``; a torch loss
         module with its own ``reduction``; a callable (output, target) that is a mean or a sum over rows. None only in
         a subclass that overrides ``per_sample_loss``.
-    weight_decay : float, default=0.0
-        μ ≥ 0 of ½ μ‖θ‖².
+    weight_decay : float or mapping of str to float, default=0.0
+        μ ≥ 0 of ½ μ‖θ‖²; or, as an optimiser's parameter groups have it, globs on parameter names and the μ of each:
+        ``{"*.weight": 1e-2}`` leaves all other parameters without.
 
     Examples
     --------
@@ -62,14 +64,15 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     """
 
     @ordinary
-    def __init__(self, model: nn.Module, loss: Any, weight_decay: float = 0.0) -> None:
+    def __init__(self, model: nn.Module, loss: Any, weight_decay: Any = 0.0) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(must_be("model", "a torch.nn.Module", type(model).__name__))
-        self.model, self.weight_decay = model, check_number(weight_decay, "weight_decay", low=0.0)
+        self.model, self.weight_decay = model, weight_decay
         # A model of labels may give its own loss: `learn_labels` says which it is.
         pending = loss is None and (self._own_loss() or gives_its_loss(model))
         self.loss: Loss | None = None if pending else as_loss(loss)
         self.module = structural_copy(model)
+        self._decay = decay_by_name(weight_decay, list(self.module.named_parameters(remove_duplicate=False)))
         self._verified = False
         # Which shapes of batches `curvature.rows` may differentiate all at once: what it found.
         self.batched_rows: dict[Any, bool] = {}
@@ -144,6 +147,10 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     ) -> torch.Tensor:
         """Return rows (d, m): the derivative of ``grad_xy`` (p,) along each row of ``v`` (d, p)."""
         variables = [backprop_on] if isinstance(backprop_on, torch.Tensor) else list(backprop_on)
+        v = torch.as_tensor(v, dtype=grad_xy.dtype, device=grad_xy.device)
+        if v.ndim != 2 or v.shape[1:] != grad_xy.shape:
+            hint = "One direction is one row: try `v.reshape(1, -1)`." if v.ndim == 1 else ""
+            raise ValueError(must_be("v", f"of shape (d, {grad_xy.numel()})", f"shape {tuple(v.shape)}", hint))
         rows = [
             _flat_grad(grad_xy, variables, direction, retain_graph=True)
             for direction in progress_bar(v, "Hessian-vector products", int(progress), len(v))
@@ -319,13 +326,16 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
 
     def penalty_diagonal(self) -> torch.Tensor | None:
         """Return the penalty's Hessian as a diagonal (p,), or None where there is no penalty."""
-        if not self.weight_decay:
+        decays = [self._decay[name] for name in self.layout.names]
+        if not any(decays):
             return None
-        return torch.full((self.num_params,), self.weight_decay, dtype=self.dtype, device=self.device)
+        sizes = torch.tensor(self.layout.sizes, device=self.device)
+        return torch.tensor(decays, dtype=self.dtype, device=self.device).repeat_interleave(sizes)
 
     def penalty_gradient(self) -> torch.Tensor:
         """Return the penalty's gradient (p,) at θ."""
-        return self.weight_decay * torch.cat([t.detach().reshape(-1) for t in self.theta])
+        decays = [self._decay[name] for name in self.layout.names]
+        return torch.cat([mu * t.detach().reshape(-1) for mu, t in zip(decays, self.theta, strict=True)])
 
     def output_hessian(self, outputs: torch.Tensor, batch: Any) -> OutputHessian | None:
         """Return ∇²_f sᵢ in closed form, or None."""

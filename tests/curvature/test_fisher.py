@@ -373,3 +373,18 @@ def test_a_get_loss_that_does_more_than_its_criterion(scale, quartic):
     else:
         with pytest.raises(ValueError, match="with more to it"):
             matrix(net, (X, y), None, "fisher", dtype="float64")
+
+
+@pytest.mark.parametrize("c", [1, 4])
+def test_the_empirical_fisher_of_mse_has_the_scale_that_the_readme_says(c):
+    # Residuals of variance c/2 in each output and of no correlation: then it is the Hessian, 2/c for each weight.
+    net = nn.Linear(1, c, bias=False).double()
+    X = torch.ones(2 * c, 1, dtype=torch.float64)
+    residuals = torch.cat([torch.eye(c), -torch.eye(c)]).double() * (c / 2 * c) ** 0.5
+    data = (X, (net(X) - residuals).detach())
+    empirical, hessian = (
+        HessianInverter("direct", 1.0, curvature=name, loss="mse").fit(net, data).curvature_.to_dense()
+        for name in ("empirical_fisher", "hessian")
+    )
+    torch.testing.assert_close(hessian, torch.eye(c).double() * 2 / c)
+    torch.testing.assert_close(empirical, hessian)

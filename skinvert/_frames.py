@@ -1,0 +1,71 @@
+"""Data frames: whose rows they are, whose columns, and right-hand sides that are no rows at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from sklearn.base import BaseEstimator, TransformerMixin
+
+from ._validation import must_be
+
+__all__ = ["RowTransformer", "check_columns", "has_columns", "refuse_parameters", "rows_of"]
+
+
+class RowTransformer(TransformerMixin, BaseEstimator):
+    """A transformer whose output belongs to the rows of a part of its input, ``(X, y)`` say.
+
+    scikit-learn's ``set_output`` gives an output frame the index of the input where that is a frame: ``transform`` here
+    is wrapped by it as if the rows alone had been the input.
+    """
+
+    def transform(self, rows: Any, output: Any) -> Any:
+        """Return ``output``, in a container where one is set, with the index of ``rows``."""
+        return output
+
+
+def rows_of(data: Any) -> Any:
+    """Return the part of ``(X, y)`` or of a mapping that has the rows' index, or ``data``."""
+    parts: Iterable[Any] = data.values() if isinstance(data, Mapping) else data if isinstance(data, tuple) else ()
+    found = (rows_of(part) for part in parts)
+    return next((part for part in found if hasattr(part, "index") and hasattr(part, "iloc")), data)
+
+
+def has_columns(b: Any) -> bool:
+    """Return whether ``b`` is a frame whose columns have names."""
+    columns = getattr(b, "columns", ())
+    return len(columns) > 0 and all(isinstance(name, str) for name in columns)
+
+
+def check_columns(b: Any, names: Sequence[str]) -> None:
+    """Raise where ``b`` is a frame whose named columns are not ``names`` in their order; their number is told apart."""
+    if not has_columns(b) or len(b.columns) != len(names):
+        return
+    columns = list(b.columns)
+    for place, (column, name) in enumerate(zip(columns, names, strict=True)):
+        if column != name:
+            order = ", in this order" if set(columns) == set(names) else ""
+            hint = "Try `b[list(inverter.get_feature_names_out())]`, or `b.to_numpy()` to go by position."
+            must = f"`get_feature_names_out()`{order}"
+            raise ValueError(must_be("The columns of b", must, f"{column!r} for {name!r} at {place}", hint))
+
+
+def refuse_parameters(b: Any) -> None:
+    """Raise for a gradient parameter by parameter, as ``torch.autograd.grad`` returns it, in place of rows (k, p)."""
+    if scipy.sparse.issparse(b):
+        # Told apart later; by keys, it is a mapping too.
+        return
+    parts = list(b.values()) if isinstance(b, Mapping) else b
+    listed = isinstance(parts, list | tuple) and any(isinstance(part, torch.Tensor | np.ndarray) for part in parts)
+    if isinstance(b, Mapping | Iterator | ValuesView | torch.nn.Module) or (listed and not _is_matrix(parts)):
+        got = f"a {type(b).__name__}" + (f" of {len(parts)}" if hasattr(parts, "__len__") else "")
+        hint = "Try `inverter.flatten(...)` of a gradient by parameters, `torch.stack(...)` of whole rows (p,)."
+        raise TypeError(must_be("b", "an array or tensor of shape (k, p)", got, hint))
+
+
+def _is_matrix(parts: Sequence[Any]) -> bool:
+    """Return whether the parts are arrays (p,) of one length, which scikit-learn takes for rows."""
+    return all(isinstance(part, np.ndarray) and part.ndim == 1 and part.shape == parts[0].shape for part in parts)

@@ -1,0 +1,199 @@
+"""Data frames: rows keep their index, columns their names, and a frame in another order is refused."""
+
+import numpy as np
+import pytest
+import sklearn
+import torch
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from torch import nn
+
+from skinvert import (
+    HessianInverter,
+    HessianInverterCV,
+    PerSampleGradient,
+    TorchTwiceDifferentiable,
+    make_quadratic_scorer,
+    solve_hvp,
+)
+
+pd = pytest.importorskip("pandas")
+
+
+def split(n=40):
+    """Rows whose index is in no order, and a model of them."""
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(rng.normal(size=(n, 2)), columns=["a", "b"])
+    labels = pd.Series(rng.integers(0, 2, n))
+    X, _, y, _ = train_test_split(frame, labels, random_state=0)
+    return LogisticRegression().fit(X, y), X, y
+
+
+def network():
+    torch.manual_seed(0)
+    X, y = torch.randn(20, 3), torch.randint(0, 2, (20,))
+    return nn.Linear(3, 2), X, y
+
+
+def fitted():
+    net, X, y = network()
+    return HessianInverter("direct", 0.1, loss="cross_entropy").fit(net, (X, y))
+
+
+def gradients(inverter, k=3):
+    """Rows as a frame with the parameters' names, and as an array."""
+    array = np.random.default_rng(1).standard_normal((k, inverter.n_features_in_))
+    return pd.DataFrame(array, columns=inverter.get_feature_names_out(), index=list("xyz")[:k]), array
+
+
+# -- the index -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["fit_transform", "a pair", "two arguments", "clone", "global"])
+def test_gradients_have_the_index_of_their_rows(call):
+    clf, X, y = split()
+    plain = PerSampleGradient(clf).fit_transform(X, y)
+    transformer = PerSampleGradient(clf)
+    if call == "global":
+        with sklearn.config_context(transform_output="pandas"):
+            received = transformer.fit(X, y).transform((X, y))
+    else:
+        transformer.set_output(transform="pandas")
+        received = {
+            "fit_transform": lambda: transformer.fit_transform(X, y),
+            "a pair": lambda: transformer.fit(X, y).transform((X, y)),
+            "two arguments": lambda: transformer.fit(X, y).transform(X, y),
+            "clone": lambda: clone(transformer).fit(X, y).transform((X, y)),
+        }[call]()
+    pd.testing.assert_index_equal(received.index, X.index)
+    assert list(received.columns) == list(transformer.fit(X, y).get_feature_names_out())
+    np.testing.assert_array_equal(received.to_numpy(), plain)
+
+
+def test_a_mapping_of_frames_has_their_index():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 2).double()
+
+        def forward(self, left):
+            return self.linear(left)
+
+    _, X, y = split()
+    transformer = PerSampleGradient(Sum(), loss="cross_entropy").set_output(transform="pandas")
+    received = transformer.fit({"left": X}, y).transform(({"left": X}, y))
+    pd.testing.assert_index_equal(received.index, X.index)
+
+
+def test_without_a_container_arrays_stay_arrays():
+    clf, X, y = split()
+    assert isinstance(PerSampleGradient(clf).fit(X, y).transform((X, y)), np.ndarray)
+
+
+def test_arrays_get_a_plain_index():
+    net, X, y = network()
+    for rows in ((X, y), (X.numpy(), y.numpy())):
+        transformer = PerSampleGradient(net, loss="cross_entropy").set_output(transform="pandas")
+        assert list(transformer.fit(*rows).transform(rows).index) == list(range(20))
+
+
+def test_polars():
+    polars = pytest.importorskip("polars")
+    clf, X, y = split()
+    received = PerSampleGradient(clf).set_output(transform="polars").fit_transform(X, y)
+    assert isinstance(received, polars.DataFrame)
+
+
+def test_a_pipeline_of_frames():
+    clf, X, y = split()
+    pipe = make_pipeline(PerSampleGradient(clf), HessianInverter("direct", 0.1)).set_output(transform="pandas")
+    received = pipe.fit(X, y).transform((X, y))
+    pd.testing.assert_index_equal(received.index, X.index)
+    assert list(pipe[-1].feature_names_in_) == list(received.columns) == ["coef[0,0]", "coef[0,1]", "intercept[0]"]
+
+
+def test_solutions_have_the_index_of_their_right_hand_sides():
+    inverter = fitted().set_output(transform="pandas")
+    frame, array = gradients(inverter)
+    received = inverter.transform(frame)
+    pd.testing.assert_index_equal(received.index, frame.index)
+    np.testing.assert_array_equal(received.to_numpy(), fitted().transform(array))
+
+
+# -- the columns ---------------------------------------------------------------------------------------------------
+
+FACES = {
+    "transform": lambda inverter, b: inverter.transform(b),
+    "solve": lambda inverter, b: inverter.solve(b).x,
+    "path": lambda inverter, b: inverter.path(b, [0.1]),
+    "inverse_transform": lambda inverter, b: inverter.inverse_transform(b),
+    "residual": lambda inverter, b: inverter.residual(b, np.ones((3, inverter.n_features_in_))),
+    "unflatten": lambda inverter, b: inverter.unflatten(b)["weight"],
+    "scorer": lambda inverter, b: make_quadratic_scorer(b)(inverter, network()[1:]),
+}
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_columns_of_the_parameters_are_silent_and_others_refused(face):
+    inverter = fitted()
+    frame, array = gradients(inverter)
+    np.testing.assert_array_equal(FACES[face](inverter, frame), FACES[face](inverter, array))
+    with pytest.raises(ValueError, match=r"get_feature_names_out\(\)`, in this order. Got 'bias\[1\]' for 'weight"):
+        FACES[face](inverter, frame[frame.columns[::-1]])
+    with pytest.raises(ValueError, match="Got 'g0' for"):
+        FACES[face](inverter, frame.set_axis([f"g{i}" for i in range(array.shape[1])], axis=1))
+
+
+def test_columns_without_names_go_by_position():
+    inverter = fitted()
+    frame, array = gradients(inverter)
+    received = inverter.transform(frame.set_axis(range(array.shape[1]), axis=1))
+    np.testing.assert_array_equal(received, inverter.transform(array))
+
+
+def test_too_few_columns_are_told_by_their_number():
+    inverter = fitted()
+    with pytest.raises(ValueError, match="8 features"):
+        inverter.transform(gradients(inverter)[0].iloc[:, :3])
+
+
+def test_the_functional_face_compares_columns_too():
+    net, X, y = network()
+    inverter = fitted()
+    frame, array = gradients(inverter)
+    model = TorchTwiceDifferentiable(net, "cross_entropy")
+    received = solve_hvp("direct", model, (X, y), frame, hessian_perturbation=0.1).x
+    np.testing.assert_allclose(received, inverter.transform(array), rtol=1e-5)
+    with pytest.raises(ValueError, match="in this order"):
+        solve_hvp("direct", model, (X, y), frame[frame.columns[::-1]], hessian_perturbation=0.1)
+
+
+def test_frames_that_we_made_are_taken_back_without_a_warning():
+    clf, X, y = split()
+    rows = PerSampleGradient(clf).set_output(transform="pandas").fit_transform(X, y)
+    inverter = HessianInverter("direct", 0.1).set_output(transform="pandas").fit(clf, (X, y))
+    b = inverter.inverse_transform(inverter.transform(rows))
+    np.testing.assert_allclose(b, rows.to_numpy(), atol=1e-12)
+    # Of plain rows without names of their own.
+    plain = HessianInverter("direct", 0.1).set_output(transform="pandas").fit(X.to_numpy())
+    np.testing.assert_allclose(plain.inverse_transform(plain.transform(X.to_numpy())), X.to_numpy(), atol=1e-12)
+
+
+def test_plain_rows_follow_scikit_learn():
+    _, X, _ = split()
+    inverter = HessianInverter("direct", 0.1).fit(X)
+    assert list(inverter.feature_names_in_) == list(inverter.get_feature_names_out()) == ["a", "b"]
+    with pytest.raises(ValueError, match="same order"):
+        inverter.transform(X[["b", "a"]])
+    with pytest.warns(UserWarning, match="does not have valid feature names"):
+        inverter.transform(X.to_numpy())
+    assert not hasattr(inverter.fit(X.to_numpy()), "feature_names_in_")
+
+
+def test_cross_validation_over_a_frame_scores_a_frame():
+    _, X, _ = split()
+    chosen = HessianInverterCV([0.1, 1.0], scoring=make_quadratic_scorer(X[:3])).fit(X)
+    expected = HessianInverterCV([0.1, 1.0], scoring=make_quadratic_scorer(X[:3].to_numpy())).fit(X.to_numpy())
+    np.testing.assert_array_equal(chosen.cv_results_["mean_test_score"], expected.cv_results_["mean_test_score"])
