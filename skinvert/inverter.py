@@ -63,7 +63,8 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         inputs, go to the last one: ``pipe[-1].transform(b)``.
     loss : str, torch loss module or callable, default=None
         The loss of a bare module: ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, ``"nll"``, ``"huber"``,
-        ``"poisson_nll"``, a torch loss module, or a callable (output, target) that is a mean or a sum over rows.
+        ``"poisson_nll"``, a torch loss module, or a callable (output, target) that is a mean or a sum over rows, or
+        one value per row.
     weight_decay : float, default=0.0
         μ in ½ μ‖θ‖² of the training objective: part of H, not of λ.
     params : str or list of str, default=None
