@@ -202,17 +202,17 @@ class ModuleLoss(Loss):
 
     def _check_weights(self, output: torch.Tensor) -> None:
         """Raise for class weights of another number, and for weights that belong to the rows of one batch."""
-        weight = getattr(self.module, "weight", None)
-        if weight is None or not isinstance(weight, torch.Tensor):
-            return
-        if isinstance(self.module, _CLASS_LOSSES):
-            if output.ndim > 1 and len(weight) != output.shape[1]:
-                must = f"one for each of {output.shape[1]} classes"
-                raise ValueError(must_be("The loss's weight", must, f"shape {tuple(weight.shape)}"))
-        elif weight.ndim >= output.ndim and weight.shape[weight.ndim - output.ndim] != 1:
-            must, hint = "the same for every row", "Weights of the rows belong in `sample_weight`."
+        for name in ("weight", "pos_weight"):
+            weight = getattr(self.module, name, None)
+            if not isinstance(weight, torch.Tensor):
+                continue
             got = f"shape {tuple(weight.shape)} against outputs of shape {tuple(output.shape)}"
-            raise ValueError(must_be("The loss's weight", must, got, hint))
+            if isinstance(self.module, _CLASS_LOSSES):
+                if output.ndim > 1 and len(weight) != output.shape[1]:
+                    raise ValueError(must_be(f"The loss's {name}", f"one for each of {output.shape[1]} classes", got))
+            elif weight.ndim >= output.ndim and weight.shape[weight.ndim - output.ndim] != 1:
+                hint = "Weights of the rows belong in `sample_weight`."
+                raise ValueError(must_be(f"The loss's {name}", "the same for every row", got, hint))
 
     def _check_float_targets(self, output: torch.Tensor, target: torch.Tensor) -> None:
         if isinstance(self.module, nn.CrossEntropyLoss) and target.ndim < 2:

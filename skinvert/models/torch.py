@@ -47,8 +47,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         A trained model.
     loss : str, torch loss module, callable or None
         ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, ``"nll"``, ``"huber"``, ``"poisson_nll"``; a torch loss
-        module with its own ``reduction``; a callable (output, target) that is a mean or a sum over rows. None only in
-        a subclass that overrides ``per_sample_loss``.
+        module with its own ``reduction``; a callable (output, target): a mean or a sum over rows, or one value per
+        row. None only in a subclass that overrides ``per_sample_loss``.
     weight_decay : float or mapping of str to float, default=0.0
         μ ≥ 0 of ½ μ‖θ‖²; or, as an optimiser's parameter groups have it, globs on parameter names and the μ of each:
         ``{"*.weight": 1e-2}`` leaves all other parameters without.

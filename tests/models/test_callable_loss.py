@@ -236,3 +236,17 @@ def test_tiny_losses_are_classified():
             loss = CallableLoss(scaled)
             loss.verify(f, y)
             assert loss.kind == kind
+
+
+@pytest.mark.parametrize("reduce", [lambda v: v, lambda v: v.sum(1), lambda v: v.sum(1).mean(), torch.sum])
+def test_gradients_of_other_rows_than_the_fitted_ones(reduce):
+    net, X = network(2), inputs()
+    y = X[:, :2] ** 2
+    rows = PerSampleGradient(net, loss=lambda f, y: reduce((f - y) ** 4), batch_size=7).fit(X, y)
+    received = rows.transform((X[:3], y[:3]))
+    # All elements are averaged, rows are.
+    scale = 0.5 if reduce(torch.zeros(3, 2)).ndim == 2 else 1.0
+    for i in range(3):
+        value = scale * ((net(X[i]) - y[i]) ** 4).sum()
+        expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, list(net.parameters()))])
+        assert torch.allclose(received[i], expected, rtol=1e-12)

@@ -122,6 +122,7 @@ def test_classes_in_the_last_dimension():
     [
         (nn.CrossEntropyLoss(weight=torch.ones(5)), torch.tensor([0, 1]), "one for each of 3 classes"),
         (nn.BCEWithLogitsLoss(weight=torch.ones(2, 1)), torch.zeros(2, 3), "sample_weight"),
+        (nn.BCEWithLogitsLoss(pos_weight=torch.ones(2, 3)), torch.zeros(2, 3), "pos_weight.*the same for every row"),
         (nn.GaussianNLLLoss(), torch.zeros(2, 3), "GaussianNLLLoss.*callable"),
         (nn.CTCLoss(), torch.zeros(2, 3), "CTCLoss"),
     ],
@@ -173,3 +174,9 @@ def test_the_margin_of_unsigned_labels(dtype):
         margin.check(f, target.to(dtype))
         expected = (2 * y - 1) * (f[:, 0] if c == 1 else f[:, 1] - f[:, 0])
         assert torch.allclose(margin.per_sample(f, target.to(dtype)), expected)
+
+
+def test_weights_of_flat_outputs_are_of_rows():
+    loss, net = nn.BCEWithLogitsLoss(pos_weight=torch.ones(4)), nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)).double()
+    with pytest.raises(ValueError, match="the same for every row"):
+        HessianInverter("direct", 1.0, loss=loss).fit(net, (torch.randn(4, 3).double(), torch.ones(4).double()))
