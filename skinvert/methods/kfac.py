@@ -31,7 +31,7 @@ class KFAC(Method):
     Served are Linear (on any number of axes), convolutions of one to three axes and their transposes, Embedding, the
     ``Conv1D`` of transformers, and MultiheadAttention as its four projections. Each group of a grouped convolution is a
     block of its own; a layer that is called several times sees the rows of all its calls; one that sees the same for
-    every sample (positions) counts once a sample. The scale and shift of norms (torch's own, BatchNorm in eval mode, and
+    every sample (positions) counts once a sample. Scale and shift of norms (torch's own, BatchNorm in eval mode, and
     modules named ...Norm with one weight an entry) have the curvature's exact diagonal. In every chunk of the data the
     factors' product is held against the derivative by the weights themselves.
 
