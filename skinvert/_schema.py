@@ -31,7 +31,8 @@ def check_fields(owner: str, fields: Mapping[str, str], state: Mapping[str, Any]
         ``"names"`` (strings), ``"array"`` (1-d, floating), ``"plain"`` (these in lists, tuples and dicts),
         ``"tensor[p,p]"`` (floating), ``"index[p]"`` (int64) and ``"mask[p]"`` (bool), whose letters stand for one
         length each, the name of a class of ours, ``"list[Name]"`` of such. Alternatives are separated by ``|``;
-        ``None`` is one.
+        ``None`` is one, and
+        ``missing`` lets the attribute be left out.
     state : mapping
         The attributes.
     optional : frozenset of str
@@ -47,6 +48,7 @@ def check_fields(owner: str, fields: Mapping[str, str], state: Mapping[str, Any]
     """
     if extra := sorted(set(state) - set(fields), key=str):
         raise ValueError(must_be(f"A {owner}", f"one of {sorted(fields)} alone", f"also {extra}"))
+    optional = optional | {name for name, words in fields.items() if "missing" in words.split("|")}
     if missing := sorted(set(fields) - set(state) - optional):
         raise ValueError(must_be(f"A {owner}", f"one with {sorted(fields)}", f"one without {missing}"))
     bound: dict[str, Any] = {}

@@ -13,6 +13,7 @@ import torch
 
 __all__ = [
     "check_choice",
+    "check_fits",
     "check_hessian_perturbation",
     "check_number",
     "check_rows",
@@ -55,6 +56,14 @@ def check_number(
 def check_hessian_perturbation(value: Any, owner: str = "") -> float:
     """Return λ as a float: a finite number of at least 0."""
     return check_number(value, "hessian_perturbation", owner=owner, low=0.0)
+
+
+def check_fits(hessian_perturbation: float, dtype: torch.dtype) -> None:
+    """Raise where λ is beyond the largest number of the dtype that it is added in."""
+    most = torch.finfo(dtype).max
+    if hessian_perturbation > most:
+        hint = "Try dtype=torch.float64." if dtype == torch.float32 else ""
+        raise ValueError(must_be("hessian_perturbation", f"at most {most:.3g} in {dtype}", hessian_perturbation, hint))
 
 
 def check_choice(value: Any, name: str, choices: Iterable[Any], hint: str = "") -> Any:

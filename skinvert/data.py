@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    default_collate,
-)
 
+from ._autograd import own_tensor
+from ._checksum import checksum
 from ._memory import working_memory
 from ._validation import check_sample_weight, must_be, to_plain_array
-from .models import leading_length, map_tensors
+from .models import TorchTwiceDifferentiable, labels_key, leading_length, map_tensors
+from .sources import is_numbers, source_of
 
 __all__ = ["Batches", "as_batches"]
-
-ACCEPTED = (
-    "an (X, y) tuple, a map-style Dataset, a DataLoader, a skorch SliceDict or SliceDataset with y, "
-    "or a re-iterable of batches"
-)
 
 
 @dataclass
@@ -104,161 +94,122 @@ def as_batches(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    model: Any = None,
     batch_size: int | None = None,
     sample_weight: Any = None,
     needs_row_order: bool = False,
 ) -> Batches:
-    """Return ``data``, in any accepted form, as ``Batches``; collated once and kept where it fits the memory."""
-    source = _source(data, batch_size, needs_row_order or sample_weight is not None)
-    batches = Batches(source, dtype, device)
+    """Return ``data``, in any accepted form, as ``Batches``; collated once and kept where it fits the memory.
+
+    What is kept is a copy, which later changes of the user's arrays do not reach; what is not is held against the
+    checksums of the first pass. A torch ``model`` says how its batches are read as pairs (inputs, targets).
+    """
+    source = source_of(data, batch_size, needs_row_order or sample_weight is not None)
+    batches = Batches(_SameEveryPass(source, dtype, device), dtype, device)
     _collect(batches)
     if not batches.n_samples:
         raise ValueError(must_be("data", "one with at least one row", "0 samples: minimum of 1 is required"))
     batches.sample_weight = check_sample_weight(sample_weight, batches.n_samples)
+    if isinstance(model, TorchTwiceDifferentiable):
+        model.learn_labels(batches.raw)
+        batches.source = _Paired(batches.source, model)
+        batches.kept = None if batches.kept is None else [model.pair(batch) for batch in batches.kept]
     return batches
 
 
 def _collect(batches: Batches) -> None:
-    """Count the rows, check them, and keep the batches while they fit the working memory."""
+    """Count the rows, check them, and keep copies of the batches while they fit the working memory."""
     kept: list[Any] | None = []
     size = 0
     for batch in batches.raw():
         batches.n_samples += leading_length(batch)
         size += _nbytes(batch)
         map_tensors(_check_finite, batch)
-        kept = [*kept, batch] if kept is not None and size <= working_memory() else None
+        kept = [*kept, map_tensors(torch.clone, batch)] if kept is not None and size <= working_memory() else None
     batches.kept = kept
 
 
-def _source(data: Any, batch_size: int | None, needs_row_order: bool) -> Callable[[], Iterable[Any]]:
-    if isinstance(data, tuple):
-        return _arrays(data, batch_size)
-    if isinstance(data, DataLoader):
-        return _loader(data, batch_size, needs_row_order)
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        rows: Any = data
-        return _rebatched(data, range(len(rows)), batch_size or 1024, default_collate)
-    if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
-        raise TypeError(must_be("data", ACCEPTED, type(data).__name__, "Labels belong in it: try `(X, y)`."))
-    if isinstance(data, np.ndarray | torch.Tensor):
-        raise TypeError(must_be("data", ACCEPTED, f"an array of shape {tuple(data.shape)}", "Try `(X, y)`."))
-    if iter(data) is data:
-        hint = "It yields its batches only once, and a solve reads them many times. Try `list(...)`."
-        raise TypeError(must_be("data", ACCEPTED, f"a {type(data).__name__}", hint))
-    return _Reiterable(data)
+@dataclass
+class _SameEveryPass:
+    """Raw batches as tensors, each pass held against the first one's checksums."""
+
+    source: Callable[[], Iterable[Any]]
+    dtype: torch.dtype
+    device: torch.device
+    seen: list[Any] | None = field(default=None, repr=False)
+
+    def __call__(self) -> Iterator[Any]:
+        """Yield the batches; ValueError where they are not those of the first pass."""
+        first = self.seen is None
+        known = [] if self.seen is None else self.seen
+        count = -1
+        for count, raw in enumerate(self.source()):
+            batch = _to_tensors(raw, self.dtype, self.device)
+            found = _checksums(batch)
+            if first:
+                known.append(found)
+            elif count >= len(known) or found != known[count]:
+                raise ValueError(_differs(f"another batch {count}"))
+            yield batch
+        if not first and count + 1 < len(known):
+            raise ValueError(_differs(f"{count + 1} batches after {len(known)}"))
+        self.seen = known
 
 
 @dataclass
-class _Reiterable:
-    """Batches as the user's own iterable yields them."""
+class _Paired:
+    """Raw batches as the pairs that a model reads in them."""
 
-    data: Iterable[Any]
+    source: Callable[[], Iterable[Any]]
+    model: TorchTwiceDifferentiable
 
-    def __call__(self) -> Iterable[Any]:
-        return iter(self.data)
-
-
-@dataclass
-class _Rebatched:
-    """Rows of a map-style data set, collated in the given order."""
-
-    dataset: Any
-    batches: Any
-    collate: Callable[[list[Any]], Any]
-    workers: int = 0
-
-    def __call__(self) -> Iterable[Any]:
-        return iter(
-            DataLoader(self.dataset, batch_sampler=self.batches, collate_fn=self.collate, num_workers=self.workers)
-        )
+    def __call__(self) -> Iterator[Any]:
+        return (self.model.pair(batch) for batch in self.source())
 
 
-def _rebatched(
-    dataset: Any, indices: Sequence[int], size: int, collate: Callable[[list[Any]], Any], workers: int = 0
-) -> _Rebatched:
-    if len(indices) == 0:
-        raise ValueError(must_be("data", "one with at least one row", "an empty data set: 0 samples"))
-    return _Rebatched(dataset, [indices[i : i + size] for i in range(0, len(indices), size)], collate, workers)
+def _differs(got: str) -> str:
+    must = "the same data in every pass: a solve reads them many times"
+    hint = (
+        "They differ between passes: random augmentation, shuffling, or arrays changed since fit? Make them "
+        "deterministic, or materialise them once: `list(loader)`, or `sklearn.set_config(working_memory=...)`."
+    )
+    return must_be("The data", must, got, hint)
 
 
-def _loader(loader: Any, batch_size: int | None, needs_row_order: bool) -> Callable[[], Iterable[Any]]:
-    """Read a map-style loader in data set order, whatever it shuffles or drops."""
-    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
-        return _Reiterable(loader)
-    plain = type(loader.sampler) in (SequentialSampler, RandomSampler) and loader.batch_size is not None
-    if not plain and needs_row_order:
-        hint = "Its rows cannot be told apart from their order. Try `torch.utils.data.Subset` with a plain DataLoader."
-        raise ValueError(
-            must_be("A DataLoader here", "one without its own sampler", type(loader.sampler).__name__, hint)
-        )
-    if loader.batch_size is None:
-        # Drawn once, so that every pass sees the same rows.
-        return _Rebatched(loader.dataset, list(loader.batch_sampler), loader.collate_fn, loader.num_workers)
-    indices = range(len(loader.dataset)) if plain else list(loader.sampler)
-    return _rebatched(loader.dataset, indices, batch_size or loader.batch_size, loader.collate_fn, loader.num_workers)
-
-
-@dataclass
-class _Arrays:
-    """Slices of arrays that were converted once."""
-
-    inputs: Any
-    targets: Any
-    size: int
-
-    def __call__(self) -> Iterable[Any]:
-        for start in range(0, len(self.targets), self.size):
-            rows = slice(start, start + self.size)
-            yield map_tensors(lambda tensor, rows=rows: tensor[rows], (self.inputs, self.targets))
-
-
-def _arrays(data: tuple[Any, ...], batch_size: int | None) -> _Arrays:
-    if len(data) != 2 or data[1] is None:
-        raise ValueError(must_be("data as a tuple", "(X, y)", f"{len(data)} entries, y {type(data[-1]).__name__}"))
-    inputs, targets = _whole(data[0], "X"), _whole(data[1], "y")
-    if targets.ndim == 0:
-        raise ValueError(must_be("y", "an array of one target per row", "a scalar"))
-    lengths: list[int] = []
-    map_tensors(lambda tensor: lengths.append(len(tensor)), inputs)
-    if set(lengths) != {len(targets)}:
-        raise ValueError(
-            must_be("X and y", "of the same length", f"inconsistent numbers of samples: {lengths}, {len(targets)}")
-        )
-    return _Arrays(inputs, targets, batch_size or 1024)
-
-
-def _whole(value: Any, name: str) -> Any:
-    """Return a tensor, or a mapping of tensors, of everything in ``value``."""
-    if isinstance(value, torch.Tensor):
-        if value.layout != torch.strided or value.is_complex():
-            raise TypeError(must_be(name, "dense and real", f"{value.layout}, {value.dtype}"))
-        return value.detach()
-    if isinstance(value, Mapping):
-        return {key: _whole(part, f"{name}[{key!r}]") for key, part in value.items()}
-    if isinstance(value, Dataset) or (type(value).__module__.startswith("skorch") and isinstance(value, Sequence)):
-        rows: Any = value
-        return default_collate([rows[i] for i in range(len(rows))])
-    if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
-        return torch.stack(value)
-    # A copy: torch would write into a read-only memory map.
-    return torch.from_numpy(np.array(to_plain_array(value, name), copy=True))
+def _checksums(batch: Any) -> list[Any]:
+    found: list[Any] = []
+    map_tensors(lambda tensor: found.append(checksum(tensor)), batch)
+    return found
 
 
 def _to_tensors(batch: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return ``batch`` on the device: floats in ``dtype``, integers as they are, short ones widened."""
-    if isinstance(batch, np.ndarray):
-        batch = torch.from_numpy(np.array(to_plain_array(batch, "A batch"), copy=True))
-    if isinstance(batch, torch.Tensor):
-        if batch.is_complex() or batch.layout != torch.strided:
-            raise TypeError(must_be("data", "dense and real", f"{batch.layout}, {batch.dtype}"))
-        if batch.dtype in (torch.int8, torch.int16, torch.int32):
-            batch = batch.long()
-        return batch.detach().to(device, dtype if batch.is_floating_point() else None)
+    """Return a batch on the device; the targets of a pair or a labelled mapping are never short integers."""
     if isinstance(batch, Mapping):
-        return {key: _to_tensors(value, dtype, device) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return tuple(_to_tensors(value, dtype, device) for value in batch)
-    return batch
+        label = labels_key(batch)
+        return {key: _tensor(value, dtype, device, key == label) for key, value in batch.items()}
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return (_tensor(batch[0], dtype, device), _tensor(batch[1], dtype, device, True))
+    return _tensor(batch, dtype, device)
+
+
+def _tensor(value: Any, dtype: torch.dtype, device: torch.device, target: bool = False) -> Any:
+    """Return a part of a batch: floats in ``dtype``, short integers widened, but the bytes of inputs as they are."""
+    if isinstance(value, np.ndarray | np.generic) or is_numbers(value):
+        value = torch.from_numpy(np.array(to_plain_array(value, "A batch"), copy=True))
+    if isinstance(value, torch.Tensor):
+        if value.is_complex() or value.layout != torch.strided:
+            hint = "Try `.to_dense()` in the collate_fn." if value.layout != torch.strided else ""
+            raise TypeError(must_be("data", "dense and real", f"{value.layout}, {value.dtype}", hint))
+        wide = value.is_floating_point() or value.dtype in (torch.bool, torch.int64)
+        if not wide and (target or value.dtype != torch.uint8):
+            value = value.long()
+        return own_tensor(value.detach()).to(device, dtype if value.is_floating_point() else None)
+    if isinstance(value, Mapping):
+        return {key: _tensor(part, dtype, device, target) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        parts = [_tensor(part, dtype, device, target) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
 
 
 def _merged(parts: list[Any]) -> list[Any]:
@@ -271,12 +222,13 @@ def _merged(parts: list[Any]) -> list[Any]:
 
 def _joined(parts: list[Any]) -> Any:
     first = parts[0]
-    if isinstance(first, torch.Tensor):
+    if isinstance(first, torch.Tensor) and first.ndim:
         return torch.cat(parts)
     if isinstance(first, Mapping):
         return {key: _joined([part[key] for part in parts]) for key in first}
     if isinstance(first, tuple | list):
-        return type(first)(_joined(list(values)) for values in zip(*parts, strict=True))
+        joined = [_joined(list(values)) for values in zip(*parts, strict=True)]
+        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
     raise ValueError(must_be("A joined batch", "of tensors", type(first).__name__))
 
 

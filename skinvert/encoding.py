@@ -13,7 +13,7 @@ import torch
 from sklearn.base import BaseEstimator
 
 from ._schema import check_fields
-from ._state import Packed, TensorState, pack
+from ._state import Packed, TensorState, pack, unpack
 from ._validation import must_be
 from .parameters import ParameterLayout
 
@@ -132,6 +132,8 @@ class Writer:
             # What is rebuilt when needed stands as None in a pickle, and not at all in a file.
             transient = getattr(value, "_transient", ())
             state = {name: part for name, part in value.__getstate__().items() if name not in transient}
+            fields: Any = _fields_of(type(value))
+            check_fields(type(value).__name__, fields, unpack(state), frozenset())
             entry[1] = self.encode(state, f"{where}.{type(value).__name__}")
         return ["object", self._seen[key]]
 

@@ -14,10 +14,13 @@ from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, 
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from ._autograd import ordinary
 from ._rows import Rows
 from ._scaling import times_powers
 from ._state import pack, unpack
 from ._validation import (
+    check_choice,
+    check_fits,
     check_hessian_perturbation,
     check_number,
     check_sample_weight,
@@ -29,7 +32,7 @@ from .answers import OPTIONAL, answer, check_answer, file_fields
 from .block_operators import BlockDiagonal
 from .curvature import Gram, build_blocks, build_curvature, curvature_name, held_out_curvature, seeded_curvature
 from .data import as_batches
-from .methods.base import Method, relative_residual
+from .methods.base import InverseOperator, Method, relative_residual
 from .methods.blocks import invert_blocks
 from .methods.spectrum import has_spectrum, spectrum
 from .models import TorchTwiceDifferentiable, as_model, describe, is_model
@@ -39,6 +42,7 @@ from .persistence import left_out, load_state, refusing_damage, require_present,
 from .registry import InversionRegistry, check_requirements, is_method
 from .results import InverseHvpResult, InversionMethod, Spectrum
 from .scores import HeldOut, quadratic_score
+from .sources import Samples
 
 __all__ = ["HessianInverter", "load"]
 
@@ -65,9 +69,11 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         inputs, go to the last one: ``pipe[-1].transform(b)``.
     loss : str, torch loss module or callable, default=None
         The loss of a bare module: ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, ``"nll"``, ``"huber"``,
-        ``"poisson_nll"``, a torch loss module, or a callable (output, target) that is a mean or a sum over rows.
+        ``"poisson_nll"``, a torch loss module, or a callable (output, target) that is a mean or a sum over rows. None
+        for a model that is given ``labels`` and returns its own ``loss`` beside ``logits``, as Hugging Face's are.
     weight_decay : float, default=0.0
-        μ in ½ μ‖θ‖² of the training objective: part of H, not of λ.
+        μ in ½ μ‖θ‖² of the training objective: part of H, not of λ. Where it is 0, a skorch net's optimiser gives its
+        own if that is such a penalty; a decoupled one (AdamW) is warned of and left out.
     params : str or list of str, default=None
         Globs on parameter names; None selects all that require a gradient.
     blocks : {"layer", "parameter"} or mapping of str to globs, default=None
@@ -81,6 +87,9 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         float32 or float64; None is the model's own.
     random_state : int, RandomState or None, default=None
         For stochastic methods and curvatures.
+    check_residual : bool, default=True
+        Whether an approximate method spends one product with the exact curvature per solve to report its true
+        ``residual`` and to warn where x = 0 would be better. False leaves ``residual`` NaN and ``converged`` False.
     verbose : int, default=0
         1 shows progress bars on long work.
 
@@ -139,6 +148,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         device: Any = None,
         dtype: Any = None,
         random_state: Any = None,
+        check_residual: bool = True,
         verbose: int = 0,
     ) -> None:
         self.method = method
@@ -153,10 +163,12 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         self.device = device
         self.dtype = dtype
         self.random_state = random_state
+        self.check_residual = check_residual
         self.verbose = verbose
 
     # -- fit -------------------------------------------------------------------------------------------------------
 
+    @ordinary
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> HessianInverter:
         """Fit the inverse of a model's curvature over data, or of plain rows.
 
@@ -165,7 +177,9 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         X : model, array of shape (n, ...) or data
             A model, with its data as ``y``; else the inputs for ``self.model``; else plain rows (n, p).
         y : data or array of shape (n, ...), default=None
-            ``(X, y)``, a Dataset, a DataLoader or batches after a model; targets after inputs.
+            ``(X, y)``, a Dataset, a DataLoader, batches or a list of samples after a model; targets after inputs. X
+            may be a mapping, given to ``forward`` by name, or a tuple of inputs; a batch may be a mapping with
+            ``"labels"``. What the memory holds is copied; larger data must be the same in every pass.
         sample_weight : array of shape (n,), default=None
             Weights wᵢ ≥ 0; weight 2 equals a row given twice.
 
@@ -181,6 +195,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """Fit at λ = ``shift``."""
         if self.batch_size is not None:
             check_number(self.batch_size, "batch_size", owner="HessianInverter", low=1, integer=True)
+        check_choice(self.check_residual, "check_residual", [True, False])
         for name in ("eigenvalues_", "parameter_names_", "gradient_norm_", "feature_names_in_"):
             self.__dict__.pop(name, None)
         if is_model(X):
@@ -267,12 +282,13 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return method
 
     def _invert(self, A: LinearOperator, blocks: BlockDiagonal | None, shift: float) -> None:
+        check_fits(shift, A.dtype)
         self.curvature_, self.hessian_perturbation_ = A, shift
         self.inverse_: Any = None
         if isinstance(self.method_, Method):
             check_requirements(self.method_, A)
             if blocks is not None:
-                self.inverse_ = invert_blocks(self.method_, blocks, shift, self.verbose)
+                self.inverse_ = invert_blocks(self.method_, blocks, shift, self.verbose).judged_by(A)
                 return
             self.method_ = self.method_.choose(A, shift)
             self.inverse_ = self.method_.invert(A, shift, self.verbose)
@@ -281,6 +297,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     # -- solve -----------------------------------------------------------------------------------------------------
 
+    @ordinary
     def transform(self, X: Any) -> Any:
         """Return the solutions of (H + λI) x = b.
 
@@ -296,6 +313,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         return self.solve(X).x
 
+    @ordinary
     def fit_transform(self, X: Any, y: Any = None, **fit_params: Any) -> Any:
         """Fit plain rows and return the solutions for them.
 
@@ -306,6 +324,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             raise TypeError(must_be("fit_transform", "called on plain rows", "a model", hint))
         return self.fit(X, y, **fit_params).transform(X)
 
+    @ordinary
     def solve(self, b: Any) -> InverseHvpResult:
         """Return the solutions and what is known of them, ``x, info``.
 
@@ -323,9 +342,10 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         if self.inverse_ is None:
             self._need("_model", "solve")
             return self.method_(self._model, self._data, rows.source, self.hessian_perturbation_)
-        x, info = rows.through(self.inverse_).solve(rows.tensor)
+        x, info = rows.through(self._judged()).solve(rows.tensor)
         return rows.result(x, info)
 
+    @ordinary
     def path(self, b: Any, hessian_perturbations: Any) -> Any:
         """Return the solutions at many λ, for the price of about one solve where the method allows it.
 
@@ -343,9 +363,10 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         rows = self._rows(b)
         shifts = [check_hessian_perturbation(shift, "path") for shift in hessian_perturbations]
-        inverse = rows.through(self._factorised("path", "Call `solve` for each λ."))
-        return rows.back(inverse.path(rows.tensor, shifts))
+        check_fits(max(shifts, default=0.0), self._factorised("path", "Call `solve` for each λ.").dtype)
+        return rows.back(rows.through(self._judged()).path(rows.tensor, shifts))
 
+    @ordinary
     def spectrum(self, *, n_probes: int = 10, steps: int = 60) -> Spectrum:
         """Return the eigenvalues of H (without λ) where they are known or cheap, else their density.
 
@@ -366,12 +387,14 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         curvature = getattr(self, "curvature_", None)
         return spectrum(curvature, self.inverse_, n_probes=n_probes, steps=steps, random_state=seed)
 
+    @ordinary
     def inverse_transform(self, X: Any) -> Any:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
         rows = self._rows(X)
         operator = self._exact() if self.inverse_ is None else self.inverse_.operator
         return rows.back(operator.apply(rows.tensor))
 
+    @ordinary
     def residual(self, b: Any, x: Any) -> Any:
         """Return ‖(H + λI)x − b‖ / ‖b‖ (k,) against the exact curvature, whatever the method inverts."""
         B, X = self._rows(b), self._rows(x)
@@ -380,6 +403,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         residual = relative_residual(self._exact(), B.tensor, times_powers(X.tensor, X.powers - B.powers))
         return residual if isinstance(b, torch.Tensor) else residual.cpu().numpy()
 
+    @ordinary
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         r"""Return the held-out quadratic of rows that were not fitted: larger is better; −inf where A is indefinite.
 
@@ -426,6 +450,12 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         curvature, gradients, weights = held_out_curvature(self.curvature_name_, self._model, batches)
         return HeldOut(gradients, weights, curvature.penalty, curvature.sample_factors)
 
+    def _judged(self) -> Any:
+        """Return the inverse, its solutions judged against the exact curvature where that is at hand and asked for."""
+        if check_choice(self.check_residual, "check_residual", [True, False]):
+            return self.inverse_.judged_by(getattr(self, "curvature_", None))
+        return self.inverse_.unjudged()
+
     def _factorised(self, what: str, hint: str = "Call `solve`.") -> Any:
         check_is_fitted(self, "n_features_in_")
         if self.inverse_ is None:
@@ -435,7 +465,11 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def _at(self, shift: float) -> Any:
         """Return this inverter at another λ, over the same curvature: its factorisation is reused where it can be."""
         inverse, method = self._factorised("another λ"), self.method_
-        found = inverse.at(shift) if hasattr(inverse, "at") else method.invert(self.curvature_, shift, self.verbose)
+        found = (
+            inverse.at(shift)
+            if type(inverse).at is not InverseOperator.at
+            else method.invert(self.curvature_, shift, self.verbose)
+        )
         # Not `copy.copy`, which goes by the state of a pickle: without the curvature.
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, hessian_perturbation=shift, hessian_perturbation_=shift, inverse_=found)
@@ -553,6 +587,8 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def _rows(self, b: Any) -> Rows:
         check_is_fitted(self, "n_features_in_")
+        if isinstance(self.__dict__.get("_model"), TorchTwiceDifferentiable):
+            self._model.check_unchanged()
         target = self.curvature_ if self.inverse_ is None else self.inverse_
         if self.model is not None and len(np.shape(b)) == 2 and np.shape(b)[1] != target.size:
             hint = "Rows are gradients, no inputs. In a pipeline they go to its last step: `pipe[-1].transform(b)`."
@@ -609,21 +645,8 @@ def load(path: str | os.PathLike[str], device: Any = None) -> HessianInverter:
     return inverter
 
 
-class _Samples(torch.utils.data.Dataset):
-    """A list of samples, as a search over a data set leaves it."""
-
-    def __init__(self, samples: list[Any]) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.samples[index]
-
-
 def as_data(X: Any, y: Any) -> Any:
     """Return what ``fit(X, y)`` with a model means: a pair, or a list of samples where a search indexed a data set."""
     if y is not None:
         return (X, y)
-    return _Samples(X) if isinstance(X, list) else X
+    return Samples(X) if isinstance(X, list) else X

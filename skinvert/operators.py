@@ -10,12 +10,28 @@ import numpy as np
 import scipy.sparse.linalg
 import torch
 
+from ._autograd import ordinary, ordinary_methods
 from ._memory import check_memory, rows_within
 from ._progress import progress
 from ._state import TensorState
-from ._validation import must_be
+from ._validation import check_fits, must_be
 
 __all__ = ["Dense", "Diagonal", "LinearOperator", "LowRank", "Shifted", "TensorState", "as_scipy"]
+
+
+# What an operator may compute, in this class or in one below.
+_COMPUTED = (
+    "apply",
+    "to_dense",
+    "diagonal",
+    "factor",
+    "factor_chunks",
+    "sample_factors",
+    "gradient_rows",
+    "signals",
+    "kronecker_factors",
+    "minibatch",
+)
 
 
 class LinearOperator(TensorState, ABC):
@@ -51,6 +67,11 @@ class LinearOperator(TensorState, ABC):
 
     is_psd: bool = False
     hint: str = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let products and factors be right under ``no_grad``, ``inference_mode`` and ``autocast``."""
+        super().__init_subclass__(**kwargs)
+        ordinary_methods(cls, _COMPUTED)
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.size, self.dtype, self.device = int(size), dtype, torch.device(device)
@@ -234,6 +255,7 @@ class Shifted(LinearOperator):
 
     def __init__(self, operator: LinearOperator, shift: float) -> None:
         super().__init__(operator.size, operator.dtype, operator.device)
+        check_fits(shift, operator.dtype)
         self.operator, self.shift = operator, float(shift)
         self.is_psd, self.hint = operator.is_psd and shift >= 0, operator.hint
 
@@ -265,6 +287,7 @@ class _ScipyOperator(scipy.sparse.linalg.LinearOperator):
         self.operator = operator
         super().__init__(dtype=torch.empty(0, dtype=operator.dtype).numpy().dtype, shape=operator.shape)
 
+    @ordinary
     def _matmat(self, X: np.ndarray) -> np.ndarray:
         rows = torch.from_numpy(np.array(X.T, dtype=self.dtype, order="C", copy=True))
         product = self.operator.apply(rows.to(self.operator.device))

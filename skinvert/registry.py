@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from . import methods
+from ._autograd import ordinary
 from ._rows import Rows
-from ._validation import check_hessian_perturbation, must_be
+from ._validation import check_fits, check_hessian_perturbation, must_be
 from .curvature import CURVATURES, build_curvature
 from .data import as_batches
 from .methods.base import Method
@@ -89,6 +90,7 @@ class InversionRegistry:
         raise ValueError(must_be(f"The method for {model_type.__name__}", f"one of {names}", repr(name)))
 
     @classmethod
+    @ordinary
     def call(
         cls,
         inversion_method: InversionMethod | str,
@@ -109,6 +111,7 @@ class InversionRegistry:
         fixed = model.at_point() if isinstance(model, TorchTwiceDifferentiable) else model
         batches = as_batches(fixed.read(training_data) if hasattr(fixed, "read") else training_data, **describe(fixed))
         A = build_curvature(method.default_curvature if curvature == "auto" else curvature, fixed, batches)
+        check_fits(shift, A.dtype)
         rows = Rows.of(b, A)
         check_requirements(method, A)
         x, info = rows.through(method.invert(A, shift)).solve(rows.tensor)

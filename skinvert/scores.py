@@ -63,7 +63,7 @@ def quadratic_score(inverse: InverseOperator, held: HeldOut, rhs: torch.Tensor |
     B = held.gradients if rhs is None else rhs
     definite = _positive_definite(inverse, [inverse])
     if definite == [True]:
-        X, info = inverse.solve(B)
+        X, info = inverse.unjudged().solve(B)
         if not bool(torch.as_tensor(info.get("negative_curvature", False)).any()):
             return _values(X[None], held, rhs)[0]
     _warn("")
@@ -78,14 +78,14 @@ def quadratic_path(
     with warnings.catch_warnings():
         # An indefinite λ is told of below, once.
         warnings.simplefilter("ignore", scipy.linalg.LinAlgWarning)
-        inverses = [inverse.at(shift) for shift in shifts]  # type: ignore[attr-defined]
+        inverses = [inverse.at(shift) for shift in shifts]
     definite = _positive_definite(inverse, inverses)
     kept = [index for index, claim in enumerate(definite) if claim]
     scores = [-float("inf")] * len(shifts)
     step = rows_within(2 * B.numel() * B.element_size())
     for start in range(0, len(kept), step):
         group = kept[start : start + step]
-        X, negative = _solutions(inverse, [inverses[i] for i in group], [shifts[i] for i in group], B)
+        X, negative = _solutions(inverse, [shifts[i] for i in group], B)
         for i, value, bad in zip(group, _values(X, held, rhs), negative, strict=True):
             scores[i] = -float("inf") if bad else value
     failed = [f"{shift:.3g}" for shift, score in zip(shifts, scores, strict=True) if score == -float("inf")]
@@ -147,17 +147,10 @@ def _curvature_terms(Z: torch.Tensor, held: HeldOut, leave_out: bool) -> tuple[t
     return total, own
 
 
-def _solutions(
-    inverse: InverseOperator, inverses: list[InverseOperator], shifts: list[float], B: torch.Tensor
-) -> tuple[torch.Tensor, list[bool]]:
+def _solutions(inverse: InverseOperator, shifts: list[float], B: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
     """Return the solutions (n_λ, k, p), and at which λ negative curvature was met."""
-    if hasattr(inverse, "solve_path"):
-        path = inverse.solve_path(B, shifts)
-        return torch.stack([x for x, _ in path]), [bool(info["negative_curvature"].any()) for _, info in path]
-    # A factorisation's path leaves out the refinement that float32 needs.
-    if inverses[0].positive_definite and B.dtype == torch.float64:
-        return inverse.path(B, shifts), [False] * len(shifts)
-    found = [each.solve(B) for each in inverses]
+    # The held-out rows judge an approximation; a product with the exact curvature for each λ would add nothing.
+    found = inverse.unjudged().solve_path(B, shifts)
     negative = [bool(torch.as_tensor(info.get("negative_curvature", False)).any()) for _, info in found]
     return torch.stack([x for x, _ in found]), negative
 
@@ -172,13 +165,9 @@ def _positive_definite(inverse: InverseOperator, inverses: list[InverseOperator]
     if None not in known or getattr(operator, "is_psd", False):
         return [claim is not False for claim in known]
     (lowest, _), _ = extreme_eigenvalues(operator)
-    lowest -= _shift(inverse)
+    lowest -= inverse.hessian_perturbation
     pairs = zip(known, inverses, strict=True)
-    return [claim is not False and lowest + _shift(each) > 0 for claim, each in pairs]
-
-
-def _shift(inverse: InverseOperator) -> float:
-    return float(getattr(inverse, "shift", getattr(inverse.operator, "shift", 0.0)))
+    return [claim is not False and lowest + each.hessian_perturbation > 0 for claim, each in pairs]
 
 
 def _warn(where: str) -> None:

@@ -16,9 +16,11 @@ from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import validate_data
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 
+from ._autograd import ordinary
 from ._progress import progress
 from ._validation import check_hessian_perturbation, check_sample_weight, must_be
 from .inverter import HessianInverter, as_data
+from .methods.base import InverseOperator
 from .models import SklearnTwiceDifferentiable, as_model, is_model
 from .scores import quadratic_path, quadratic_score
 
@@ -34,6 +36,7 @@ class _QuadraticScorer:
     def __init__(self, rhs: Any) -> None:
         self.rhs = rhs
 
+    @ordinary
     def __call__(self, estimator: Any, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         if isinstance(estimator, Pipeline):
             X, estimator = estimator[:-1].transform(X), estimator[-1]
@@ -42,11 +45,12 @@ class _QuadraticScorer:
         inverse = estimator._factorised("score")
         return quadratic_score(inverse, estimator._held_out(X, y, sample_weight), estimator._rows(self.rhs).tensor)
 
+    @ordinary
     def path(self, inverter: HessianInverter, shifts: Sequence[float], test: tuple[Any, ...]) -> list[float]:
         """Return the score at each λ, on the held-out ``(X, y, sample_weight)``, from one factorisation."""
         rhs = None if self.rhs is None else inverter._rows(self.rhs).tensor
         held, inverse = inverter._held_out(*test), inverter._factorised("score")
-        if hasattr(inverse, "at"):
+        if type(inverse).at is not InverseOperator.at:
             return quadratic_path(inverse, shifts, held, rhs)
         return [quadratic_score(inverter._at(shift).inverse_, held, rhs) for shift in shifts]
 
@@ -101,7 +105,9 @@ class HessianInverterCV(HessianInverter):
         Folds of rows; an int takes consecutive rows, unshuffled, as ``KFold`` does.
     scoring : callable, default=None
         ``scorer(estimator, X, y)``; None is ``HessianInverter.score``. See ``make_quadratic_scorer``.
-    method, curvature, model, loss, weight_decay, params, blocks, batch_size, device, dtype, random_state, verbose
+    method, curvature, model, loss, weight_decay, params, blocks, batch_size, device, dtype, random_state
+        As for ``HessianInverter``.
+    check_residual, verbose
         As for ``HessianInverter``.
 
     Attributes
@@ -151,6 +157,7 @@ class HessianInverterCV(HessianInverter):
         device: Any = None,
         dtype: Any = None,
         random_state: Any = None,
+        check_residual: bool = True,
         verbose: int = 0,
     ) -> None:
         self.hessian_perturbations = hessian_perturbations
@@ -167,8 +174,10 @@ class HessianInverterCV(HessianInverter):
         self.device = device
         self.dtype = dtype
         self.random_state = random_state
+        self.check_residual = check_residual
         self.verbose = verbose
 
+    @ordinary
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> HessianInverterCV:
         """Choose λ, and fit the inverse at it on all rows.
 
@@ -275,6 +284,8 @@ def _take(data: Any, rows: np.ndarray) -> Any:
 def _take_array(values: Any, rows: np.ndarray) -> Any:
     if isinstance(values, Mapping):
         return {key: _take_array(part, rows) for key, part in values.items()}
+    if isinstance(values, tuple):
+        return tuple(_take_array(part, rows) for part in values)
     if isinstance(values, torch.Tensor):
         return values[torch.from_numpy(rows).to(values.device)]
     if hasattr(values, "iloc"):
@@ -292,7 +303,8 @@ def _n_rows(data: Any) -> tuple[int, Any]:
         return len(data), None
     if isinstance(data, tuple) and len(data) == 2 and data[1] is not None:
         X, y = data
-        check_consistent_length(*(X.values() if isinstance(X, Mapping) else [X]), y)
+        inputs = X.values() if isinstance(X, Mapping) else X if isinstance(X, tuple) else [X]
+        check_consistent_length(*inputs, y)
         return len(y), y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else y
     dataset = data
     if isinstance(data, DataLoader) and data.batch_size is not None:

@@ -18,6 +18,10 @@ def _fixed_seeds():
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        # A problem of the table with a layer that no loss reaches: its warning has a test of its own.
+        if "frozen_and_dead" in item.nodeid:
+            item.add_marker(pytest.mark.filterwarnings("ignore:The selected parameters must be reached:UserWarning"))
     if torch.cuda.is_available():
         return
     for item in items:

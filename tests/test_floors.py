@@ -22,8 +22,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "skinvert"
 
 FLOORS = {
+    "_autograd": 0,
     "_validation": 0,
     "_memory": 0,
+    "_checksum": 0,
     "_progress": 0,
     "_distributed": 0,
     "_state": 0,
@@ -35,6 +37,7 @@ FLOORS = {
     "operators": 1,
     "block_operators": 1,
     "models": 2,
+    "sources": 2,
     "data": 2,
     "curvature": 3.1,
     "methods": 3.2,

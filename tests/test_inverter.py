@@ -352,7 +352,7 @@ def test_too_large_a_matrix_is_refused_before_it_is_made(monkeypatch):
 def test_too_large_a_factor_is_refused_before_it_is_made(monkeypatch):
     monkeypatch.setattr("skinvert._memory.available_memory", lambda device: 10)
     monkeypatch.setattr("skinvert.operators.LowRank.factor", lambda *_: pytest.fail("the factor was made"))
-    with pytest.raises(MemoryError, match=r"A factor of 2 rows needs about 96 bytes.*10 bytes.*cg"):
+    with pytest.raises(MemoryError, match=r"A factor of 2 rows needs about 112 bytes.*10 bytes.*cg"):
         HessianInverter("direct", 0.1).fit(np.ones((2, 3)))
 
 

@@ -111,9 +111,9 @@ def fitted(name, fit, module):
     generator = np.random.default_rng(0)
     X, y = generator.standard_normal((30, 12)), generator.integers(0, 4, 30)
     if fit == "rows":
-        return HessianInverter(name, 1.0).fit(X)
+        return HessianInverter(name, 100.0).fit(X)
     torch.manual_seed(0)
-    inverter = HessianInverter(name, 1.0, model=module.ForeignNet(), loss=module.foreign_loss)
+    inverter = HessianInverter(name, 100.0, model=module.ForeignNet(), loss=module.foreign_loss)
     return inverter.fit(X, y)
 
 

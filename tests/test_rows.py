@@ -113,3 +113,14 @@ def test_plain_rows_whose_squares_leave_the_dtype_are_refused(size):
         HessianInverter("cg", 1e-3).fit((X * size).astype(np.float32))
     x = HessianInverter("cg", SHIFT * size**2).fit(X * size).transform(B)
     assert error(x * size**2, np.linalg.solve(A, B.T).T) <= 1e-6
+
+
+@pytest.mark.parametrize("method", [*METHODS, "diagonal", "harmonic_mean"])
+def test_a_perturbation_beyond_the_dtype_is_named(method):
+    with pytest.raises(ValueError, match=r"hessian_perturbation must be at most 3\.4e\+38.*float64"):
+        HessianInverter(method, 1e39).fit(X.astype(np.float32))
+    if method != "harmonic_mean":
+        with pytest.raises(ValueError, match="hessian_perturbation must be at most"):
+            fitted(method).path(B, [0.1, 1e39])
+    x = HessianInverter(method, 1e39).fit(X).transform(B)
+    assert error(x * 1e39, B) <= 1e-3

@@ -2,6 +2,7 @@
 
 from .base import Objective
 from .build import CURVATURES, build_blocks, build_curvature, curvature_name, seeded_curvature
+from .first_pass import warn_of_unreached
 from .fisher import EmpiricalFisher, Fisher, SampledFisher
 from .ggn import GGN, split_batch
 from .gram import Gram
@@ -26,4 +27,5 @@ __all__ = [
     "held_out_curvature",
     "seeded_curvature",
     "split_batch",
+    "warn_of_unreached",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from .._validation import must_be
 from ..data import Batches
 from ..models import TorchTwiceDifferentiable, map_tensors
 from ..operators import LinearOperator
+from .checks import check_layers, check_rows_alone, explain_not_finite
+from .first_pass import FirstPass
 from .loss_values import LossValues
 
 __all__ = ["Curvature", "Objective"]
@@ -38,18 +41,25 @@ class Objective:
         Σ wᵢ and Σ wᵢmᵢ.
     gradient : tensor of shape (p,)
         ∇L(θ), penalty included.
+    unreached : list of str
+        Selected parameters that no row's loss depends on.
     """
 
     def __init__(self, model: TorchTwiceDifferentiable, batches: Batches, verbose: int = 0) -> None:
         self.model, self.batches, self.verbose = model, batches, verbose
         self.layout, self.dtype, self.device = model.layout, model.dtype, model.device
         self.weight_sum = self.mass_sum = 0.0
+        check_layers(model)
         model.settle(batches)
         self.gradient = torch.zeros(model.num_params, dtype=model.dtype, device=model.device)
-        self._values = LossValues(model)
-        for batch, weights in progress(batches, "loss and gradient", verbose):
-            self._add(batch, weights)
-        del self._values
+        self._values, self._alone, start = LossValues(model), False, 0
+        self.first_pass = FirstPass(model)
+        for index, (batch, weights) in enumerate(progress(batches, "loss and gradient", verbose)):
+            self._add(batch, weights, index, slice(start, start + len(weights)))
+            start += len(weights)
+        self.unreached = self.first_pass.unreached
+        del self._values, self.first_pass
+        self._check_joined()
         if not self.mass_sum > 0:
             raise ValueError(must_be("The targets", "valid for at least one weighted row", "all ignored"))
         self.gradient = self.gradient / self.mass_sum
@@ -83,44 +93,40 @@ class Objective:
         part.weight_sum, part.mass_sum = share * self.weight_sum, share * self.mass_sum
         return part
 
-    def _add(self, batch: Any, weights: torch.Tensor) -> None:
-        outputs = _forward(self.model, batch)
-        if self.weight_sum == 0:
+    def _add(self, batch: Any, weights: torch.Tensor, index: int, rows: slice) -> None:
+        outputs = _forward(self.first_pass, batch)
+        if not self._alone and len(weights) > 1:
             check_rows_alone(self.model, outputs, batch)
-        losses = self.model.per_sample_loss(outputs, batch)
+            self._alone = True
+        losses = self.first_pass.losses(outputs, batch)
         if losses.shape != weights.shape:
             must = f"of shape {tuple(weights.shape)}, one per row of the batch"
             raise ValueError(must_be("The per-sample losses", must, f"shape {tuple(losses.shape)}"))
         self._values.add(outputs, batch, losses)
-        self.gradient += self.model.gradient_of((losses * weights).sum())
+        gradient = self.first_pass.gradient((losses * weights).sum())
+        if not bool(torch.isfinite(gradient).all()):
+            raise ValueError(explain_not_finite(self.model, batch, index, rows))
+        self.gradient += gradient
         self.weight_sum += float(weights.sum())
         self.mass_sum += float((weights * self.model.mass(outputs, batch)).sum())
 
+    def _check_joined(self) -> None:
+        """Check batches of one row each, of which a method may make larger ones."""
+        if self._alone or self.batches.n_samples < 2 or self.batches.kept is None:
+            return
+        batch, weights = next(iter(self.batches.take(torch.tensor([0, self.batches.n_samples - 1], device="cpu"))))
+        if len(weights) > 1:
+            check_rows_alone(self.model, _forward(self.model, batch), batch)
 
-def _forward(model: TorchTwiceDifferentiable, batch: Any) -> Any:
+
+def _forward(model: TorchTwiceDifferentiable | FirstPass, batch: Any) -> Any:
     try:
         return model.forward(batch)
-    except (RuntimeError, IndexError, NotImplementedError) as error:
+    except (RuntimeError, IndexError, NotImplementedError, AssertionError) as error:
         shapes: list[str] = []
         map_tensors(lambda tensor: shapes.append(f"{tuple(tensor.shape)} {tensor.dtype}"), batch)
         message = must_be("The data", "what the model takes", f"a batch of {', '.join(shapes)}", str(error))
         raise ValueError(message) from error
-
-
-def check_rows_alone(model: TorchTwiceDifferentiable, outputs: Any, batch: Any) -> None:
-    """Raise where a row's output is random, or depends on the other rows: then no per-sample loss exists."""
-    if not isinstance(outputs, torch.Tensor):
-        return
-    with torch.no_grad():
-        again = model.forward(batch)
-        alone = model.forward(map_tensors(lambda tensor: tensor[:1], batch))
-    tolerance = 1e3 * torch.finfo(outputs.dtype).eps * outputs.detach().abs().max().clamp(min=1)
-    for other, what, hint in (
-        (again, "the same on every call", "Dropout must take `training=self.training`."),
-        (alone, "one row's own", "Row 0 alone gives other outputs than in its batch (batch statistics?)."),
-    ):
-        if other.shape[1:] != outputs.shape[1:] or (other - outputs[: len(other)]).abs().max() > tolerance:
-            raise ValueError(must_be("The model's outputs in eval mode", what, "different outputs", hint))
 
 
 class Curvature(LinearOperator):
@@ -214,7 +220,7 @@ def _measured(build: Callable[[], Any]) -> tuple[Any, int]:
     sizes: list[int] = []
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
-        sizes.append(tensor.nbytes)
+        sizes.append(tensor.coalesce().values().nbytes if tensor.layout == torch.sparse_coo else tensor.nbytes)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
@@ -238,15 +244,33 @@ class _FlatProducts:
     def __init__(self, value: torch.Tensor, variables: list[torch.Tensor]) -> None:
         self.value, self.variables = value, variables
         self.batched = value.device.type != "cpu"
+        # Numbers of rows at which a batch was found right: a batching rule may be wrong for one of them alone.
+        self.sound: set[int] = set()
 
     def __call__(self, V: torch.Tensor) -> torch.Tensor:
         if self.batched and len(V) > 1:
             try:
-                return torch.cat([self._grad(rows, True) for rows in V.split(64)])
+                parts = [self._grad(rows, True) for rows in V.split(64)]
+                self.batched = all(self._agree(rows, part) for rows, part in zip(V.split(64), parts, strict=True))
             except RuntimeError:
                 # Some layers have no batching rule.
                 self.batched = False
+            if self.batched:
+                return torch.cat(parts)
         return torch.stack([self._grad(v, False) for v in V]) if len(V) else self._empty(V)
+
+    def _agree(self, V: torch.Tensor, products: torch.Tensor) -> bool:
+        """Return whether a random mixture of the products is that of the mixture."""
+        if len(V) in self.sound:
+            return True
+        generator = torch.Generator("cpu").manual_seed(0)
+        mixture = torch.randn(len(V), generator=generator, dtype=torch.float64, device="cpu").to(V)
+        error = (mixture @ products - self._grad(mixture @ V, False)).norm()
+        size = (mixture * products.norm(dim=1)).norm()
+        if not bool(error <= math.sqrt(torch.finfo(V.dtype).eps) * size):
+            return False
+        self.sound.add(len(V))
+        return True
 
     def _grad(self, v: torch.Tensor, batched: bool) -> torch.Tensor:
         lead = v.shape[:-1]

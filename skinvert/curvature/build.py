@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from sklearn.utils import check_random_state
 
+from .._autograd import ordinary
 from .._validation import check_choice, must_be
 from ..block_operators import BlockDiagonal
 from ..data import Batches
 from ..models import TorchTwiceDifferentiable, TwiceDifferentiable
 from ..operators import LinearOperator
 from .base import Objective
+from .first_pass import warn_of_unreached
 from .fisher import EmpiricalFisher, Fisher, SampledFisher
 from .ggn import GGN
 from .hessian import GenericHessian, Hessian
@@ -26,10 +28,24 @@ CURVATURES = {"hessian": Hessian, "ggn": GGN, "fisher": Fisher, "empirical_fishe
 SAMPLED = "sampled_fisher"
 
 
+@ordinary
 def build_curvature(
     curvature: str | SampledFisher, model: TwiceDifferentiable, batches: Batches, verbose: int = 0
 ) -> LinearOperator:
-    """Return the curvature, given by name or by its settings, of a model at a fixed point over all the data."""
+    """Return the curvature, given by name or by its settings, of a model at a fixed point over all the data.
+
+    Parameters that no loss reaches are warned of.
+    """
+    built: Any = _build(curvature, model, batches, verbose)
+    if isinstance(model, TorchTwiceDifferentiable):
+        # Through `HessianInverter.fit`, to its caller.
+        warn_of_unreached(built.objective.unreached, stacklevel=6)
+    return built
+
+
+def _build(
+    curvature: str | SampledFisher, model: TwiceDifferentiable, batches: Batches, verbose: int
+) -> LinearOperator:
     name = curvature_name(curvature)
     curvature = seeded_curvature(curvature)
     if isinstance(model, TorchTwiceDifferentiable):
@@ -55,7 +71,7 @@ def build_blocks(
     places, operators, indices = model.layout.slices, [], []
     for names in members.values():
         part = model.at_point([escape(name) for name in names], model.dtype, model.device)
-        operators.append(build_curvature(curvature, part, batches, verbose))
+        operators.append(_build(curvature, part, batches, verbose))
         indices.append(torch.cat([torch.arange(places[name].start, places[name].stop) for name in names]))
     return BlockDiagonal(operators, indices)
 

@@ -87,7 +87,7 @@ class Fisher(GGN):
     def __init__(self, objective: Objective, n_labels: int | None = None, seed: int = 0) -> None:
         batch, _ = next(iter(objective.batches))
         f = objective.model.forward(batch)
-        self.predictive = predictive_of(objective.model, f)
+        self.predictive = predictive_of(objective.model, f, batch)
         self.n_labels = n_labels
         if n_labels is not None:
             objective = _with_draws(objective, (n_labels, self.predictive.draws_per_sample(f)), seed)
@@ -125,7 +125,9 @@ class _Drawn:
 
 def _with_draws(objective: Objective, shape: tuple[int, ...], seed: int) -> Objective:
     drawn = _Drawn(objective.batches, shape, seed)
-    kept = None if objective.batches.kept is None else list(drawn())
+    # Made anew on every pass where they do not fit: the generator gives the same ones.
+    size = objective.batches.n_samples * math.prod(shape) * objective.dtype.itemsize
+    kept = None if objective.batches.kept is None or size > working_memory() else list(drawn())
     part = copy.copy(objective)
     part.batches = replace(objective.batches, source=drawn, kept=kept)
     return part

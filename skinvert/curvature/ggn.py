@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .._memory import check_memory, rows_within
+from .._memory import check_memory, rows_within, working_memory
 from .._progress import progress
 from .._validation import must_be
 from ..block_operators import KroneckerFactors
@@ -47,6 +47,7 @@ class GGN(Curvature):
         if not isinstance(outputs, torch.Tensor):
             hint = 'Return one tensor from `outputs`, or use curvature="hessian".'
             raise TypeError(must_be("The model's outputs for the GGN", "a tensor", type(outputs).__name__, hint))
+        self._by_rows = not self._has_products(batch)
         # r of the factor's columns, and c.
         self._c = self._outputs = outputs[0].numel()
         closed = self.closed_hessian(outputs.detach(), batch)
@@ -56,9 +57,13 @@ class GGN(Curvature):
             # A loss that is not convex is told of at once.
             some = slice(self._chunk())
             self.output_hessian(outputs.detach()[some], map_tensors(lambda tensor: tensor[some], batch))
+        else:
+            check_convex(objective.model, outputs, self.data_of(batch))
 
     def graph(self, batch: Any, weights: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the products of Σ wᵢ Jᵢᵀ ∇²_f sᵢ Jᵢ over one batch: forward, output Hessian, backward."""
+        if self._by_rows:
+            return self._row_products(batch, weights)
         outputs = self.outputs(batch)
         along = _forward_products(outputs, self.objective.model.theta)
         middle, held = self._output_products(outputs, batch, weights)
@@ -168,6 +173,38 @@ class GGN(Curvature):
     def _shares_of(self, weights: torch.Tensor) -> torch.Tensor:
         return weights / self.objective.mass_sum
 
+    def _has_products(self, batch: Any) -> bool:
+        """Return whether uᵀ(Jv) = (Jᵀu)ᵀv on a few rows: J v takes a second derivative, which a layer may lack."""
+        few, _ = next(split_batch(batch, torch.zeros(8), 8))
+        outputs = self.outputs(few)
+        generator = torch.Generator("cpu").manual_seed(0)
+        size = outputs.numel() + self.size
+        drawn = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").to(outputs)
+        u, v = drawn[: outputs.numel()], drawn[outputs.numel() :]
+        try:
+            Jv = _forward_products(outputs, self.objective.model.theta)(v[None]).flatten()
+            Jtu = flat_products(outputs, self.objective.model.theta)(u[None])[0]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError):
+            return False
+        gap, scale = (u * Jv).sum() - (v * Jtu).sum(), (u * Jv).norm() + (v * Jtu).norm()
+        # Not finite on both sides is the data's fault, and is said elsewhere.
+        return not bool(gap.abs() > math.sqrt(torch.finfo(outputs.dtype).eps) * scale)
+
+    def _row_products(self, batch: Any, weights: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the products by the factor, from first derivatives alone; it is kept where it fits the memory."""
+        step = rows_within(3 * self._c * self.size * self.dtype.itemsize)
+        scale = math.sqrt(self.objective.mass_sum)
+
+        def factors() -> Iterator[torch.Tensor]:
+            for rows, part in split_batch(batch, weights, step):
+                yield from (scale * F.flatten(0, 1) for F in self._factors_of(rows, part))
+
+        entries = self.objective.batches.n_samples * self._c * self.size
+        kept = list(factors()) if entries * self.dtype.itemsize <= working_memory() else None
+        return lambda V: sum(((V @ F.mT) @ F for F in kept or factors()), start=torch.zeros_like(V))
+
     def _output_products(
         self, outputs: torch.Tensor, batch: Any, weights: torch.Tensor
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
@@ -219,10 +256,40 @@ def output_factor(objective: Objective, outputs: torch.Tensor, batch: Any) -> to
     """Return Sᵢ (m, c, c) with ∇²_f sᵢ = SᵢSᵢᵀ by autograd; raise where the loss is not convex in the outputs."""
     values, vectors = torch.linalg.eigh(output_hessians(objective, outputs, batch))
     if bool((values < 0).any()) and float(values.min()) < -_rounding(objective, outputs, batch, values):
-        hint = 'Try curvature="hessian" or "empirical_fisher".'
-        got = f"an eigenvalue {values.min():.3g}"
-        raise ValueError(must_be("The loss for the GGN", "convex in the outputs", got, hint))
+        raise _not_convex(float(values.min()))
     return vectors * values.clamp(min=0).sqrt()[:, None, :]
+
+
+def check_convex(model: Any, outputs: torch.Tensor, batch: Any) -> None:
+    """Raise where a few power iterations on ∇²_f sᵢ, all rows at once, meet a negative eigenvalue: c² would not fit."""
+    ones = torch.ones(len(outputs), dtype=outputs.dtype, device=outputs.device)
+    free, zero = outputs.detach().requires_grad_(True), torch.zeros_like(outputs, requires_grad=True)
+    products = _loss_products(model, free, batch, ones)
+    largest = float(_extreme(products, free, 0.0).abs().max())
+    lowest = float(_extreme(products, free, largest).min())
+    # All those of confident rows are rounding.
+    at_zero = float(_extreme(_loss_products(model, zero, batch, ones), zero, 0.0).abs().max().nan_to_num(0.0, 0.0, 0.0))
+    # A few iterations find large negative parts, not those at the size of rounding.
+    if lowest < -1e-3 * max(largest, at_zero):
+        raise _not_convex(lowest)
+
+
+def _extreme(products: Callable[[torch.Tensor], torch.Tensor], f: torch.Tensor, shift: float) -> torch.Tensor:
+    """Return the Rayleigh quotient (m,) of each row's ∇²_f s after ten steps of H − shift."""
+    generator = torch.Generator(f.device).manual_seed(0)
+    v = torch.randn(1, len(f), f[0].numel(), generator=generator, dtype=f.dtype, device=f.device)
+    tiny = torch.finfo(f.dtype).tiny
+    for _ in range(10):
+        v = v / v.norm(dim=2, keepdim=True).clamp(min=tiny)
+        Hv = products(v)
+        value = (v * Hv).sum(2)[0]
+        v = Hv - shift * v
+    return value
+
+
+def _not_convex(least: float) -> ValueError:
+    hint = 'Try curvature="hessian" or "empirical_fisher".'
+    return ValueError(must_be("The loss for the GGN", "convex in the outputs", f"an eigenvalue {least:.3g}", hint))
 
 
 def _rounding(objective: Objective, outputs: torch.Tensor, batch: Any, values: torch.Tensor) -> float:
@@ -252,6 +319,9 @@ def split_batch(batch: Any, weights: torch.Tensor, size: int) -> Iterator[tuple[
 
 def _forward_products(outputs: torch.Tensor, theta: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return V (k, p) -> J V (k, m, c), by differentiating Jᵀu along V: no forward mode needed."""
+    if not outputs.requires_grad:
+        # This batch reaches none of the parameters.
+        return lambda V: V.new_zeros(len(V), len(outputs), outputs[:1].numel())
     dummy = torch.zeros_like(outputs, requires_grad=True)
     pulled = torch.autograd.grad(outputs, theta, dummy, create_graph=True, materialize_grads=True)
     along = flat_products(torch.cat([part.reshape(-1) for part in pulled]), [dummy])

@@ -13,7 +13,7 @@ from ..block_operators import KroneckerFactors
 from ..data import Batches
 from ..models import TwiceDifferentiable
 from ..operators import LinearOperator
-from .base import Curvature, flat_products
+from .base import Curvature, Objective, flat_products
 from .ggn import GGN
 
 __all__ = ["GenericHessian", "Hessian"]
@@ -28,6 +28,11 @@ class Hessian(Curvature):
     ----------
     Pearlmutter (1994), "Fast exact multiplication by the Hessian", eq. 10.
     """
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__(objective)
+        batch, _ = next(iter(objective.batches))
+        objective.model.verify_second_derivative(batch)
 
     def graph(self, batch: Any, weights: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the products of Σ wᵢ ∇²sᵢ over one batch."""

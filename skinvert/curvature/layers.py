@@ -81,6 +81,9 @@ def linear_layers(model: TorchTwiceDifferentiable, batch: Any) -> LinearLayers |
             return None
         found |= names
         weight, bias = owners.get(id(module.weight)), owners.get(id(module.bias))
+        if names != {weight, bias} - {None}:
+            # Its weight is made of other parameters (weight_norm, spectral_norm).
+            return None
         modules.append(module)
         places.append((slices[weight] if weight else None, slices[bias] if bias else None))
     if found != set(slices):

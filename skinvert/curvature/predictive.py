@@ -247,22 +247,42 @@ class SampledHessian(OutputHessian):
             yield start, self.columns(start, min(start + step, self.rank))
 
 
-def predictive_of(model: TorchTwiceDifferentiable, f: torch.Tensor) -> Predictive:
-    """Return the distribution that the model's loss is the negative log-likelihood of, for its outputs f."""
+def predictive_of(model: TorchTwiceDifferentiable, f: torch.Tensor, batch: Any) -> Predictive:
+    """Return the distribution that the model's loss is the negative log-likelihood of, for its outputs on a batch."""
     loss: Any = model.loss
     own = type(model).per_sample_loss is not TorchTwiceDifferentiable.per_sample_loss
     if own or not isinstance(loss, ModuleLoss):
         raise _unknown("per_sample_loss" if own else "a callable")
-    kind = type(loss.module)
-    if kind is nn.NLLLoss:
-        own_logarithm = type(loss) is not ModuleLoss and bool((f >= 0).all())
-        return Probabilities(loss) if own_logarithm else LogProbabilities(loss)
-    if kind is nn.PoissonNLLLoss:
-        return PoissonLog(loss) if loss.module.log_input else PoissonRate(loss)
-    known: dict[type, Any] = {nn.MSELoss: Gaussian, nn.BCEWithLogitsLoss: Bernoulli, nn.CrossEntropyLoss: Categorical}
-    if kind not in known:
+    kind, f = type(loss.module), f.detach()
+    if kind not in _KINDS:
         raise _unknown(str(loss.module))
-    return known[kind](loss)
+    if _is_plain(loss, f, f, batch[1]):
+        chosen = _KINDS[kind]
+        return PoissonRate(loss) if kind is nn.PoissonNLLLoss and not loss.module.log_input else chosen(loss)
+    # skorch's classifiers take the logarithm themselves, of this.
+    logarithm = (f + torch.finfo(f.dtype).eps).log()
+    if kind is nn.NLLLoss and bool((f >= 0).all()) and _is_plain(loss, f, logarithm, batch[1]):
+        return Probabilities(loss)
+    got = f"{loss.module} with more to it"
+    raise _unknown(got)
+
+
+_KINDS: dict[type, Any] = {
+    nn.MSELoss: Gaussian,
+    nn.BCEWithLogitsLoss: Bernoulli,
+    nn.CrossEntropyLoss: Categorical,
+    nn.NLLLoss: LogProbabilities,
+    nn.PoissonNLLLoss: PoissonLog,
+}
+
+
+def _is_plain(loss: ModuleLoss, f: torch.Tensor, seen: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether the loss of outputs f is its module's of what it sees: a net's own ``get_loss`` may do more."""
+    if type(loss) is ModuleLoss:
+        return True
+    with torch.no_grad():
+        received, expected = loss.elements(f, y), ModuleLoss(loss.module).elements(seen, y)
+    return received.shape == expected.shape and torch.allclose(received, expected, rtol=1e-3, atol=1e-4)
 
 
 def _unknown(got: str) -> ValueError:

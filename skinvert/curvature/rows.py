@@ -2,87 +2,114 @@
 
 from __future__ import annotations
 
-import copy
+import math
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..models import TorchTwiceDifferentiable, leading_length, map_tensors
+from .._autograd import ordinary
+from ..models import TorchTwiceDifferentiable, leading_length, map_tensors, row_axes, with_row_axis
+from ..models.compiled import eager
+from ..models.plain_functions import PlainFunctions
 from ..models.structural_copy import structural_copy
 
 __all__ = ["gradient_rows", "jacobian_rows"]
 
 
+@ordinary
 def gradient_rows(model: TorchTwiceDifferentiable, batch: Any) -> torch.Tensor:
     """Return ∇sᵢ of each row of a batch, (m, p); sᵢ is the loss before the average."""
 
-    def loss(outputs: Any, row: Any) -> torch.Tensor:
-        return model.per_sample_loss(outputs, row)
+    def loss(outputs: Any, rows: Any) -> torch.Tensor:
+        return model.per_sample_loss(outputs, rows)[:, None]
 
-    return _rows(model, batch, loss)[:, 0]
+    return _rows(model, batch, _Values("gradient", loss))[:, 0]
 
 
+@ordinary
 def jacobian_rows(model: TorchTwiceDifferentiable, batch: Any, directions: torch.Tensor | None = None) -> torch.Tensor:
     """Return Sᵢᵀ Jᵢ of each row, (m, r, p), for ``directions`` S (m, c, r); None takes the identity."""
     if directions is None:
-        return _rows(model, batch, lambda outputs, _: outputs.reshape(-1))
+        return _rows(model, batch, _Values("jacobian", lambda outputs, _: outputs.flatten(1)))
 
-    def projected(outputs: torch.Tensor, row: Any) -> torch.Tensor:
-        return row[1].mT[0] @ outputs.reshape(-1)
+    def projected(outputs: torch.Tensor, rows: Any) -> torch.Tensor:
+        return (rows[1].mT @ outputs.flatten(1)[:, :, None])[:, :, 0]
 
-    return _rows(model, (batch, directions), projected, lambda pair: pair[0])
+    return _rows(model, (batch, directions), _Values("projected", projected, lambda pair: pair[0]))
 
 
-def _rows(
-    model: TorchTwiceDifferentiable,
-    batch: Any,
-    values: Callable[[Any, Any], torch.Tensor],
-    inputs: Callable[[Any], Any] = lambda batch: batch,
-) -> torch.Tensor:
-    """Return the Jacobians (m, r, p) of ``values(outputs, row)`` (r,), of one-row batches."""
-    # A module of its own: `functional_call` swaps its tensors while it runs, and threads may share the model.
-    model = copy.copy(model)
-    model.module = structural_copy(model.module)
+class _Values(NamedTuple):
+    """What is differentiated: ``of(outputs, rows)`` (m, r), of ``outputs`` on ``inputs(rows)``."""
+
+    kind: str
+    of: Callable[[Any, Any], torch.Tensor]
+    inputs: Callable[[Any], Any] = lambda rows: rows
+
+
+def _rows(model: TorchTwiceDifferentiable, batch: Any, values: _Values) -> torch.Tensor:
+    """Return the Jacobians (m, r, p) of the values: of all rows at once where that is right, else row by row.
+
+    Batching rules may be missing (recurrent layers), models may branch on values; and a rule may be wrong for one
+    number of rows alone. So each shape is tried once, against an ordinary backward pass.
+    """
+    shapes: list[Any] = [values.kind]
+    map_tensors(lambda tensor: shapes.append((tensor.shape, tensor.dtype)), batch)
+    batched, key = model.batched_rows, tuple(shapes)
+    if batched.get(key, True):
+        rows = _at_once(model, batch, values)
+        if rows is not None and (key in batched or _agree(model, batch, values, rows)):
+            batched[key] = True
+            return rows
+        batched[key] = False
+    return _one_by_one(model, batch, values)
+
+
+def _at_once(model: TorchTwiceDifferentiable, batch: Any, values: _Values) -> torch.Tensor | None:
+    """Return the Jacobians under ``vmap``; None where a layer has no rule for it."""
     theta = dict(zip(model.layout.names, (t.detach() for t in model.theta), strict=True))
 
-    def of_row(parameters: dict[str, torch.Tensor], row: Any) -> torch.Tensor:
-        row = map_tensors(lambda tensor: tensor[None], row)
-        call = _Call(model)
-        outputs = torch.func.functional_call(call, {f"module.{k}": v for k, v in parameters.items()}, (inputs(row),))
-        return values(outputs, row)
+    axes = row_axes(batch)
 
-    jacobian = torch.func.jacrev(of_row)
+    def of_row(parameters: dict[str, torch.Tensor], row: Any) -> torch.Tensor:
+        rows = with_row_axis(row, axes)
+        swapped = {id(t): parameters[name] for name, t in zip(model.layout.names, model.theta, strict=True)}
+        # Not `functional_call`, which leaves a parameter where a list or a closure holds it too.
+        module = structural_copy(model.module, lambda tensor: swapped.get(id(tensor), tensor))
+        with PlainFunctions():
+            # A forward pass may write into its inputs.
+            outputs = model.outputs(module, map_tensors(torch.clone, values.inputs(rows)))
+        return values.of(outputs, rows)[0]
+
     try:
         # The fused attention kernels have no batching rule.
-        with sdpa_kernel(SDPBackend.MATH):
-            parts = torch.vmap(jacobian, in_dims=(None, 0))(theta, batch)
+        with sdpa_kernel(SDPBackend.MATH), eager(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")
+            parts = torch.vmap(torch.func.jacrev(of_row), in_dims=(None, axes))(theta, batch)
     except (RuntimeError, NotImplementedError, ValueError):
-        # Some layers have no batching rule (recurrent ones), some models branch on values: then row by row.
-        return _loop(model, batch, values, inputs)
+        return None
     m = leading_length(batch)
     return torch.cat([parts[name].detach().reshape(m, -1, theta[name].numel()) for name in model.layout.names], dim=2)
 
 
-class _Call(torch.nn.Module):
-    """The forward pass of an adapted model as a module, so that parameters can be swapped in."""
+def _agree(model: TorchTwiceDifferentiable, batch: Any, values: _Values, rows: torch.Tensor) -> bool:
+    """Return whether a random mixture of the rows is the gradient of that mixture of the values."""
+    value = values.of(model.forward(map_tensors(torch.clone, values.inputs(batch))), batch)
+    if value.shape != rows.shape[:2]:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    mixture = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu").to(value)
+    error = (mixture.reshape(-1) @ rows.flatten(0, 1) - model.gradient_of((mixture * value).sum())).norm()
+    size = (mixture * rows.norm(dim=2)).norm()
+    return bool(error <= math.sqrt(torch.finfo(rows.dtype).eps) * size)
 
-    def __init__(self, model: TorchTwiceDifferentiable) -> None:
-        super().__init__()
-        self.module = model.module
-        self.outputs = model.outputs
 
-    def forward(self, batch: Any) -> Any:
-        return self.outputs(self.module, batch)
-
-
-def _loop(model: TorchTwiceDifferentiable, batch: Any, values: Any, inputs: Any) -> torch.Tensor:
+def _one_by_one(model: TorchTwiceDifferentiable, batch: Any, values: _Values) -> torch.Tensor:
     rows = []
     for i in range(leading_length(batch)):
         row = map_tensors(lambda tensor, i=i: tensor[i : i + 1], batch)
-        outputs = values(model.forward(inputs(row)), row)
-        rows.append(
-            torch.stack([model.gradient_of(value, create_graph=True).detach() for value in outputs.reshape(-1)])
-        )
+        outputs = values.of(model.forward(map_tensors(torch.clone, values.inputs(row))), row)
+        rows.append(torch.stack([model.gradient_of(value, create_graph=True).detach() for value in outputs[0]]))
     return torch.stack(rows)

@@ -12,7 +12,8 @@ from .._validation import check_choice, check_number, must_be
 from ..operators import LinearOperator
 from .base import InverseOperator, Method
 from .lanczos import by_magnitude, eigenpairs, seeded
-from .low_rank import LowRankInverse, rounding
+from .low_rank import LowRankInverse
+from .null_space import zero_cut
 
 __all__ = ["Arnoldi"]
 
@@ -83,9 +84,10 @@ class Arnoldi(Method):
         if self.rank is not None:
             check_number(self.rank, "rank", owner="Arnoldi", low=1, integer=True)
         values, vectors = self._decompose(A, verbose) if self.decomposition is None else self._given(A)
-        if A.is_psd and bool((values >= -rounding(values, A.size)).all()):
+        # By rounding alone, unless they were given: those may be of another matrix.
+        if A.is_psd and (self.decomposition is None or bool((values >= -zero_cut(values, A.size)).all())):
             values = values.clamp(min=0)
-        return LowRankInverse(
+        inverse = LowRankInverse(
             values,
             vectors,
             self._mean_of_rest(A, values),
@@ -94,6 +96,7 @@ class Arnoldi(Method):
             name=self.name,
             hint=A.hint,
         )
+        return inverse.judged_by(A)
 
     def _decompose(self, A: LinearOperator, verbose: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the eigenvalues, ascending, and the eigenvectors."""
@@ -160,4 +163,4 @@ class Arnoldi(Method):
             return 0.0
         trace = float(A.diagonal().to(torch.float64).sum())
         mean = (trace - float(values.to(torch.float64).sum())) / rest
-        return mean if abs(mean) > rounding(values, A.size) else 0.0
+        return mean if abs(mean) > zero_cut(values, A.size) else 0.0

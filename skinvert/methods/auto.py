@@ -26,7 +26,7 @@ class Auto(Method):
     ==========================================================  ========
     the curvature                                               method
     ==========================================================  ========
-    p ≤ 5,000, and 3 p² numbers fit the memory                  direct
+    p ≤ 5,000, and 4 p² numbers fit the memory                  direct
     a factor of r < p rows, r ≤ 5,000, that fits; λ > 0         direct
     positive semi-definite by construction (not the Hessian)    cg
     otherwise: perhaps indefinite                               minres
@@ -50,7 +50,7 @@ class Auto(Method):
         """Return the method for A."""
         free = available_memory(A.device) // A.dtype.itemsize
         rows = getattr(A, "factor_shape", (math.inf, 0))[0]
-        if A.size <= SIDE and 3 * A.size**2 < free:
+        if A.size <= SIDE and 4 * A.size**2 < free:
             return Direct()
         if rows < A.size and rows <= SIDE and hessian_perturbation > 0 and 3 * rows * A.size < free:
             return Direct()

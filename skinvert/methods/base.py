@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 
+from .._autograd import ordinary_methods
 from .._memory import rows_within
 from .._scaling import far_exponents, norms, times_powers
 from .._validation import must_be
@@ -62,15 +64,35 @@ class InverseOperator(TensorState, ABC):
     Attributes
     ----------
     operator : LinearOperator
-        A + λI as the method inverts it: residuals are taken against it.
+        A + λI as the method inverts it.
+    exact : LinearOperator or None
+        The exact curvature A, against which solutions are judged; None where it is not at hand. Never pickled, so that
+        no model and no data go into a file.
+    approximate : bool
+        Whether ``operator`` is another than the exact A + λI.
+    judges : bool
+        Whether an approximate inverse spends one product with the exact curvature per solve on its true residual.
     positive_definite : bool or None
         Whether A + λI was found positive definite; None where the method cannot know before a solve.
+    name : str
+        The method's, for warnings.
     """
 
     operator: LinearOperator
+    exact: LinearOperator | None = None
+    approximate: bool = False
+    judges: bool = True
     positive_definite: bool | None = None
+    name: str = ""
     # Whether a solve needs the curvature itself, and with it the model and the data.
     keeps_operator: bool = False
+
+    _transient: tuple[str, ...] = ("exact",)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let solves be right under ``no_grad``, ``inference_mode`` and ``autocast``."""
+        super().__init_subclass__(**kwargs)
+        ordinary_methods(cls, ("solve", "path", "solve_path", "at", "apply", "precondition"))
 
     @property
     def size(self) -> int:
@@ -92,17 +114,32 @@ class InverseOperator(TensorState, ABC):
         """Of rows and solutions."""
         return self.operator.device
 
+    @property
+    def hessian_perturbation(self) -> float:
+        """λ."""
+        return float(getattr(self, "shift", getattr(self.operator, "shift", 0.0)))
+
+    @property
+    def preconditions(self) -> bool:
+        """Whether ``precondition`` is positive definite, as far as is known."""
+        return self.positive_definite is not False
+
     @abstractmethod
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions (k, p) of rows B (k, p), and what is known of them."""
 
+    def at(self, hessian_perturbation: float) -> InverseOperator:
+        """Return the inverse at another λ, from the same factorisation."""
+        hint = 'Try method="direct", "arnoldi", "nystroem" or "cg".'
+        raise TypeError(must_be("The method of a λ-path", "one that serves every λ", type(self).__name__, hint))
+
+    def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> list[InverseHvpResult]:
+        """Return what ``solve`` returns, residuals and warnings included, at every λ, from one factorisation."""
+        return [self.at(shift).solve(B) for shift in hessian_perturbations]
+
     def path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> torch.Tensor:
         """Return the solutions (n_λ, k, p) of rows B at every λ, from one factorisation."""
-        at = getattr(self, "at", None)
-        if at is None:
-            hint = 'Try method="direct", "arnoldi", "nystroem" or "cg".'
-            raise TypeError(must_be("The method of a λ-path", "one that serves every λ", type(self).__name__, hint))
-        X = [at(shift).solve(B).x for shift in hessian_perturbations]
+        X = [x for x, _ in self.solve_path(B, hessian_perturbations)]
         return torch.stack(X) if X else B.new_empty(0, *B.shape)
 
     def scale_free(self) -> InverseOperator:
@@ -111,11 +148,51 @@ class InverseOperator(TensorState, ABC):
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return the solutions alone, so that an inverse is itself an operator on rows."""
-        return self.solve(V).x
+        return self.unjudged().solve(V).x
 
     def precondition(self, R: torch.Tensor) -> torch.Tensor:
         """Return M⁻¹ r for each row: ``apply``, or a form that serves conjugate gradients better."""
         return self.apply(R)
+
+    # -- the truth of a solution -----------------------------------------------------------------------------------
+
+    def judged_by(self, exact: LinearOperator | None) -> Any:
+        """Return this inverse with its solutions judged against ``exact``; None: it is not at hand."""
+        other = copy.copy(self)
+        other.exact = exact
+        return other
+
+    def unjudged(self) -> Any:
+        """Return this inverse without the product that an approximate one spends on its true residual."""
+        other = copy.copy(self)
+        other.judges = False
+        return other
+
+    def true_residual(self, B: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        """Return ‖(A + λI)x − b‖ / ‖b‖ (k,) against the exact A; NaN where that is not at hand or not asked for."""
+        if self.exact is None or (self.approximate and not self.judges):
+            return torch.full((len(B),), torch.nan, dtype=torch.float64, device=B.device)
+        return relative_residual(shifted(self.exact, self.hessian_perturbation), B, X)
+
+    def verdict(self, B: torch.Tensor, X: torch.Tensor, own: torch.Tensor) -> dict[str, Any]:
+        """Return the ``info`` of an inverse of another operator than A + λI, and warn where x = 0 would be better.
+
+        ``residual`` (k,) against the exact A, ``converged`` (k,) by it (unknown is False), ``approximate``, and
+        ``residual_of_approximation`` (k,), which is ``own``.
+        """
+        residual = self.true_residual(B, X)
+        warn_worse_than_zero(self.name or type(self).__name__, residual, self.hessian_perturbation)
+        return {
+            "residual": residual,
+            "converged": residual <= default_tolerance(B.dtype),
+            "residual_of_approximation": own,
+            "approximate": self.approximate,
+        }
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """Return the relative residual up to which a factorisation counts as a solution: 1e-3 in float32, else 1e-6."""
+    return 1e-3 if dtype == torch.float32 else 1e-6
 
 
 def shifted(A: LinearOperator, hessian_perturbation: float) -> Shifted:
@@ -124,7 +201,7 @@ def shifted(A: LinearOperator, hessian_perturbation: float) -> Shifted:
 
 
 def relative_residual(operator: LinearOperator, B: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
-    """Return ‖Ax − b‖ / ‖b‖ (k,) in float64 sums; 0 where b = 0 and x = 0."""
+    """Return ‖Ax − b‖ / ‖b‖ (k,) in float64 sums; 0 where b = 0 and x = 0; infinity where that is not finite."""
     residual = torch.empty(len(B), dtype=torch.float64, device=B.device)
     step = rows_within(4 * operator.size * B.element_size())
     for start in range(0, len(B), step):
@@ -132,6 +209,7 @@ def relative_residual(operator: LinearOperator, B: torch.Tensor, X: torch.Tensor
         powers = far_exponents(B[rows])
         b = times_powers(B[rows], -powers)
         gap, size = norms(operator.apply(times_powers(X[rows], -powers)) - b), norms(b)
+        gap = torch.where(torch.isfinite(gap), gap, torch.inf)
         residual[rows] = torch.where(size > 0, gap / size, gap)
     return residual
 
@@ -147,3 +225,31 @@ def warn_not_converged(name: str, residual: torch.Tensor, converged: torch.Tenso
             ConvergenceWarning,
             stacklevel=2,
         )
+
+
+def warn_worse_than_zero(name: str, residual: torch.Tensor, hessian_perturbation: float) -> None:
+    """Warn of solutions whose true residual is above 1, that of x = 0."""
+    # A hair above, for rounding.
+    worse = residual > 1 + 1e-6
+    if bool(worse.any()):
+        warnings.warn(
+            f"{name} is worse than x = 0 on {int(worse.sum())} of {len(residual)} right-hand sides: their relative "
+            f"residual against the exact H + λI is up to {float(residual[worse].max()):.3g}, at "
+            f"hessian_perturbation={hessian_perturbation:.3g}. Try a larger one, a larger rank where there is one, "
+            'or method="cg" or "direct".',
+            ConvergenceWarning,
+            stacklevel=3,
+        )
+
+
+def warn_of_overflow(name: str, X: torch.Tensor) -> torch.Tensor:
+    """Return X, and warn of rows that its dtype cannot hold."""
+    rows = ~torch.isfinite(X).all(1)
+    if bool(rows.any()):
+        warnings.warn(
+            f"{name}: the solutions of {int(rows.sum())} of {len(X)} right-hand sides overflow {X.dtype}. "
+            "Try a larger hessian_perturbation or dtype=torch.float64.",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+    return X

@@ -32,6 +32,10 @@ class BlockRun(CGState):
 
     def step(self) -> None:
         """Advance all rows under way by one iteration."""
+        # A preconditioner that maps them to zero leaves no direction.
+        self.odd = not len(self.P)
+        if self.odd:
+            return
         Q = self.apply(self.P)
         check_finite("cg", Q, self.steps)
         S = self.P @ Q.mT

@@ -41,13 +41,18 @@ class BlockInverse(InverseOperator):
     _fields: ClassVar[dict[str, str]] = {
         "inverses": "list[InverseOperator]",
         "shift": "float",
+        "name": "str",
+        "judges": "bool|missing",
         "order": "index[p]|None",
         "positive_definite": "bool|None",
         "keeps_operator": "bool",
     }
+    approximate = True
 
     def __init__(self, inverses: Sequence[InverseOperator], blocks: BlockDiagonal, hessian_perturbation: float) -> None:
-        self.inverses, self.shift = list(inverses), float(hessian_perturbation)
+        # The whole is judged, once: a block's own judgement would cost a product more.
+        self.inverses, self.shift = [inverse.unjudged() for inverse in inverses], float(hessian_perturbation)
+        self.name = "blocks"
         self.order = blocks.order
         known = [inverse.positive_definite for inverse in self.inverses]
         self.positive_definite = False if False in known else (None if None in known else True)
@@ -68,18 +73,14 @@ class BlockInverse(InverseOperator):
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions.
 
-        ``info`` holds ``residual`` (k,), of the whole block-diagonal system; ``converged`` (k,), in every block;
-        ``approximate`` True; ``blocks``, each block's own info.
+        ``info`` holds ``residual`` (k,) against the whole of the exact curvature, ``converged`` (k,) by it,
+        ``residual_of_approximation`` (k,), of the block-diagonal system, ``approximate`` True, and ``blocks``, each
+        block's own info.
         """
         results = [inverse.solve(part) for inverse, part in zip(self.inverses, self._blocks.parts(B), strict=True)]
         X = self._blocks.joined([result.x for result in results])
         infos = [result.info for result in results]
-        info = {
-            "residual": self._residual(B, infos),
-            "converged": torch.stack([entry["converged"] for entry in infos]).all(0),
-            "approximate": True,
-            "blocks": infos,
-        }
+        info = {**self.verdict(B, X, self._residual(B, infos)), "blocks": infos}
         negative = [entry["negative_curvature"] for entry in infos if "negative_curvature" in entry]
         if negative:
             info["negative_curvature"] = torch.stack(negative).any(0)
@@ -96,14 +97,17 @@ class BlockInverse(InverseOperator):
 
     def at(self, hessian_perturbation: float) -> BlockInverse:
         """Return the inverse at another λ, where every block's method allows it."""
-        inverses = [inverse.at(hessian_perturbation) for inverse in self.inverses]  # type: ignore[attr-defined]
-        return BlockInverse(inverses, self._blocks, hessian_perturbation)
+        inverses = [inverse.at(hessian_perturbation) for inverse in self.inverses]
+        other = BlockInverse(inverses, self._blocks, hessian_perturbation)
+        other.exact, other.judges = self.exact, self.judges
+        return other
 
     def _residual(self, B: torch.Tensor, infos: Sequence[dict]) -> torch.Tensor:
         """Return ‖r‖ / ‖b‖ of the whole, from the blocks' own: a block with b = 0 has its absolute residual."""
         total = torch.zeros(len(B), dtype=torch.float64, device=B.device)
         for part, info in zip(self._blocks.parts(B), infos, strict=True):
             size = part.norm(dim=1).to(total)
-            total += (info["residual"].to(total) * torch.where(size > 0, size, 1.0)).square()
+            own = info.get("residual_of_approximation", info["residual"])
+            total += (own.to(total) * torch.where(size > 0, size, 1.0)).square()
         size = B.norm(dim=1).to(total)
         return total.sqrt() / torch.where(size > 0, size, 1.0)

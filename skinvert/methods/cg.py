@@ -141,11 +141,6 @@ class CGInverse(InverseOperator):
         }
         return InverseHvpResult(X, info)
 
-    def path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> torch.Tensor:
-        """Return the solutions (n_λ, k, p) at every λ, by one Krylov run where nothing else is asked for."""
-        X = [x for x, _ in self.solve_path(B, hessian_perturbations)]
-        return torch.stack(X) if X else B.new_empty(0, *B.shape)
-
     def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> list[InverseHvpResult]:
         """Return the result at every λ: by one Krylov run without a preconditioner and a start, else one by one.
 
@@ -156,7 +151,8 @@ class CGInverse(InverseOperator):
             return [self.at(shift).solve(B) for shift in hessian_perturbations]
         args = (self.operator.operator, B, hessian_perturbations, self.rtol, self.atol, self.maxiter, self.verbose)
         X, info = shifted_cg(*args)
-        names, whole = ("residual", "converged", "negative_curvature"), {"n_products": info["n_products"]}
+        names = ("residual", "converged", "negative_curvature")
+        whole = {"n_products": info["n_products"], "approximate": False}
         return [InverseHvpResult(x, {name: info[name][i] for name in names} | whole) for i, x in enumerate(X)]
 
     def _run(self, problem: Problem) -> CGState:
@@ -164,10 +160,9 @@ class CGInverse(InverseOperator):
         # The size of M divides out as that of A does.
         precondition = None if M is None else ScaledProducts(M.precondition, B.dtype)
         start = None if problem.X is None else problem.X.clone()
-        settings = {"precondition": precondition, "R0": problem.R}
-        args = (problem.products, B, start, problem.tolerance(self.rtol))
+        args = (problem.products, B, start, problem.tolerance(self.rtol), precondition, problem.R)
         block = len(B) >= 32 and self.size > 256 if self.block is None else self.block
-        run = BlockRun(*args, **settings) if block else RowRun(*args, **settings)
+        run = BlockRun(*args) if block else RowRun(*args)
         for _ in progress(range(self.maxiter), "conjugate gradients", self.verbose):
             if not len(run.rows):
                 break
@@ -230,7 +225,9 @@ class CGInverse(InverseOperator):
         if bool((run.stagnated & ~converged)[rest].any()):
             hint = "Rounding does not allow less."
             if bool(run.null.any()):
-                hint = "A is singular to rounding and their part outside its range is left out: λ > 0 would keep it."
+                hint = (
+                    "A + λI is singular to rounding and their part outside its range is left out: a larger λ keeps it."
+                )
             hint += " Try dtype=torch.float64." if self.dtype == torch.float32 else " Try a larger λ or rtol."
         else:
             ways = "dtype=torch.float64, " if self.dtype == torch.float32 else ""

@@ -9,10 +9,11 @@ import scipy.linalg
 import torch
 
 from .. import operators
-from .._validation import must_be
+from .._validation import check_hessian_perturbation, must_be
 from ..operators import LinearOperator
 from ..results import InverseHvpResult
-from .base import InverseOperator, Method, relative_residual
+from .base import InverseOperator, Method, default_tolerance, relative_residual
+from .null_space import zero_cut
 
 __all__ = ["Diagonal"]
 
@@ -20,10 +21,14 @@ __all__ = ["Diagonal"]
 class Diagonal(Method):
     r"""x = b / (diag(A) + λ), with the exact diagonal of the chosen curvature.
 
-    What it inverts is diag(A) + λI, not A + λI. Entries of zero at λ = 0 are left out (the pseudo-inverse), and
-    right-hand sides with a part there are warned of; negative entries, which only an indefinite curvature has, are
-    inverted as they are, with a warning. Cost: the diagonal, one pass of per-sample gradients or Jacobians over the
-    data (``empirical_fisher``, ``ggn``) or p products (``hessian``); then O(p) per right-hand side. Memory: p numbers.
+    What it inverts is diag(A) + λI, not A + λI. Entries are judged one by one, since parameters may differ in scale by
+    many decades: a positive one counts, however small; one that is zero, or below it by no more than rounding of the
+    largest, is zero. With λ > 0 none is left out; at λ = 0 zeros are (the pseudo-inverse), and right-hand sides with a
+    part there are warned of. Negative entries, which only an indefinite curvature has, are inverted as they are, with a
+    warning. ``info["residual"]`` is against the exact A + λI.
+
+    Cost: the diagonal, one pass of per-sample gradients or Jacobians over the data (``empirical_fisher``, ``ggn``) or p
+    products (``hessian``); then O(p) per right-hand side, and a product for its true residual. Memory: p numbers.
 
     References
     ----------
@@ -46,7 +51,7 @@ class Diagonal(Method):
 
     def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> InverseOperator:
         """Compute the diagonal of A."""
-        return DiagonalInverse(A.diagonal(), hessian_perturbation, A.is_psd, A.hint)
+        return DiagonalInverse(A.diagonal(), hessian_perturbation, A.hint).judged_by(A)
 
 
 class DiagonalInverse(InverseOperator):
@@ -55,25 +60,30 @@ class DiagonalInverse(InverseOperator):
     _fields: ClassVar[dict[str, str]] = {
         "entries": "tensor[p]",
         "shift": "float",
-        "is_psd": "bool",
         "hint": "str",
+        "judges": "bool|missing",
+        "values": "tensor[p]",
         "inverted": "tensor[p]",
         "positive_definite": "bool",
     }
 
-    def __init__(self, entries: torch.Tensor, hessian_perturbation: float, is_psd: bool, hint: str) -> None:
+    approximate = True
+    name = "diagonal"
+
+    def __init__(self, entries: torch.Tensor, hessian_perturbation: float, hint: str) -> None:
         if not bool(torch.isfinite(entries).all()):
             raise ValueError(must_be("The curvature", "finite", "NaN or infinity", "Look at the parameters."))
-        self.entries, self.shift, self.is_psd, self.hint = entries, hessian_perturbation, is_psd, hint
-        values = entries + self.shift
-        # A sum of squares is exact to its last digits however small; other entries are differences of large terms.
-        cut = 0.0 if is_psd else float(torch.finfo(values.dtype).eps * entries.abs().max())
-        self.inverted = torch.where(values.abs() > cut, 1 / values, 0.0)
-        self.positive_definite = bool((values > cut).all())
-        if bool((values < -cut).any()):
+        self.entries, self.hint = entries, hint
+        self.shift = check_hessian_perturbation(hessian_perturbation)
+        # A difference of terms whose size is not known: only what is negative can be told to be rounding.
+        self.values = torch.where((entries < 0) & (entries >= -zero_cut(entries, 1)), 0.0, entries) + self.shift
+        self.inverted = torch.where(self.values != 0, 1 / self.values, 0.0)
+        least = float(self.values.min()) if len(entries) else 1.0
+        self.positive_definite = least > 0
+        if least < 0:
             warnings.warn(
-                f"diag(A) + λI is indefinite: its smallest entry is {float(values.min()):.3g}, at "
-                f"hessian_perturbation={self.shift:.3g}. It is inverted as it is. {self.hint}",
+                f"diag(A) + λI is indefinite: its smallest entry is {least:.3g}, at hessian_perturbation="
+                f"{self.shift:.3g}. It is inverted as it is. {self.hint}",
                 scipy.linalg.LinAlgWarning,
                 stacklevel=3,
             )
@@ -81,26 +91,42 @@ class DiagonalInverse(InverseOperator):
     @property
     def operator(self) -> LinearOperator:  # type: ignore[override]
         """The diagonal matrix diag(A) + λI."""
-        return operators.Diagonal(self.entries + self.shift)
+        return operators.Diagonal(self.values)
+
+    @property
+    def preconditions(self) -> bool:
+        """Whether no entry is negative: where one is zero, so are the row and the column of a semi-definite A."""
+        return bool((self.values >= 0).all())
 
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions, or pseudo-solutions where an entry is zero.
 
-        ``info`` holds ``residual`` (k,) and ``converged`` (k,), of diag(A) + λI, and ``approximate``.
+        ``info`` holds ``residual`` (k,) against the exact A + λI, ``converged`` (k,) by it,
+        ``residual_of_approximation`` (k,), of diag(A) + λI, and ``approximate`` True.
         """
-        X = B * self.inverted
-        residual = relative_residual(self.operator, B, X)
-        converged = residual <= 100 * torch.finfo(B.dtype).eps
-        if not bool(converged.all()):
+        X = self.apply(B)
+        own = relative_residual(self.operator, B, X)
+        outside = (B * (self.inverted == 0)).norm(dim=1) > default_tolerance(B.dtype) * B.norm(dim=1)
+        if bool(outside.any()):
             warnings.warn(
                 f"diag(A) + λI is singular ({int((self.inverted == 0).sum())} of {self.size} entries are zero) and "
-                f"{int((~converged).sum())} of {len(B)} right-hand sides have a part there: it is left out. "
+                f"{int(outside.sum())} of {len(B)} right-hand sides have a part there: it is left out. "
                 "Try hessian_perturbation > 0.",
                 scipy.linalg.LinAlgWarning,
                 stacklevel=3,
             )
-        return InverseHvpResult(X, {"residual": residual, "converged": converged, "approximate": True})
+        return InverseHvpResult(X, self.verdict(B, X, own))
+
+    def apply(self, V: torch.Tensor) -> torch.Tensor:
+        """Return the solutions alone."""
+        return V * self.inverted
+
+    def precondition(self, R: torch.Tensor) -> torch.Tensor:
+        """Return the solutions, with r itself where an entry is zero, so that no direction is lost."""
+        return torch.where(self.inverted == 0, R, R * self.inverted)
 
     def at(self, hessian_perturbation: float) -> DiagonalInverse:
         """Return the inverse at another λ, from the same diagonal."""
-        return DiagonalInverse(self.entries, hessian_perturbation, self.is_psd, self.hint)
+        other = DiagonalInverse(self.entries, hessian_perturbation, self.hint)
+        other.exact, other.judges = self.exact, self.judges
+        return other

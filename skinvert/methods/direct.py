@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -16,22 +15,32 @@ from .._memory import check_memory, rows_within
 from .._validation import check_hessian_perturbation, check_number, must_be
 from ..operators import Dense, LinearOperator, LowRank, Shifted, add_to_diagonal, check_dense_memory
 from ..results import InverseHvpResult
-from .base import InverseOperator, Method, relative_residual, warn_not_converged
+from .assembly import assembled, check_factor
+from .base import InverseOperator, Method, default_tolerance, relative_residual, warn_not_converged
 from .low_rank import LowRankInverse
+from .null_space import invert_spectrum, warn_of_indefinite, warn_of_null_part
 
 __all__ = ["Direct"]
+
+# Matrices of p × p at the peak, as measured: H, its factor, and the factor by columns; then what `eigh` takes beside H.
+CHOLESKY_COPIES, EIGEN_COPIES = 3, 3
 
 
 class Direct(Method):
     r"""Assemble H once and factorise it: exact, O(p³) once and O(p²) per right-hand side, 8·2p² bytes in float64.
 
     A + λI is factorised by Cholesky, and its reciprocal condition number rcond is estimated, because Cholesky
-    "succeeds" on singular matrices. Where it fails, or rcond < 10·p·eps, an eigendecomposition takes over: eigenvalues
-    within p·eps·max|eig| of zero are left out (the pseudo-inverse), and a right-hand side with a part in their span is
-    warned of. Negative eigenvalues are inverted as they are, with a warning that says how negative.
+    "succeeds" on singular matrices. Where it fails, or rcond < 10·√p·eps, or a random right-hand side is not solved to
+    ``rtol``, an eigendecomposition takes over: eigenvalues within (10 + √p)·eps·max|eig| of zero are left out (the
+    pseudo-inverse), and a right-hand side with a part in their span is warned of. Negative eigenvalues are inverted as
+    they are, with a warning that says how negative. Where λ > 0 and the curvature is positive semi-definite by
+    construction nothing is left out.
 
     A curvature with a factor of fewer rows than p, H = FᵀF + R with R + λ > 0, is inverted in sample space by
-    Woodbury's identity.
+    Woodbury's identity, or by the singular vectors of F where λ is so small that Cholesky would lose it.
+
+    The matrix, or the factor, is held against one product with H first: where they differ it is assembled anew by
+    products, and where these differ too, that is an error.
 
     Parameters
     ----------
@@ -54,7 +63,7 @@ class Direct(Method):
     name: ClassVar[str] = "direct"
     requires: ClassVar[tuple[str, ...]] = ("to_dense",)
     cost: ClassVar[str] = "p products (Hessian) or one GEMM of the factor; p³ once, p² a row"
-    memory: ClassVar[str] = "3 p², or 2 r p for a factor of r < p rows"
+    memory: ClassVar[str] = "3 to 4 p², or 3 r p for a factor of r < p rows"
     exactness: ClassVar[str] = "exact"
     choose_it_for: ClassVar[str] = "p up to some 5,000; many right-hand sides; many λ"
 
@@ -63,15 +72,16 @@ class Direct(Method):
 
     def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> InverseOperator:
         """Factorise A + λI, in sample space where that is smaller."""
-        rtol = {torch.float32: 1e-3}.get(A.dtype, 1e-6) if self.rtol is None else self.rtol
+        rtol = default_tolerance(A.dtype) if self.rtol is None else self.rtol
         rtol = check_number(rtol, "rtol", owner="Direct", low=0.0)
         rows = getattr(A, "factor_shape", (math.inf, 0))[0]
         shift = _positive_shift(A, hessian_perturbation)
         if rows < A.size and shift is not None:
             return SampleSpaceInverse(A, hessian_perturbation, shift, rtol, verbose)
-        # The matrix, its factor, and room to work.
-        check_dense_memory(A, 3)
-        return DenseInverse(A.to_dense(verbose), hessian_perturbation, rtol, A.hint)
+        # The matrix and its factor; an eigendecomposition asks for more when it is needed.
+        check_dense_memory(A, CHOLESKY_COPIES)
+        matrix = assembled(A, hessian_perturbation, verbose)
+        return DenseInverse(matrix, hessian_perturbation, rtol, A.hint, A.is_psd)
 
 
 class DenseInverse(InverseOperator):
@@ -82,6 +92,8 @@ class DenseInverse(InverseOperator):
         "shift": "float",
         "rtol": "float",
         "hint": "str",
+        "is_psd": "bool",
+        "judges": "bool|missing",
         "cholesky": "tensor[p,p]|None",
         "eigenvalues": "tensor[p]|None",
         "eigenvectors": "tensor[p,p]|None",
@@ -89,8 +101,13 @@ class DenseInverse(InverseOperator):
         "positive_definite": "bool",
     }
 
-    def __init__(self, matrix: torch.Tensor, hessian_perturbation: float, rtol: float, hint: str) -> None:
-        self.matrix, self.shift, self.rtol, self.hint = matrix, hessian_perturbation, rtol, hint
+    name = "direct"
+
+    def __init__(
+        self, matrix: torch.Tensor, hessian_perturbation: float, rtol: float, hint: str, is_psd: bool = False
+    ) -> None:
+        self.matrix, self.shift, self.rtol, self.hint = matrix, float(hessian_perturbation), rtol, hint
+        self.is_psd = is_psd
         if not bool(torch.isfinite(matrix).all()):
             raise ValueError(must_be("The curvature", "finite", "NaN or infinity", "Look at the parameters."))
         self.cholesky: torch.Tensor | None = None
@@ -98,10 +115,10 @@ class DenseInverse(InverseOperator):
         self.eigenvalues: torch.Tensor | None = None
         self.eigenvectors: Any = None
         self.inverted: Any = None
-        cholesky, info = torch.linalg.cholesky_ex(add_to_diagonal(matrix.clone(), self.shift or None))
-        if int(info) == 0 and _rcond(cholesky, self._norm1()) >= 10 * self.size * torch.finfo(matrix.dtype).eps:
-            self.cholesky, self.positive_definite = cholesky, True
-        else:
+        self.cut = 0.0
+        self.positive_definite = True
+        self._factorise()
+        if self.cholesky is None:
             self._decompose()
 
     @property
@@ -112,71 +129,82 @@ class DenseInverse(InverseOperator):
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions, or pseudo-solutions where A + λI is singular.
 
-        ``info`` holds ``residual`` (k,) and ``converged`` (k,).
+        ``info`` holds ``residual`` (k,), ``converged`` (k,) and ``approximate`` False.
         """
-        if self.cholesky is None:
-            self._warn_outside(B @ self.eigenvectors, B)
-        X = self._solve_once(B)
-        if self.dtype == torch.float32:
-            # One step of refinement on a float64 residual: float32 alone loses the digits of the condition.
-            X = X + self._solve_once(self._residual64(B, X))
-        residual = relative_residual(self.operator, B, X)
-        converged = residual <= self.rtol
-        if self.positive_definite:
-            hint = "Rounding does not allow less. Try dtype=torch.float64 or a larger hessian_perturbation."
-            warn_not_converged("direct", residual, converged, self.rtol, hint)
-        return InverseHvpResult(X, {"residual": residual, "converged": converged})
+        return self._solved(B, None if self.cholesky is not None else B @ self.eigenvectors)
 
     def at(self, hessian_perturbation: float) -> DenseInverse:
         """Return the inverse at another λ, from the eigendecomposition of A."""
         if self.eigenvalues is None:
             self._decompose()
         other = object.__new__(DenseInverse)
-        other.__dict__.update(self.__dict__, shift=hessian_perturbation, cholesky=None)
+        other.__dict__.update(self.__dict__, shift=check_hessian_perturbation(hessian_perturbation), cholesky=None)
         other._judge()
         return other
 
-    def path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> torch.Tensor:
-        """Return the solutions (n_λ, k, p) at every λ: B is projected once, then one GEMM per λ."""
+    def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> list[InverseHvpResult]:
+        """Return the results at every λ: B is projected once."""
         inverses = [self.at(shift) for shift in hessian_perturbations]
-        X = B.new_empty(len(inverses), *B.shape)
         along = B @ inverses[0].eigenvectors if inverses else B
-        for i, inverse in enumerate(inverses):
-            inverse._warn_outside(along, B)
-            X[i] = (along * inverse.inverted) @ inverse.eigenvectors.mT
-        return X
+        return [inverse._solved(B, along) for inverse in inverses]
+
+    def _solved(self, B: torch.Tensor, along: torch.Tensor | None) -> InverseHvpResult:
+        """Solve, with the coefficients B U (k, p) where there are eigenvectors."""
+        outside = torch.zeros(len(B), dtype=torch.bool, device=B.device)
+        if along is not None:
+            outside = torch.where(self.inverted == 0, along, 0.0).norm(dim=1) > self.rtol * B.norm(dim=1)
+            self._warn_outside(outside)
+        X = self._refined(B, self._solve_once(B, along))
+        residual = relative_residual(self.operator, B, X)
+        converged = residual <= self.rtol
+        hint = "Rounding does not allow less. Try dtype=torch.float64 or a larger hessian_perturbation."
+        warn_not_converged("direct", residual[~outside], converged[~outside], self.rtol, hint)
+        return InverseHvpResult(X, {"residual": residual, "converged": converged, "approximate": False})
+
+    def _factorise(self) -> None:
+        """Take the Cholesky factor of A + λI where it is good enough."""
+        # In place, and back: one matrix less at the peak.
+        diagonal = self.matrix.diagonal().clone()
+        try:
+            add_to_diagonal(self.matrix, self.shift or None)
+            norm = _norm1(self.matrix)
+            cholesky, info = torch.linalg.cholesky_ex(self.matrix)
+        finally:
+            self.matrix.diagonal().copy_(diagonal)
+        floor = 10 * math.sqrt(self.size) * torch.finfo(self.matrix.dtype).eps
+        if int(info) == 0 and _rcond(cholesky, norm) >= floor:
+            self.cholesky = cholesky
+            b = torch.randn(1, self.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(cholesky)
+            residual = relative_residual(self.operator, b, self._refined(b, self._solve_once(b)))
+            if not bool((residual <= self.rtol).all()):
+                self.cholesky = None
 
     def _decompose(self) -> None:
+        check_dense_memory(Dense(self.matrix), EIGEN_COPIES)
         self.eigenvalues, self.eigenvectors = torch.linalg.eigh(self.matrix)
+        if self.is_psd:
+            # Rounding alone makes zero eigenvalues slightly negative.
+            self.eigenvalues = self.eigenvalues.clamp(min=0)
         self._judge()
 
     def _judge(self) -> None:
         """Find which eigenvalues count as zero, and warn where one is negative."""
         assert self.eigenvalues is not None
-        values = self.eigenvalues + self.shift
-        cut = self._cut()
-        self.inverted = torch.where(values.abs() > cut, 1 / values, 0.0)
-        self.positive_definite = bool((values > cut).all())
-        # Rounding alone makes zero eigenvalues slightly negative.
-        if bool((values < -10 * cut).any()):
-            least = float(values.min())
-            warnings.warn(
-                f"A = H + λI is indefinite: its smallest eigenvalue is {least:.3g}, at hessian_perturbation="
-                f"{self.shift:.3g}. The solution is exact, but it is no minimiser. {self.hint}",
-                scipy.linalg.LinAlgWarning,
-                stacklevel=4,
-            )
+        found = invert_spectrum(self.eigenvalues, self.shift, self.size)
+        self.inverted, self.cut, self.positive_definite = found.inverse, found.cut, found.positive_definite
+        if found.indefinite:
+            least = f"its smallest eigenvalue is {found.least:.3g}"
+            warn_of_indefinite(least, self.shift, "The solution is exact, but it is no minimiser.", self.hint)
 
-    def _cut(self) -> float:
-        """Return p·eps·max|eig|, within which an eigenvalue of A + λI is zero to rounding."""
-        assert self.eigenvalues is not None
-        largest = float((self.eigenvalues + self.shift).abs().max())
-        return self.size * torch.finfo(self.matrix.dtype).eps * largest
-
-    def _solve_once(self, B: torch.Tensor) -> torch.Tensor:
+    def _solve_once(self, B: torch.Tensor, along: torch.Tensor | None = None) -> torch.Tensor:
         if self.cholesky is not None:
             return torch.cholesky_solve(B.mT, self.cholesky).mT.contiguous()
-        return ((B @ self.eigenvectors) * self.inverted) @ self.eigenvectors.mT
+        along = B @ self.eigenvectors if along is None else along
+        return (along * self.inverted) @ self.eigenvectors.mT
+
+    def _refined(self, B: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        """Take one step of refinement on a float64 residual: float32 alone loses the digits of the condition."""
+        return X + self._solve_once(self._residual64(B, X)) if self.dtype == torch.float32 else X
 
     def _residual64(self, B: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
         """Return b − (A + λI) x, summed in float64 over blocks of A, rounded to the dtype of B."""
@@ -188,21 +216,13 @@ class DenseInverse(InverseOperator):
             residual -= X64[:, rows] @ self.matrix[rows].double()
         return residual.to(B.dtype)
 
-    def _warn_outside(self, along: torch.Tensor, B: torch.Tensor) -> None:
-        lost = torch.where(self.inverted == 0, along, 0.0).norm(dim=1)
-        outside = int((lost > self.rtol * B.norm(dim=1)).sum())
-        if outside:
-            warnings.warn(
-                f"A = H + λI is singular (rank {int((self.inverted != 0).sum())} of {self.size}) and {outside} of "
-                f"{len(B)} right-hand sides have a part outside its range: the pseudo-inverse leaves it out. "
-                f"Try {'dtype=torch.float64 or ' if self.dtype == torch.float32 else ''}a larger hessian_perturbation: "
-                f"eigenvalues within {self._cut():.2g} of zero count as zero.",
-                scipy.linalg.LinAlgWarning,
-                stacklevel=4,
-            )
-
-    def _norm1(self) -> float:
-        return float(add_to_diagonal(self.matrix.clone(), self.shift or None).abs().sum(0).max())
+    def _warn_outside(self, outside: torch.Tensor) -> None:
+        larger = "dtype=torch.float64 or " if self.dtype == torch.float32 else ""
+        warn_of_null_part(
+            f"A = H + λI is singular (rank {int((self.inverted != 0).sum())} of {self.size})",
+            outside,
+            f"Try {larger}a larger hessian_perturbation: eigenvalues within {self.cut:.2g} of zero count as zero.",
+        )
 
 
 class SampleSpaceInverse(InverseOperator):
@@ -211,26 +231,40 @@ class SampleSpaceInverse(InverseOperator):
     _fields: ClassVar[dict[str, str]] = {
         "rows": "tensor[r,p]",
         "rtol": "float",
+        "judges": "bool|missing",
+        "perturbation": "float",
+        "damped": "tensor[q]|None",
+        "vectors": "tensor[q,p]|missing",
         "penalty": "tensor[p]|None",
         "shift": "tensor[p]",
         "inverse_shift": "tensor[p]",
-        "cholesky": "tensor[r,r]",
+        "cholesky": "tensor[r,r]|None",
         "positive_definite": "bool",
     }
 
-    _transient = ("_spectral",)
+    name = "direct"
+    _transient = ("exact", "_spectral")
 
     def __init__(
         self, A: LinearOperator, hessian_perturbation: float, shift: torch.Tensor, rtol: float, verbose: int
     ) -> None:
         rows = A.factor_shape[0]  # type: ignore[attr-defined]
         way_out = 'Try method="cg", which keeps no matrix.'
-        check_memory(2 * rows * A.size * A.dtype.itemsize, f"A factor of {rows:,} rows", way_out, A.device)
+        # The factor in its parts, whole and scaled, and two matrices of r rows; at hand, it is scaled alone.
+        copies = 1 if isinstance(A, LowRank) else 3
+        needed = (copies * A.size + 2 * rows) * rows * A.dtype.itemsize
+        check_memory(needed, f"A factor of {rows:,} rows", way_out, A.device)
         self.rows = A.factor(verbose)  # type: ignore[attr-defined]
+        check_factor(A, self.rows, hessian_perturbation)
         self.rtol, self.penalty = rtol, getattr(A, "penalty", None)
         self._spectral: LowRankInverse | None = None
-        self._factorise(shift)
+        self._factorise(shift, hessian_perturbation)
         self.positive_definite = True
+
+    @property
+    def hessian_perturbation(self) -> float:
+        """λ."""
+        return self.perturbation
 
     @property
     def operator(self) -> LinearOperator:  # type: ignore[override]
@@ -248,19 +282,21 @@ class SampleSpaceInverse(InverseOperator):
         hint = "Rounding does not allow less at so small a shift. Try a larger hessian_perturbation"
         hint += " or dtype=torch.float64." if self.dtype == torch.float32 else "."
         warn_not_converged("direct", residual, converged, self.rtol, hint)
-        return InverseHvpResult(X, {"residual": residual, "converged": converged})
+        return InverseHvpResult(X, {"residual": residual, "converged": converged, "approximate": False})
 
     def at(self, hessian_perturbation: float) -> InverseOperator:
         """Return the inverse at another λ: from the singular vectors of F where R is a multiple of I, else anew."""
         R = self.penalty
         if R is None or bool((R == R[0]).all()):
             if self._spectral is None:
+                _check_svd(self.rows, 2)
                 _, sizes, vectors = torch.linalg.svd(self.rows, full_matrices=False)
                 rest = 0.0 if R is None else float(R[0])
                 self._spectral = LowRankInverse(
                     sizes.square() + rest, vectors, rest, hessian_perturbation, approximate=False, name="direct"
                 )
                 self._spectral.rtol = self.rtol
+                self._spectral.exact = LowRank(self.rows, R)
             return self._spectral.at(hessian_perturbation)
         shift = R + check_hessian_perturbation(hessian_perturbation)
         if not bool((shift > 0).all()):
@@ -268,24 +304,54 @@ class SampleSpaceInverse(InverseOperator):
             raise ValueError(must_be(what, "> 0 where the penalty is 0", got, "Try 1e-3."))
         other = object.__new__(SampleSpaceInverse)
         other.__dict__.update(self.__dict__)
-        other._factorise(shift)
+        other._factorise(shift, hessian_perturbation)
         return other
 
-    def path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> torch.Tensor:
-        """Return the solutions (n_λ, k, p) at every λ."""
+    def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> list[InverseHvpResult]:
+        """Return the results at every λ."""
         shifts = list(hessian_perturbations)
         first = self.at(shifts[0]) if shifts else self
-        return first.path(B, shifts) if isinstance(first, LowRankInverse) else super().path(B, shifts)
+        return first.solve_path(B, shifts) if isinstance(first, LowRankInverse) else super().solve_path(B, shifts)
 
-    def _factorise(self, shift: torch.Tensor) -> None:
-        self.shift, self.inverse_shift = shift, 1 / shift
-        core = (self.rows * self.inverse_shift) @ self.rows.mT
-        self.cholesky = torch.linalg.cholesky(add_to_diagonal(core, 1.0))
+    def _factorise(self, shift: torch.Tensor, hessian_perturbation: float) -> None:
+        self.shift, self.inverse_shift, self.perturbation = shift, 1 / shift, float(hessian_perturbation)
+        self.cholesky: torch.Tensor | None = None
+        self.damped: Any = None
+        core = add_to_diagonal((self.rows * self.inverse_shift) @ self.rows.mT, 1.0)
+        # Its eigenvalues are 1 and more, so that 1 / ‖core‖ is its condition: Cholesky loses the 1 in what is larger.
+        norm = float(core.abs().sum(0).max()) if len(core) else 1.0
+        if norm * 10 * math.sqrt(max(1, len(core))) * torch.finfo(core.dtype).eps <= 1:
+            cholesky, info = torch.linalg.cholesky_ex(core)
+            self.cholesky = cholesky if int(info) == 0 else None
+        if self.cholesky is None:
+            del core
+            _check_svd(self.rows, 3)
+            _, sizes, self.vectors = torch.linalg.svd(self.rows * self.inverse_shift.sqrt(), full_matrices=False)
+            self.damped = (1 / (1 + sizes.double().square())).to(sizes)
 
     def _apply(self, B: torch.Tensor) -> torch.Tensor:
+        if self.cholesky is None:
+            return self._apply_by_vectors(B)
         scaled = B * self.inverse_shift
         inner = torch.cholesky_solve((scaled @ self.rows.mT).mT, self.cholesky).mT
         return scaled - (inner @ self.rows) * self.inverse_shift
+
+    def _apply_by_vectors(self, B: torch.Tensor) -> torch.Tensor:
+        """Return D^-½ (I − VᵀV + Vᵀ (1 + σ²)⁻¹ V) D^-½ b, with σ and V of F D^-½: no difference of large terms."""
+        root = self.inverse_shift.sqrt()
+        scaled = B * root
+        along = scaled @ self.vectors.mT
+        across = scaled - along @ self.vectors
+        # Twice: what rounding leaves along V would not be damped.
+        more = across @ self.vectors.mT
+        across = across - more @ self.vectors
+        return (((along + more) * self.damped) @ self.vectors + across) * root
+
+
+def _check_svd(rows: torch.Tensor, copies: int) -> None:
+    """Raise MemoryError where so many copies of the factor do not fit beside it."""
+    way_out = 'Try a larger hessian_perturbation, or method="cg", which keeps no matrix.'
+    check_memory(copies * rows.nbytes, f"The singular vectors of {len(rows):,} rows", way_out, rows.device)
 
 
 def _positive_shift(A: LinearOperator, hessian_perturbation: float) -> torch.Tensor | None:
@@ -298,14 +364,21 @@ def _positive_shift(A: LinearOperator, hessian_perturbation: float) -> torch.Ten
     return shift if bool((shift > 0).all()) else None
 
 
+def _norm1(matrix: torch.Tensor) -> float:
+    """Return the largest column sum of magnitudes, by blocks of a symmetric matrix's rows."""
+    step = rows_within(2 * matrix.shape[1] * matrix.element_size(), len(matrix))
+    return max(float(part.abs().sum(1).max()) for part in matrix.split(step))
+
+
 def _rcond(cholesky: torch.Tensor, norm: float) -> float:
     """Estimate 1 / (‖A‖₁ ‖A⁻¹‖₁) from the Cholesky factor: LAPACK's ``pocon``, or its algorithm on a device."""
     if norm == 0 or not math.isfinite(norm):
         return 0.0
     if cholesky.device.type == "cpu":
         pocon = scipy.linalg.get_lapack_funcs("pocon", (cholesky.numpy(),))
-        # Column-major: the transpose of the row-major lower factor is the upper one, without a copy.
-        rcond, _ = pocon(cholesky.numpy().T, norm, uplo="U")
+        # LAPACK reads columns: the transpose of a row-major lower factor is the upper one, without a copy.
+        by_columns = cholesky.mT.is_contiguous()
+        rcond, _ = pocon(cholesky.numpy() if by_columns else cholesky.numpy().T, norm, uplo="L" if by_columns else "U")
         return float(rcond)
 
     def solve(columns: np.ndarray) -> np.ndarray:

@@ -70,4 +70,4 @@ class EKFAC(Method):
         eigenvalues: list[torch.Tensor] = factors.refit(bases)
         blocks = [rotated(*parts) for parts in zip(factors.blocks, bases, eigenvalues, strict=True)]
         spectrum = placed(factors, blocks)
-        return KroneckerInverse(spectrum, spectrum, hessian_perturbation)
+        return KroneckerInverse(spectrum, spectrum, hessian_perturbation, self.name).judged_by(A)

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 
 from .._memory import check_memory, rows_within
-from .._validation import must_be
+from .._validation import check_hessian_perturbation, must_be
 from ..operators import LinearOperator, LowRank
 from ..results import InverseHvpResult
-from .base import InverseOperator, Method, relative_residual
+from .base import InverseOperator, Method, relative_residual, warn_of_overflow
 
 __all__ = ["HarmonicMean"]
 
@@ -25,8 +25,8 @@ class HarmonicMean(Method):
     single sample. λ > 0 is required. Cost: per-sample gradients once, then 2·n·p per right-hand side. Memory: n·p
     numbers.
 
-    The matrix that this inverts has no closed form that costs less than n²·p, so ``info["residual"]`` is taken
-    against the exact E + λI, and says how good the approximation is; ``converged`` is true, since nothing iterates.
+    ``info["residual"]`` is against the exact E + λI, and says how good the approximation is; ``converged`` goes by it.
+    The matrix that this inverts has no closed form that costs less than n²·p: ``residual_of_approximation`` is NaN.
 
     References
     ----------
@@ -58,7 +58,7 @@ class HarmonicMean(Method):
         check_memory(3 * n * p * A.dtype.itemsize, f"{n:,} gradients of {p:,} parameters", way_out, A.device)
         rows, weights = A.gradient_rows(verbose)
         rows = weights.sqrt()[:, None] * rows
-        return HarmonicMeanInverse(rows, weights, getattr(A, "penalty", None), hessian_perturbation)
+        return HarmonicMeanInverse(rows, weights, getattr(A, "penalty", None), hessian_perturbation).judged_by(A)
 
 
 class HarmonicMeanInverse(InverseOperator):
@@ -67,12 +67,18 @@ class HarmonicMeanInverse(InverseOperator):
     _fields: ClassVar[dict[str, str]] = {
         "rows": "tensor[n,p]",
         "weights": "tensor[n]",
+        "judges": "bool|missing",
+        "perturbation": "float",
+        "scale": "float",
+        "relative": "tensor[p]",
         "penalty": "tensor[p]|None",
         "shift": "tensor[p]",
         "damping": "tensor[n]",
     }
 
+    approximate = True
     positive_definite = True
+    name = "harmonic_mean"
 
     def __init__(
         self,
@@ -84,35 +90,57 @@ class HarmonicMeanInverse(InverseOperator):
         if not hessian_perturbation > 0:
             hint = "Each sample's own matrix is singular without it."
             raise ValueError(must_be("hessian_perturbation for harmonic_mean", "> 0", hessian_perturbation, hint))
+        self.perturbation = check_hessian_perturbation(hessian_perturbation)
         self.rows, self.weights, self.penalty = rows, weights, penalty
-        shift = torch.full_like(rows[0], hessian_perturbation)
-        self.shift = shift if penalty is None else shift + penalty
+        shift = torch.full_like(rows[0], self.perturbation, dtype=torch.float64)
+        shift = shift if penalty is None else shift + penalty
+        # D = s D₁ with D₁ ≥ 1: 1 / D and its products with squares overflow at a small λ, those of D₁ do not.
+        self.scale = float(shift.min())
+        self.shift, self.relative = shift.to(rows.dtype), (shift / self.scale).to(rows.dtype)
+        along = torch.cat([(part.square() @ (1 / self.relative)).double() for part in rows.split(self._chunk())])
         # A row of weight zero is zero: it has no part in the mean but D⁻¹.
-        along = torch.cat([part.square() @ (1 / self.shift) for part in rows.split(self._chunk())])
-        self.damping = 1 / (1 + torch.where(weights > 0, along / weights, 0.0))
+        along = torch.where(weights > 0, along / weights.double(), 0.0)
+        # D⁻¹ fᵢ cᵢ fᵢᵀ D⁻¹ = D₁⁻¹ fᵢ (s + fᵢᵀD₁⁻¹fᵢ/wᵢ)⁻¹ fᵢᵀ D₁⁻¹ / s
+        self.damping = torch.where(along > 0, 1 / (self.scale + along), 0.0).to(rows.dtype)
 
     @property
     def operator(self) -> LinearOperator:  # type: ignore[override]
         """E + λI, against which the residual is taken."""
         return LowRank(self.rows, self.shift)
 
+    @property
+    def hessian_perturbation(self) -> float:
+        """λ."""
+        return self.perturbation
+
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the mean of the samples' solutions.
 
-        ``info`` holds ``residual`` (k,) against the exact E + λI, ``converged`` (k,), true, and ``approximate``.
+        ``info`` holds ``residual`` (k,) against the exact E + λI, ``converged`` (k,) by it,
+        ``residual_of_approximation`` (k,), NaN, and ``approximate`` True.
         """
-        scaled, total = B / self.shift, torch.zeros_like(B)
-        chunk = self._chunk(len(B))
+        X = self.apply(B)
+        unknown = torch.full((len(B),), torch.nan, dtype=torch.float64, device=B.device)
+        return InverseHvpResult(X, self.verdict(B, X, unknown))
+
+    def true_residual(self, B: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        """Return ‖(E + λI)x − b‖ / ‖b‖ (k,): E is at hand with its rows."""
+        return relative_residual(self.operator, B, X) if self.judges else super().true_residual(B, X)
+
+    def apply(self, V: torch.Tensor) -> torch.Tensor:
+        """Return the solutions alone."""
+        scaled, total = V / self.relative, torch.zeros_like(V)
+        chunk = self._chunk(len(V))
         for rows, damping in zip(self.rows.split(chunk), self.damping.split(chunk), strict=True):
             total += ((scaled @ rows.mT) * damping) @ rows
-        X = scaled - total / self.shift
-        converged = torch.ones(len(B), dtype=torch.bool, device=B.device)
-        residual = relative_residual(self.operator, B, X)
-        return InverseHvpResult(X, {"residual": residual, "converged": converged, "approximate": True})
+        X = (scaled - total / self.relative).to(torch.float64) / self.scale
+        return warn_of_overflow(self.name, X.to(V.dtype))
 
     def at(self, hessian_perturbation: float) -> HarmonicMeanInverse:
         """Return the inverse at another λ, from the same gradients."""
-        return HarmonicMeanInverse(self.rows, self.weights, self.penalty, hessian_perturbation)
+        other = HarmonicMeanInverse(self.rows, self.weights, self.penalty, hessian_perturbation)
+        other.exact, other.judges = self.exact, self.judges
+        return other
 
     def _chunk(self, k: int = 0) -> int:
         """Rows at a time: their squares, or their products with k right-hand sides, fit the working memory."""

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import scipy.linalg
 import torch
 
-from .._validation import check_choice
+from .._validation import check_choice, check_hessian_perturbation
 from ..block_operators import BlockDiagonal, Eigenbasis, Kronecker, KroneckerBlock, KroneckerFactors, Rotated
 from ..operators import Diagonal, LinearOperator, Shifted
 from ..results import InverseHvpResult
-from .base import InverseOperator, Method, relative_residual
+from .base import InverseOperator, Method, default_tolerance, relative_residual, warn_not_converged
+from .null_space import invert_spectrum, warn_of_indefinite, warn_of_null_part
 
 __all__ = ["KFAC"]
 
@@ -31,9 +30,9 @@ class KFAC(Method):
     Served are Linear (on any number of axes), convolutions of one to three axes and their transposes, Embedding, the
     ``Conv1D`` of transformers, and MultiheadAttention as its four projections. Each group of a grouped convolution is a
     block of its own; a layer that is called several times sees the rows of all its calls; one that sees the same for
-    every sample (positions) counts once a sample. Scale and shift of norms (torch's own, BatchNorm in eval mode, and
-    modules named ...Norm with one weight an entry) have the curvature's exact diagonal. In every chunk of the data the
-    factors' product is held against the derivative by the weights themselves.
+    every sample (positions) counts once a sample. The scale and shift of norms (torch's own, BatchNorm in eval mode,
+    and modules named ...Norm with one weight an entry) have the curvature's exact diagonal. In every chunk of the data
+    the factors' product is held against the derivative by the weights themselves.
 
     It costs one pass with c backward passes for c outputs, O(d³ + i³) per layer, and d² + i² numbers twice over.
 
@@ -87,14 +86,16 @@ class KFAC(Method):
         pairs = [block.decompose() for block in factors.blocks]
         spectrum = [rotated(block, *pair) for block, pair in zip(factors.blocks, pairs, strict=True)]
         blocks = [_own(block, pair) for block, pair in zip(factors.blocks, spectrum, strict=True)]
-        return KroneckerInverse(placed(factors, blocks), placed(factors, spectrum), hessian_perturbation)
+        inverse = KroneckerInverse(placed(factors, blocks), placed(factors, spectrum), hessian_perturbation, self.name)
+        return inverse.judged_by(A)
 
 
 class KroneckerInverse(InverseOperator):
     """(A + λI)⁻¹ of a block-diagonal A with known eigenbases.
 
     Eigenvalues of A + λI within rounding of their block's largest are left out (the pseudo-inverse), and a right-hand
-    side with a part in their span is warned of.
+    side with a part in their span is warned of; with A positive semi-definite and λ > 0 none is. Negative ones are
+    inverted as they are, with a warning.
 
     Parameters
     ----------
@@ -110,15 +111,36 @@ class KroneckerInverse(InverseOperator):
         "curvature": "LinearOperator",
         "spectrum": "LinearOperator",
         "shift": "float",
+        "name": "str",
+        "judges": "bool|missing",
         "inverted": "LinearOperator",
+        "lost": "LinearOperator",
+        "n_lost": "int",
         "positive_definite": "bool",
     }
 
-    def __init__(self, curvature: BlockDiagonal, spectrum: BlockDiagonal, hessian_perturbation: float) -> None:
-        self.curvature, self.spectrum, self.shift = curvature, spectrum, float(hessian_perturbation)
-        pairs = [_inverted(block, self.shift) for block in spectrum.operators]
-        self.inverted = spectrum.with_operators([operator for operator, _ in pairs])
-        self.positive_definite = all(definite for _, definite in pairs)
+    approximate = True
+
+    def __init__(
+        self, curvature: BlockDiagonal, spectrum: BlockDiagonal, hessian_perturbation: float, name: str = "kfac"
+    ) -> None:
+        self.curvature, self.spectrum, self.name = curvature, spectrum, name
+        self.shift = check_hessian_perturbation(hessian_perturbation)
+        found = [invert_spectrum(_eigenvalues(block), self.shift, block.size) for block in spectrum.operators]
+        self.inverted = spectrum.with_operators(
+            [_of_eigenvalues(block, each.inverse) for block, each in zip(spectrum.operators, found, strict=True)]
+        )
+        self.lost = spectrum.with_operators(
+            [
+                _of_eigenvalues(block, each.lost.to(spectrum.dtype))
+                for block, each in zip(spectrum.operators, found, strict=True)
+            ]
+        )
+        self.n_lost = sum(int(each.lost.sum()) for each in found)
+        self.positive_definite = all(each.positive_definite for each in found)
+        if any(each.indefinite for each in found):
+            least = f"the approximation has the eigenvalue {min(each.least for each in found):.3g}"
+            warn_of_indefinite(least, self.shift, "The solution is no minimiser.", 'Try curvature="ggn".')
 
     @property
     def operator(self) -> LinearOperator:  # type: ignore[override]
@@ -132,24 +154,25 @@ class KroneckerInverse(InverseOperator):
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions.
 
-        ``info`` holds ``residual`` (k,) against the approximation, ``converged`` (k,), and ``approximate`` True.
+        ``info`` holds ``residual`` (k,) against the exact curvature, ``converged`` (k,) by it,
+        ``residual_of_approximation`` (k,), and ``approximate`` True.
         """
-        X = self.apply(B)
-        residual = relative_residual(self.operator, B, X)
-        converged = residual <= {torch.float32: 1e-3}.get(B.dtype, 1e-6)
-        outside = int((~converged).sum())
-        if outside and not self.positive_definite:
-            warnings.warn(
-                f"The approximate A + λI is singular and {outside} of {len(B)} right-hand sides have a part outside "
-                "its range: the pseudo-inverse leaves it out. Try hessian_perturbation > 0.",
-                scipy.linalg.LinAlgWarning,
-                stacklevel=4,
-            )
-        return InverseHvpResult(X, {"residual": residual, "converged": converged, "approximate": True})
+        X, tolerance = self.apply(B), default_tolerance(B.dtype)
+        own = relative_residual(self.operator, B, X)
+        outside = torch.zeros_like(own, dtype=torch.bool)
+        if self.n_lost:
+            outside = self.lost.apply(B).norm(dim=1) > tolerance * B.norm(dim=1)
+            what = f"The approximate A + λI is singular ({self.n_lost} of {self.size} eigenvalues are zero)"
+            warn_of_null_part(what, outside, "Try hessian_perturbation > 0.")
+        hint = "Rounding does not allow less. Try a larger hessian_perturbation or dtype=torch.float64."
+        warn_not_converged(self.name, own[~outside], own[~outside] <= tolerance, tolerance, hint)
+        return InverseHvpResult(X, self.verdict(B, X, own))
 
     def at(self, hessian_perturbation: float) -> KroneckerInverse:
         """Return the inverse at another λ, from the same eigenbases."""
-        return KroneckerInverse(self.curvature, self.spectrum, hessian_perturbation)
+        other = KroneckerInverse(self.curvature, self.spectrum, hessian_perturbation, self.name)
+        other.exact, other.judges = self.exact, self.judges
+        return other
 
 
 def factors_of(A: Any, approx: str, unsupported: str, verbose: int) -> KroneckerFactors:
@@ -181,15 +204,10 @@ def _own(block: KroneckerBlock, spectral: Rotated) -> LinearOperator:
     return spectral if uniform is None else Shifted(Kronecker(block.left, block.right), uniform)
 
 
-def _inverted(block: Any, shift: float) -> tuple[LinearOperator, bool]:
-    """Return the pseudo-inverse of a block plus λ, and whether it is positive definite."""
-    diagonal = isinstance(block, Diagonal)
-    values = (block.entries if diagonal else block.eigenvalues) + shift
-    # The entries of a diagonal are known to relative precision; the eigenvalues of two `eigh` are not.
-    # Each group of a grouped layer has its own.
-    sides = 0 if diagonal else sum(values.shape[-2:])
-    largest = values.abs().max() if diagonal else values.abs().amax((-2, -1), keepdim=True)
-    cut = sides * torch.finfo(values.dtype).eps * largest
-    inverse = torch.where(values > cut, 1 / values, 0.0)
-    definite = bool((values > cut).all())
-    return (Diagonal(inverse) if diagonal else Rotated(block.basis, inverse)), definite
+def _eigenvalues(block: Any) -> torch.Tensor:
+    return block.entries if isinstance(block, Diagonal) else block.eigenvalues
+
+
+def _of_eigenvalues(block: Any, eigenvalues: torch.Tensor) -> LinearOperator:
+    """Return the operator of other eigenvalues along the eigenvectors of a block."""
+    return Diagonal(eigenvalues) if isinstance(block, Diagonal) else Rotated(block.basis, eigenvalues)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import ClassVar
 
-import scipy.linalg
 import torch
 
 from .._validation import check_hessian_perturbation, must_be
 from ..operators import LinearOperator
 from ..results import InverseHvpResult
-from .base import InverseOperator, relative_residual, warn_not_converged
+from .base import InverseOperator, default_tolerance, relative_residual, warn_not_converged
+from .null_space import invert_spectrum, warn_of_indefinite, warn_of_null_part
 
-__all__ = ["LowRankInverse", "Spectral", "rounding"]
+__all__ = ["LowRankInverse", "Spectral"]
 
 
 class Spectral(LinearOperator):
@@ -69,10 +68,12 @@ class LowRankInverse(InverseOperator):
         "complement": "float|None",
         "approximate": "bool",
         "name": "str",
+        "judges": "bool|missing",
         "hint": "str",
         "rtol": "float",
         "shift": "float",
         "rest": "float",
+        "cut": "float",
         "inverted": "tensor[r]",
         "_lost": "mask[r]",
         "positive_definite": "bool",
@@ -91,7 +92,7 @@ class LowRankInverse(InverseOperator):
     ) -> None:
         self.eigenvalues, self.eigenvectors, self.complement = eigenvalues, eigenvectors, complement
         self.approximate, self.name, self.hint = approximate, name, hint
-        self.rtol = 1e-3 if eigenvectors.dtype == torch.float32 else 1e-6
+        self.rtol = default_tolerance(eigenvectors.dtype)
         self._set(hessian_perturbation)
 
     @property
@@ -119,30 +120,32 @@ class LowRankInverse(InverseOperator):
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions, or pseudo-solutions where the operator is singular.
 
-        ``info`` holds ``residual`` (k,), against the approximate operator, with what the pseudo-inverse leaves out;
-        ``converged`` (k,); ``approximate``. A complement that was dropped as asked does not count against
-        ``converged``.
+        ``info`` holds ``residual`` (k,), against the exact curvature, and ``converged`` (k,) by it;
+        ``residual_of_approximation`` (k,), with what the pseudo-inverse leaves out; ``approximate``.
         """
-        along, across = self._split(B)
-        self._warn_of_null_part(along, B)
-        X = self._combine(along, across)
-        residual = relative_residual(self.operator, B, X)
-        judged = relative_residual(self.operator, B - across, X) if self._drops else residual
-        converged = judged <= self.rtol
-        if not bool(self._lost.any()):
-            warn_not_converged(self.name, judged, converged, self.rtol, "Try dtype=torch.float64 or a larger λ.")
-        return InverseHvpResult(X, {"residual": residual, "converged": converged, "approximate": self.approximate})
+        return self._solved(B, *self._split(B))
 
-    def path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> torch.Tensor:
-        """Return the solutions (n_λ, k, p) at every λ: B is projected once, then one GEMM per λ."""
+    def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> list[InverseHvpResult]:
+        """Return the results at every λ: B is projected once."""
         along, across = self._split(B)
-        shifts = list(hessian_perturbations)
-        X = B.new_empty(len(shifts), *B.shape)
-        for i, shift in enumerate(shifts):
-            inverse = self.at(shift)
-            inverse._warn_of_null_part(along, B)
-            X[i] = inverse._combine(along, across)
-        return X
+        return [self.at(shift)._solved(B, along, across) for shift in hessian_perturbations]
+
+    def _solved(self, B: torch.Tensor, along: torch.Tensor, across: torch.Tensor) -> InverseHvpResult:
+        """Solve, with the coefficients along U (k, r) and the part across (k, p)."""
+        outside = self._warn_of_null_part(along, B)
+        X = self._combine(along, across)
+        own = relative_residual(self.operator, B, X)
+        # A complement that was dropped as asked is no failure to solve.
+        judged = relative_residual(self.operator, B - across, X) if self._drops else own
+        if self.approximate:
+            info = self.verdict(B, X, own)
+        else:
+            info = {"residual": self.true_residual(B, X), "residual_of_approximation": own, "approximate": False}
+            judged = torch.where(info["residual"].isnan(), judged, info["residual"])
+            info["converged"] = info["residual"] <= self.rtol
+        hint = "Try dtype=torch.float64 or a larger λ."
+        warn_not_converged(self.name, judged[~outside], judged[~outside] <= self.rtol, self.rtol, hint)
+        return InverseHvpResult(X, info)
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return the solutions alone, by two GEMMs."""
@@ -156,7 +159,9 @@ class LowRankInverse(InverseOperator):
         smallest one kept, and not as zero.
         """
         values = self.eigenvalues + self.shift
-        return R + ((R @ self.eigenvectors.mT) * (values.min() / values - 1)) @ self.eigenvectors
+        # Not R + …: what cancels along U would outweigh small values.min() / values.
+        along, across = self._split(R)
+        return across + (along * (values.min() / values)) @ self.eigenvectors
 
     @property
     def _drops(self) -> bool:
@@ -165,24 +170,16 @@ class LowRankInverse(InverseOperator):
 
     def _set(self, hessian_perturbation: float) -> None:
         self.shift = check_hessian_perturbation(hessian_perturbation)
-        values = self.eigenvalues + self.shift
         self.rest = 0.0 if self._drops or self.complement is None else self.shift + self.complement
         if not self._drops and self.rest == 0:
             raise ValueError(self._singular())
-        # With θ ≥ 0, λ alone keeps the sums away from zero, however small it is.
-        positive = self.shift > 0 and bool((self.eigenvalues >= 0).all())
-        cut = 0.0 if positive else rounding(self.eigenvalues, self.size)
-        self.inverted, self._lost = _invert(values, cut)
-        least = min(float(values.min()), float("inf") if self._drops else self.rest)
-        self.positive_definite = bool((values > cut).all()) and (self._drops or self.rest > 0)
-        # Rounding alone makes zero eigenvalues slightly negative.
-        if least < -10 * cut:
-            warnings.warn(
-                f"A = H + λI is indefinite: {self.name} found the eigenvalue {least:.3g}, at hessian_perturbation="
-                f"{self.shift:.3g}. The solution is no minimiser. {self.hint}",
-                scipy.linalg.LinAlgWarning,
-                stacklevel=4,
-            )
+        found = invert_spectrum(self.eigenvalues, self.shift, self.size)
+        self.inverted, self._lost, self.cut = found.inverse, found.lost, found.cut
+        least = min(found.least, float("inf") if self._drops else self.rest)
+        self.positive_definite = found.positive_definite and (self._drops or self.rest > 0)
+        if least < -found.cut:
+            what = f"{self.name} found the eigenvalue {least:.3g}"
+            warn_of_indefinite(what, self.shift, "The solution is no minimiser.", self.hint)
 
     def _singular(self) -> str:
         what = f"hessian_perturbation + {self.complement:.3g}" if self.complement else "hessian_perturbation"
@@ -203,24 +200,12 @@ class LowRankInverse(InverseOperator):
         X = (along * self.inverted) @ self.eigenvectors
         return X if self._drops else X + across / self.rest
 
-    def _warn_of_null_part(self, along: torch.Tensor, B: torch.Tensor) -> None:
-        lost = (along * self._lost).norm(dim=1) > self.rtol * B.norm(dim=1)
-        if bool(lost.any()):
-            warnings.warn(
-                f"A = H + λI is singular ({int(self._lost.sum())} of {self.rank} eigenvalues are zero) and "
-                f"{int(lost.sum())} of {len(B)} right-hand sides have a part outside its range: the pseudo-inverse "
-                "leaves it out. Try hessian_perturbation > 0.",
-                scipy.linalg.LinAlgWarning,
-                stacklevel=4,
-            )
-
-
-def rounding(values: torch.Tensor, size: int) -> float:
-    """Return how far from zero a null eigenvalue of a p × p matrix with these eigenvalues comes out."""
-    return (10 + size**0.5) * torch.finfo(values.dtype).eps * float(values.abs().max())
-
-
-def _invert(values: torch.Tensor, cut: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return 1 / values with 0 where they are within ``cut`` of zero, and which those are."""
-    lost = values.abs() <= cut
-    return torch.where(lost, torch.zeros_like(values), 1 / values), lost
+    def _warn_of_null_part(self, along: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """Warn of rows with a part along eigenvectors that are left out, and return which they are."""
+        outside = (along * self._lost).norm(dim=1) > self.rtol * B.norm(dim=1)
+        warn_of_null_part(
+            f"A = H + λI is singular ({int(self._lost.sum())} of {self.rank} eigenvalues are zero)",
+            outside,
+            f"Try hessian_perturbation > 0: eigenvalues within {self.cut:.2g} of zero count as zero.",
+        )
+        return outside

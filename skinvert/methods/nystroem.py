@@ -13,7 +13,8 @@ from .._validation import check_number, must_be
 from ..operators import LinearOperator
 from .base import InverseOperator, Method
 from .lanczos import gaussian_rows, seeded
-from .low_rank import LowRankInverse, Spectral, rounding
+from .low_rank import LowRankInverse, Spectral
+from .null_space import zero_cut
 from .spectrum import extreme_eigenvalues
 
 __all__ = ["Nystroem"]
@@ -84,7 +85,8 @@ class Nystroem(Method):
             sketch.grow(rank)
         values, vectors = sketch.decompose()
         approximate = len(values) < A.size
-        return LowRankInverse(values, vectors, 0.0, hessian_perturbation, approximate=approximate, name=self.name)
+        inverse = LowRankInverse(values, vectors, 0.0, hessian_perturbation, approximate=approximate, name=self.name)
+        return inverse.judged_by(A)
 
     def _checked_rank(self, A: LinearOperator) -> int:
         if isinstance(self.rank, str):
@@ -169,7 +171,7 @@ class _Sketch:
 def _check_psd(A: LinearOperator, smallest: tuple[float, float], largest: tuple[float, float]) -> None:
     """Raise where the smallest eigenvalue is negative beyond rounding."""
     most = torch.tensor([smallest[0], largest[0]], dtype=A.dtype)
-    if smallest[0] < -rounding(most, A.size):
+    if smallest[0] < -zero_cut(most, A.size):
         raise ValueError(_not_psd(smallest[0], A.hint))
 
 

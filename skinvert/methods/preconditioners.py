@@ -40,7 +40,7 @@ def as_preconditioner(
             raise ValueError(must_be("preconditioner", must, repr(method), 'Try "jacobi".'))
     companion = A.psd_companion() if isinstance(method, Nystroem) else None
     inverse = method.invert(A if companion is None else companion, hessian_perturbation, verbose)
-    if inverse.positive_definite is False:
+    if not inverse.preconditions:
         must = "positive definite"
         raise ValueError(must_be(f"The preconditioner {method.name}", must, "one that is not", A.hint))
     return inverse

@@ -125,8 +125,8 @@ class RowRun(CGState):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Z = self.preconditioned(self.R)
-        self.P, self.rz = Z.clone(), (self.R * Z).sum(1)
+        Z, self.rz, _ = self._descent(self.R)
+        self.P = Z.clone()
 
     def step(self) -> None:
         """Advance all rows under way by one iteration."""
@@ -141,6 +141,17 @@ class RowRun(CGState):
             self.leave(~good)
         if len(self.rows):
             self._advance(P, AP, curvature)
+
+    def _descent(self, R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return Z = M⁻¹R, rᵀz, and where z = r instead, as rounding has made M indefinite."""
+        Z = self.preconditioned(R)
+        rz = (R * Z).sum(1)
+        # Not (a ≤ b): NaN compares false.
+        plain = ~(rz > 0)
+        if self.precondition is not None and bool(plain.any()):
+            Z = torch.where(plain[:, None], R, Z)
+            rz = torch.where(plain, R.square().sum(1), rz)
+        return Z, rz, plain
 
     def _judge(self, quotient: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """Tell rows that can go on from those that met a null or a negative direction."""
@@ -169,7 +180,6 @@ class RowRun(CGState):
             stays = torch.isin(before, self.rows)
             P, rz = P[stays], rz[stays]
         R = self.R[self.rows]
-        Z = self.preconditioned(R)
-        new = (R * Z).sum(1)
-        beta = torch.where(restart, 0.0, new / rz)
+        Z, new, plain = self._descent(R)
+        beta = torch.where(restart | plain, 0.0, new / rz)
         self.P[self.rows], self.rz[self.rows] = Z + beta[:, None] * P, new

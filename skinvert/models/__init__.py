@@ -3,11 +3,13 @@
 from .adapt import as_margin, as_model, describe, is_model, register_model
 from .affine import Affine
 from .base import TwiceDifferentiable
+from .batches import labels_key, leading_length, map_tensors, row_axes, with_row_axis
 from .losses import LOSSES, ModuleLoss
 from .output_hessians import DiagonalHessian, FactoredHessian, OutputHessian
 from .shared import SharedModel
 from .sklearn import SklearnTwiceDifferentiable
-from .torch import TorchTwiceDifferentiable, leading_length, map_tensors
+from .sparse_rows import SparseRows
+from .torch import TorchTwiceDifferentiable
 
 __all__ = [
     "LOSSES",
@@ -18,13 +20,17 @@ __all__ = [
     "OutputHessian",
     "SharedModel",
     "SklearnTwiceDifferentiable",
+    "SparseRows",
     "TorchTwiceDifferentiable",
     "TwiceDifferentiable",
     "as_margin",
     "as_model",
     "describe",
     "is_model",
+    "labels_key",
     "leading_length",
     "map_tensors",
     "register_model",
+    "row_axes",
+    "with_row_axis",
 ]

@@ -107,9 +107,9 @@ def as_margin(model: Any) -> TwiceDifferentiable:
 
 
 def describe(model: TwiceDifferentiable) -> dict[str, Any]:
-    """Return the dtype and device that a model computes with."""
+    """Return the dtype and device that a model computes with, and what reads its batches."""
     if isinstance(model, TorchTwiceDifferentiable):
-        return {"dtype": model.dtype, "device": model.device}
+        return {"dtype": model.dtype, "device": model.device, "model": model}
     first = model.parameters[0]
     if isinstance(first, torch.Tensor):
         return {"dtype": first.dtype, "device": first.device}

@@ -83,7 +83,12 @@ class ModuleLoss(Loss):
 
     def per_sample(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Return the unreduced loss, summed over all but the first dimension."""
-        return self._elements(output, target).reshape(len(output), -1).sum(1)
+        elements = self._elements(output, target)
+        if not elements.ndim or len(elements) != len(output):
+            got = f"shape {tuple(elements.shape)} of {len(output)} rows"
+            hint = "Try a callable (output, target) without a `reduction` attribute."
+            raise ValueError(must_be(f"The loss {self.module} with reduction='none'", "one value per row", got, hint))
+        return elements.reshape(len(output), -1).sum(1)
 
     def mass(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Return each sample's share of the denominator of ``reduction``."""
@@ -121,8 +126,15 @@ class ModuleLoss(Loss):
 
     def verify_values(self, output: torch.Tensor, target: torch.Tensor, losses: torch.Tensor) -> None:
         """Raise as ``verify`` does; torch's own modules, once verified, need no more."""
-        if type(self) is not ModuleLoss or not type(self.module).__module__.startswith("torch."):
-            self.verify(output, target)
+        if self._is_torchs():
+            return
+        self.verify(output, target)
+        # As many values as rows may be one a class.
+        for i in {0, len(output) - 1}:
+            alone = self.per_sample(output[i : i + 1].detach(), target[i : i + 1])
+            if not torch.isclose(alone[0], losses[i], rtol=1e-3, atol=1e-6, equal_nan=True):
+                must, got = "of each row alone, unreduced", f"{losses[i]:.6g} for row {i}, {alone[0]:.6g} for it alone"
+                raise ValueError(must_be(f"The loss {self.module}", must, got))
 
     def output_hessian(self, output: torch.Tensor, target: torch.Tensor) -> OutputHessian | None:
         """Return the closed form of torch's own modules, where this is a closed form of ``per_sample``."""
@@ -146,6 +158,9 @@ class ModuleLoss(Loss):
 
     def _has_class_targets(self, target: torch.Tensor) -> bool:
         return isinstance(self.module, _CLASS_LOSSES) and not target.is_floating_point()
+
+    def _is_torchs(self) -> bool:
+        return type(self) is ModuleLoss and type(self.module).__module__.startswith("torch.")
 
     def _explains(self, closed: OutputHessian, output: torch.Tensor, target: torch.Tensor) -> bool:
         """Whether the closed form of the module is that of a subclass's ``per_sample``: it may do more."""

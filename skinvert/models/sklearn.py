@@ -12,10 +12,12 @@ import torch
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from .._autograd import ordinary
 from .._validation import check_sample_weight, must_be
 from .losses import Loss
 from .shared import UNFITTED
 from .sklearn_objectives import OBJECTIVES, FittedObjective, FitTotals
+from .sparse_rows import SparseRows
 from .torch import TorchTwiceDifferentiable
 
 __all__ = ["SklearnTwiceDifferentiable"]
@@ -61,6 +63,7 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
     [[3.0, 0.0], [0.0, 3.0]]
     """
 
+    @ordinary
     def __init__(self, model: Any, y: Any = None, sample_weight: Any = None) -> None:
         self.estimator = model
         self.objective = _objective_of(model)
@@ -73,15 +76,14 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
             self.adopt(self._totals_of(targets, np.ones(len(targets)) if weights is None else weights))
 
     def read(self, data: Any) -> Any:
-        """Return ``(X, y)`` checked as scikit-learn does, in float64, labels as indices."""
+        """Return ``(X, y)`` checked as scikit-learn does, in float64, labels as indices; sparse X by rows."""
         data = super().read(data)
         if not isinstance(data, tuple) or len(data) != 2 or data[1] is None:
             must = f"an (X, y) tuple for a {type(self.estimator).__name__}"
             raise TypeError(must_be("data", must, f"a {type(data).__name__}"))
         X, y = map(_plain, data)
-        if scipy.sparse.issparse(X):
-            raise TypeError(must_be("X", "dense", "a sparse matrix", "Try `.toarray()`."))
-        return validate_data(self.estimator, X, reset=False, dtype=np.float64), self.objective.targets(y)
+        X = validate_data(self.estimator, X, reset=False, dtype=np.float64, accept_sparse="csr")
+        return SparseRows(X) if scipy.sparse.issparse(X) else X, self.objective.targets(y)
 
     def settle(self, batches: Iterable[Any]) -> None:
         """Take n, Σw and the class counts from encoded training data, unless they are known."""
@@ -96,9 +98,12 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
         if totals is not None and type(self.loss) is Loss:
             self.loss = self.objective.loss(totals).to(self.dtype, self.device)
 
+    @ordinary
     def grad(self, x: Any, y: Any, create_graph: bool = False) -> torch.Tensor:
         """Return the gradient (p,) of L on one batch, which stands for all the data where no other is known."""
-        inputs, targets = (torch.from_numpy(part).to(self.device) for part in self.read((x, y)))
+        inputs, targets = self.read((x, y))
+        inputs = inputs[:] if isinstance(inputs, SparseRows) else torch.from_numpy(inputs)
+        inputs, targets = inputs.to(self.device), torch.from_numpy(targets).to(self.device)
         model = copy.copy(self)
         model.settle([((inputs, targets), torch.ones(len(targets)))])
         targets = targets.to(self.dtype) if targets.is_floating_point() else targets

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,21 +11,31 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .._autograd import ordinary, own_tensor
+from .._checksum import checksum
 from .._progress import progress as progress_bar
 from .._validation import check_number, must_be, resolve_device, resolve_dtype
 from ..parameters import ParameterLayout, select_parameters
 from .base import TwiceDifferentiable
+from .batches import call, check_pair, map_tensors, split_labels
+from .compiled import eager
+from .conversion import Conversion
+from .labelled import Reading, gives_its_loss, logits_of, reading_of
+from .leaks import Watch
 from .losses import Loss, as_loss
 from .output_hessians import OutputHessian
+from .plain_functions import PlainFunctions
+from .second_derivative import check_second_derivative
 from .structural_copy import structural_copy
 
-__all__ = ["TorchTwiceDifferentiable", "leading_length", "map_tensors"]
+__all__ = ["TorchTwiceDifferentiable"]
 
 
 class TorchTwiceDifferentiable(TwiceDifferentiable):
     r"""L(θ) = Σᵢ wᵢℓᵢ / Σᵢ wᵢ + ½ μ‖θ‖² of a PyTorch module.
 
     The model is used in eval mode through a structural copy that shares its tensors: nothing of the user's changes.
+    A compiled or data-parallel module counts as the module inside it, with that one's parameter names.
 
     To serve a model that is not ``loss(model(x), y)``, override ``outputs`` and ``per_sample_loss``; every curvature
     and every method follow.
@@ -51,22 +61,37 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     [[1.5, 0.0], [0.0, 1.5]]
     """
 
+    @ordinary
     def __init__(self, model: nn.Module, loss: Any, weight_decay: float = 0.0) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(must_be("model", "a torch.nn.Module", type(model).__name__))
         self.model, self.weight_decay = model, check_number(weight_decay, "weight_decay", low=0.0)
-        self.loss: Loss | None = None if loss is None and self._own_loss() else as_loss(loss)
+        # A model of labels may give its own loss: `learn_labels` says which it is.
+        pending = loss is None and (self._own_loss() or gives_its_loss(model))
+        self.loss: Loss | None = None if pending else as_loss(loss)
         self.module = structural_copy(model)
         self._verified = False
+        # Which shapes of batches `curvature.rows` may differentiate all at once: what it found.
+        self.batched_rows: dict[Any, bool] = {}
         # `at_point` raises where none is trainable and none is chosen by name.
-        self._select([name for name, tensor in self.module.named_parameters() if tensor.requires_grad])
+        trainable = [name for name, tensor in self.module.named_parameters() if tensor.requires_grad]
+        if any(tensor.is_inference() for tensor in [*self.module.parameters(), *self.module.buffers()]):
+            self.module = structural_copy(model, _ordinary)
+        self._select(trainable)
 
     # -- the seam --------------------------------------------------------------------------------------------------
 
     def outputs(self, module: nn.Module, batch: Any) -> Any:
-        """Return the outputs of ``module`` (eval mode) on a batch: by default ``module(x)`` of ``(x, y)``."""
-        x = batch[0]
-        return module(**x) if isinstance(x, Mapping) else module(x)
+        """Return the outputs of ``module`` (eval mode) on a batch, by default of the x of ``(x, y)``.
+
+        A mapping is given by name and a tuple as several arguments, where ``forward`` takes them so, else as one. Of
+        an output with ``logits`` these are returned, the classes of tokens on axis 1.
+        """
+        if isinstance(batch, Mapping):
+            hint = "Override `outputs` too."
+            raise ValueError(must_be("A batch", "a pair (inputs, targets)", f"a mapping of {sorted(batch)}", hint))
+        logits = logits_of(call(module, batch[0]))
+        return self.reading.outputs(logits) if isinstance(logits, torch.Tensor) else logits
 
     def per_sample_loss(self, outputs: Any, batch: Any) -> torch.Tensor:
         """Return the losses (m,) of a batch's rows, before any average."""
@@ -84,10 +109,12 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         """The selected parameters θ."""
         return self.theta
 
+    @ordinary
     def grad(self, x: Any, y: Any, create_graph: bool = False) -> torch.Tensor:
         """Return the gradient (p,) of L on one batch."""
-        batch = (x, y)
-        outputs = self.forward(batch)
+        batch = map_tensors(own_tensor, (x, y))
+        # A forward pass may write into its inputs.
+        outputs = self.forward(map_tensors(torch.clone, batch))
         mean = self.per_sample_loss(outputs, batch).sum() / self.mass(outputs, batch).sum()
         gradient = self.gradient_of(mean, create_graph)
         penalty = self.penalty_diagonal()
@@ -96,14 +123,18 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         theta = torch.cat([t.reshape(-1) for t in self.theta])
         return gradient + penalty * (theta if create_graph else theta.detach())
 
+    @ordinary
     def hessian(self, x: Any, y: Any) -> torch.Tensor:
         """Return the Hessian (p, p) of L on one batch."""
+        if type(self).grad is TorchTwiceDifferentiable.grad:
+            self.verify_second_derivative(map_tensors(own_tensor, (x, y)))
         gradient = self.grad(x, y, create_graph=True)
         identity = torch.eye(self.num_params, dtype=self.dtype, device=self.device)
         matrix = self.mvp(gradient, identity, self.theta)
         return (matrix + matrix.mT) / 2
 
     @staticmethod
+    @ordinary
     def mvp(
         grad_xy: torch.Tensor,
         v: torch.Tensor,
@@ -126,28 +157,45 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
 
     # -- what the curvatures use -----------------------------------------------------------------------------------
 
+    @ordinary
     def at_point(
         self, params: str | Iterable[str] | None = None, dtype: Any = None, device: Any = None
     ) -> TorchTwiceDifferentiable:
         """Return a copy fixed at today's θ: chosen parameters, dtype and device; later training does not reach it.
 
-        The selected parameters and the buffers are snapshots (p numbers, less than one right-hand side of a solve);
-        frozen parameters are shared where no conversion is needed.
+        Parameters and buffers are snapshots; frozen parameters that together exceed scikit-learn's ``working_memory``
+        are shared where no conversion is needed, and `check_unchanged` says whether they are still the same.
         """
-        duplicate = copy.copy(self)
-        duplicate.module = structural_copy(self.model)
-        chosen = select_parameters(list(duplicate.module.named_parameters()), params)
-        first = dict(duplicate.module.named_parameters())[chosen[0]]
-        to_dtype, to_device = (
-            resolve_dtype(dtype, first.dtype),
-            resolve_device(device, _one_device(duplicate.module)),
-        )
-        _convert(duplicate.module, set(chosen), to_dtype, to_device)
+        duplicate, shared = copy.copy(self), structural_copy(self.model)
+        named = dict(shared.named_parameters())
+        chosen = select_parameters(list(named.items()), params)
+        own = named[chosen[0]].dtype
+        to_dtype, to_device = resolve_dtype(dtype, own), resolve_device(device, _one_device(shared))
+        selected = {id(named[name]) for name in chosen}
+        found = {id(t): (name, t) for name, t in [*named.items(), *shared.named_buffers()]}
+        conversion = Conversion(shared, selected, own, to_dtype, to_device)
+        duplicate.module = structural_copy(self.model, conversion, found)
         duplicate._select(chosen)
+        trained = {id(tensor) for tensor in named.values() if tensor.requires_grad}
+        duplicate.watch = Watch(found, selected | trained, to_dtype)
         if duplicate.loss is not None:
+            duplicate.watch.check_modules(duplicate.loss)
             duplicate.loss = duplicate.loss.to(to_dtype, to_device)
-        duplicate._verified = False
+        duplicate._verified, duplicate.batched_rows = False, {}
+        theirs = {tensor.data_ptr() for tensor in named.values()}
+        kept = {name: t for name, t in duplicate.module.named_parameters() if t.data_ptr() in theirs and t.numel()}
+        duplicate._shared = {name: (tensor, checksum(tensor)) for name, tensor in kept.items()}
         return duplicate
+
+    # Parameters shared with the user's model, with their checksums.
+    _shared: Mapping[str, tuple[torch.Tensor, Any]] = {}
+
+    def check_unchanged(self) -> None:
+        """Raise where a parameter that this copy shares with the user's model has changed since."""
+        changed = [name for name, (tensor, known) in self._shared.items() if checksum(tensor) != known]
+        if changed:
+            hint = "They were too large to copy. Call `fit` again."
+            raise ValueError(must_be("The frozen parameters", "those of fit", f"others in {changed}", hint))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -161,6 +209,10 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
 
     # The fitted steps of a pipeline before the model; None where it sees the data as they are.
     features: Any = None
+    # Over a copy until its first forward pass: a look-out for what it still shares with the user's model.
+    watch: Watch | None = None
+    # Whether the model changes its inputs in place: then it is given copies.
+    writes_inputs = False
     # What `settle` took from the training data; None where L depends on nothing of them.
     totals: Any = None
 
@@ -172,24 +224,74 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
             raise TypeError(must_be("data", "an (X, y) tuple for a Pipeline", f"a {type(data).__name__}"))
         return (self.features.transform(data[0]), data[1])
 
+    # How the logits and labels of batches that are mappings meet the loss.
+    reading: Reading = Reading()
+    _learned = False
+
+    def learn_labels(self, batches: Callable[[], Iterable[Any]]) -> None:
+        """Find, where no loss is given, which loss of the logits the model's own is, and how labels are read.
+
+        Without a loss this costs one forward pass over ``batches()``, and without labels in mappings nothing.
+        """
+        if not self._reads_pairs():
+            return
+        first = split_labels(next(iter(batches())))
+        named = isinstance(first, Mapping) or (isinstance(first, tuple) and isinstance(first[0], Mapping))
+        if self.loss is not None and not (named and not self._learned):
+            return
+        loss, decided = (None, self.reading) if self._learned else (self.loss, None)
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                self.reading = reading_of(self.module, batches(), loss, decided)
+        except (RuntimeError, LookupError, NotImplementedError) as error:
+            message = must_be(
+                "The data", "what the model takes", f"a batch it fails on: {error}", "Override `outputs`?"
+            )
+            raise ValueError(message) from error
+        if self.loss is None and self.reading.loss is not None:
+            self.loss = as_loss(self.reading.loss).to(self.dtype, self.device)
+            self._learned = True
+
+    def pair(self, batch: Any) -> Any:
+        """Return a raw batch as the pair (inputs, targets) that it stands for; a subclass's own as it is."""
+        if not self._reads_pairs():
+            return batch
+        batch = split_labels(batch)
+        if not isinstance(batch, tuple) or len(batch) != 2:
+            return batch
+        check_pair(batch)
+        return self.reading.pair(*batch)
+
+    def _reads_pairs(self) -> bool:
+        return not self._own_loss() and type(self).outputs is TorchTwiceDifferentiable.outputs
+
     def settle(self, batches: Iterable[Any]) -> None:
         """Take from the training data, once, what L depends on beside them: nothing here."""
 
     def adopt(self, totals: Any) -> None:
         """Take what another object of this model settled."""
 
+    @ordinary
     def forward(self, batch: Any) -> Any:
         """Return the outputs, with gradients on, checked against the targets."""
-        own = self._own_loss() or type(self).outputs is not TorchTwiceDifferentiable.outputs
-        if not own and not (isinstance(batch, tuple) and len(batch) == 2):
+        if self._reads_pairs() and not (isinstance(batch, tuple) and len(batch) == 2):
             got = f"a tuple of {len(batch)}" if isinstance(batch, tuple) else type(batch).__name__
             hint = "For other batches subclass TorchTwiceDifferentiable: `outputs` and `per_sample_loss`."
             raise ValueError(must_be("A batch", "a pair (inputs, targets)", got, hint))
+        # Once for a copy: what it does on its first batch.
+        watch, self.watch = self.watch, None
+        given = map_tensors(torch.clone, batch) if self.writes_inputs else batch
         # The fused attention kernels have no second derivative.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _without_fused_rnn(self.module, self.device):
-            outputs = self.outputs(self.module, batch)
+        kernels = _without_fused_rnn(self.module, self.device)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), kernels, eager(), PlainFunctions():
+            with nullcontext() if watch is None else watch.over_forward():
+                outputs = self.outputs(self.module, given)
+        outputs = self._in_own_dtype(outputs)
+        if watch is not None:
+            watch.warn_of_casts()
         if not self._own_loss():
-            self._check(outputs, batch)
+            with nullcontext() if watch is None else watch.over_loss():
+                self._check(outputs, batch)
         return outputs
 
     def mass(self, outputs: Any, batch: Any) -> torch.Tensor:
@@ -203,6 +305,14 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         if not self._own_loss():
             self._loss().verify_values(outputs, targets, losses)
 
+    @ordinary
+    def verify_second_derivative(self, batch: Any) -> None:
+        """Raise where autograd's second derivatives, on a few rows of a batch, are not those of the gradient."""
+        few = map_tensors(lambda tensor: tensor[:8] if tensor.ndim else tensor, batch)
+        double = map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, few)
+        check_second_derivative(self, few, double)
+
+    @ordinary
     def gradient_of(self, value: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
         """Return the flat gradient (p,) of a scalar that was computed from ``forward``."""
         return _flat_grad(value, self.theta, create_graph=create_graph)
@@ -223,6 +333,11 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
+    @property
+    def own_loss(self) -> bool:
+        """Whether a subclass defines the loss."""
+        return self._own_loss()
+
     def _own_loss(self) -> bool:
         return type(self).per_sample_loss is not TorchTwiceDifferentiable.per_sample_loss
 
@@ -235,6 +350,17 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         tensors = dict(self.module.named_parameters())
         self.theta: list[torch.Tensor] = [tensors[name] for name in names]
         self.layout = ParameterLayout(tuple(names), tuple(tuple(t.shape) for t in self.theta))
+
+    def _in_own_dtype(self, outputs: Any) -> Any:
+        """Return outputs in the dtype of θ; raise where they have lost accuracy."""
+        if not isinstance(outputs, torch.Tensor) or outputs.dtype == self.dtype:
+            return outputs
+        if not outputs.is_floating_point():
+            raise TypeError(must_be("The model's output", "floating, and differentiable", outputs.dtype))
+        if outputs.dtype.itemsize < self.dtype.itemsize:
+            hint = "Remove `torch.autocast` and casts such as `.float()` from its forward pass, or leave dtype=None."
+            raise ValueError(must_be("The model's output", f"in {self.dtype}, as θ is", outputs.dtype, hint))
+        return outputs.to(self.dtype)
 
     def _check(self, outputs: Any, batch: Any) -> None:
         if not isinstance(outputs, torch.Tensor):
@@ -282,41 +408,9 @@ def _one_device(module: nn.Module) -> torch.device:
     return devices.pop()
 
 
-def _convert(module: nn.Module, chosen: set[str], dtype: torch.dtype, device: torch.device) -> None:
-    """Put converted tensors into a structural copy; selected ones become leaves that require a gradient."""
-    converted: dict[int, torch.Tensor] = {}
-    selected = {id(tensor) for name, tensor in module.named_parameters() if name in chosen}
-    for child in list(module.modules()):
-        buffers = list(child.named_buffers(recurse=False, remove_duplicate=False))
-        weights = list(child.named_parameters(recurse=False, remove_duplicate=False))
-        for name, tensor in weights + buffers:
-            if id(tensor) not in converted:
-                snapshot = id(tensor) in selected or not isinstance(tensor, nn.Parameter)
-                converted[id(tensor)] = _converted(tensor, dtype, device, snapshot)
-                converted[id(tensor)].requires_grad_(id(tensor) in selected)
-            setattr(child, name, converted[id(tensor)])
-
-
-def _converted(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, snapshot: bool) -> torch.Tensor:
-    data = tensor.detach().to(device, dtype if tensor.is_floating_point() else None, copy=snapshot)
-    return nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data
-
-
-def map_tensors(function: Any, batch: Any) -> Any:
-    """Return ``batch`` (tensors in tuples, lists and mappings) with ``function`` applied to every tensor."""
-    if isinstance(batch, torch.Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        return {key: map_tensors(function, value) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(map_tensors(function, value) for value in batch)
-    return batch
-
-
-def leading_length(batch: Any) -> int:
-    """Return the number of rows of a batch: the length of its last tensor, which is the target of ``(x, y)``."""
-    lengths: list[int] = []
-    map_tensors(lambda tensor: lengths.append(len(tensor) if tensor.ndim else 1), batch)
-    if not lengths:
-        raise ValueError(must_be("A batch", "one with a tensor in it", type(batch).__name__))
-    return lengths[-1]
+def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that gradients pass through, whatever mode it was made in."""
+    own = own_tensor(tensor)
+    if own is tensor or not isinstance(tensor, nn.Parameter):
+        return own
+    return nn.Parameter(own, requires_grad=tensor.requires_grad)

@@ -6,11 +6,13 @@ import pickle
 import numpy as np
 import pytest
 import scipy.stats
+import sklearn
 import torch
 from sklearn.base import clone
 from torch import nn
 
-from skinvert import HessianInverter
+import skinvert
+from skinvert import HessianInverter, TorchTwiceDifferentiable, solve_hvp
 from skinvert.curvature import SampledFisher
 
 N, D = 11, 3
@@ -294,3 +296,80 @@ def test_confident_outputs_lose_nothing_but_rounding(curvature):
     X = torch.linspace(0.9, 1.1, 300, dtype=torch.float64).reshape(100, 3) * torch.tensor([1.0, 0.0, 0.0])
     received, _ = matrix(net, (X, torch.zeros(100, dtype=torch.long)), "cross_entropy", curvature)
     assert np.abs(received).max() <= 1e-13
+
+
+def test_the_sampled_fisher_has_a_name_and_a_place():
+    assert skinvert.SampledFisher is SampledFisher
+    net, X, y, loss = problem("cross_entropy")
+    named, A = matrix(net, (X, y), loss, "sampled_fisher")
+    assert relative(named, matrix(net, (X, y), loss, SampledFisher())[0]) <= 1e-14
+    assert A.factor_shape == (N, A.size)
+    exact, _ = matrix(net, (X, y), loss, "fisher")
+    assert relative(named, exact) > 1e-3
+    inverter = HessianInverter("direct", 1.0, curvature="sampled_fisher", loss=loss).fit(net, (X, y))
+    assert inverter.curvature_name_ == "fisher" and np.isfinite(inverter.score((X, y)))
+    result = solve_hvp(
+        "direct",
+        TorchTwiceDifferentiable(net, loss),
+        (X, y),
+        torch.ones(1, A.size).double(),
+        hessian_perturbation=1.0,
+        curvature="sampled_fisher",
+    )
+    assert relative(result.x.numpy(), np.linalg.solve(named + np.eye(A.size), np.ones(A.size))[None]) <= 1e-12
+
+
+@pytest.mark.parametrize("curvature", ["sampled_fisher", SampledFisher(2)])
+def test_the_estimator_seeds_the_draws(curvature):
+    net, X, y, loss = problem("cross_entropy")
+    first, again, other = (
+        matrix(net, (X, y), loss, curvature, random_state=seed)[0] for seed in (1, np.random.RandomState(1), 2)
+    )
+    assert relative(again, matrix(net, (X, y), loss, curvature, random_state=np.random.RandomState(1))[0]) == 0
+    assert relative(other, first) > 1e-3
+    own = SampledFisher(2, random_state=7)
+    expected = matrix(net, (X, y), loss, own)[0]
+    assert relative(matrix(net, (X, y), loss, own, random_state=1)[0], expected) == 0
+    assert getattr(curvature, "random_state", None) is None
+
+
+def test_draws_that_do_not_fit_are_made_anew():
+    net, X, y, loss = problem("mse")
+    settings = SampledFisher(500)
+    expected, _ = matrix(net, (X, y), loss, settings, batch_size=4)
+    with sklearn.config_context(working_memory=0.01):
+        received, A = matrix(net, (X, y), loss, settings, batch_size=4)
+        assert A.objective.batches.kept is None
+    assert relative(received, expected) <= 1e-12
+
+
+class Regressor:
+    """A net whose ``get_loss`` is ``scale`` times its criterion's, or adds a quartic."""
+
+    @staticmethod
+    def of(module, scale, quartic):
+        skorch = pytest.importorskip("skorch")
+
+        class Net(skorch.NeuralNetRegressor):
+            def get_loss(self, y_pred, y_true, *args, **kwargs):
+                value = scale * super().get_loss(y_pred, y_true, *args, **kwargs)
+                if not quartic:
+                    return value
+                more = y_pred**4
+                return value + (more if self.criterion_.reduction == "none" else more.mean())
+
+        return Net(module, train_split=None).initialize()
+
+
+@pytest.mark.parametrize(("scale", "quartic"), [(1.0, False), (3.0, False), (1.0, True)])
+def test_a_get_loss_that_does_more_than_its_criterion(scale, quartic):
+    X, y = torch.randn(N, D, dtype=torch.float64), torch.randn(N, 3, dtype=torch.float64)
+    module = mlp(3)
+    net = Regressor.of(module, scale, quartic)
+    expected, _ = matrix(module, (X, y), lambda f, y: (scale * (f - y) ** 2 + (f**4 if quartic else 0)).mean(), "ggn")
+    assert relative(matrix(net, (X, y), None, "ggn", dtype="float64")[0], expected) <= 1e-8
+    if scale == 1 and not quartic:
+        assert relative(matrix(net, (X, y), None, "fisher", dtype="float64")[0], expected) <= 1e-8
+    else:
+        with pytest.raises(ValueError, match="with more to it"):
+            matrix(net, (X, y), None, "fisher", dtype="float64")

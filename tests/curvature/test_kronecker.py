@@ -280,8 +280,8 @@ OWN = ("prelu", "bilinear", "bare", "never called", "unusual norm")
 
 @pytest.mark.parametrize(("what", "named"), ODD.items())
 @pytest.mark.parametrize("method", ["kfac", "ekfac"])
-# torch has no batching rule for the backward pass of weight_norm.
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+# A layer that is never called.
+@pytest.mark.filterwarnings("ignore:The selected parameters must be reached:UserWarning")
 def test_what_has_no_factors_is_named_or_diagonal(what, named, method):
     torch.manual_seed(0)
     net, X, y = Odd(what).double(), torch.randn(N, 4, dtype=torch.float64), torch.randint(3, (N,))

@@ -480,6 +480,15 @@ def test_gradients_scaled_by_what_else_is_in_a_batch_are_never_taken(unsupported
         fitted(net, *tokens(), EKFAC(unsupported=unsupported))
 
 
+def test_a_layer_in_another_dtype_is_told():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    net[0].register_forward_hook(lambda module, args, result: result.double())
+    net[1].register_forward_pre_hook(lambda module, args: (args[0].float(),))
+    X, y = torch.randn(N, 4), torch.randint(3, (N,))
+    with pytest.raises(ValueError, match="The result of 0 must be torch.float32, as its parameters are"):
+        fitted(net, X, y)
+
+
 def test_sampled_labels():
     net, (X, y) = double(Repeated()), rows()
     sampled = HessianInverter("ekfac", 0.1, loss="cross_entropy", curvature=SampledFisher(400)).fit(net, (X[:, 0], y))

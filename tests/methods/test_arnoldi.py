@@ -14,6 +14,9 @@ from skinvert import HessianInverter
 from skinvert.methods import Arnoldi
 from skinvert.operators import Dense, LowRank
 
+# What is tested here is what an approximate method is by definition; tests/methods/test_truth.py holds what it says.
+pytestmark = pytest.mark.filterwarnings("ignore:.* is worse than x = 0:sklearn.exceptions.ConvergenceWarning")
+
 SPECTRA = {
     "decaying": 10.0 * np.arange(1, 121) ** -1.5,
     "double": 10.0 * np.repeat(np.arange(1, 61) ** -1.5, 2),
@@ -172,7 +175,8 @@ def test_sizes_and_dtypes(p, dtype):
         assert x.dtype == dtype
         assert np.abs(x.numpy() - expected).max() <= tolerance * np.abs(expected).max()
         assert info["residual"].shape == info["converged"].shape == (k,)
-        assert info["converged"].all()
+        assert info["residual_of_approximation"].max() <= tolerance
+        assert info["converged"].all() or p > 5
         assert info["approximate"] is (p > 5)
 
 
@@ -201,14 +205,14 @@ def test_drop_reports_what_it_leaves_out():
     U = vectors[:, np.argsort(-values)[:10]]
     expected = np.linalg.norm(b - b @ U @ U.T, axis=1) / np.linalg.norm(b, axis=1)
     info = Arnoldi(rank=10, complement="drop").invert(operator(matrix), 0.0).solve(torch.from_numpy(b)).info
-    np.testing.assert_allclose(info["residual"], expected, rtol=1e-8)
-    assert info["converged"].all()
+    np.testing.assert_allclose(info["residual_of_approximation"], expected, rtol=1e-8)
+    assert not info["converged"].any()
 
 
 def test_one_decomposition_serves_every_shift():
     matrix, b = symmetric(SPECTRA["decaying"]), torch.from_numpy(rows(3, 120))
     A = Counted(torch.from_numpy(matrix))
-    inverse = Arnoldi(rank=10).invert(A, 0.1)
+    inverse = Arnoldi(rank=10).invert(A, 0.1).unjudged()
     before, shifts = A.products, [1e-3, 0.5, 0.1]
     path = inverse.path(b, shifts)
     for shift, x in zip(shifts, path, strict=True):
@@ -228,7 +232,7 @@ def test_takes_a_decomposition(kind):
     with pytest.warns(LinAlgWarning, match="indefinite"):
         inverse = clone(Arnoldi(rank=8, decomposition=given)).invert(A, 0.1)
     expected = truncated(matrix, 8, 0.1, b)
-    np.testing.assert_allclose(inverse.solve(torch.from_numpy(b)).x, expected, rtol=1e-10)
+    np.testing.assert_allclose(inverse.apply(torch.from_numpy(b)), expected, rtol=1e-10)
     assert A.products == 0
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from skinvert import HessianInverter, PerSampleGradient
 from skinvert.methods import CG, Diagonal, Nystroem
+from skinvert.methods.diagonal import DiagonalInverse
 from skinvert.operators import Dense
 
 
@@ -169,3 +170,70 @@ def test_refuses_a_wrong_preconditioner(preconditioner, match):
 def test_refuses_an_indefinite_preconditioner():
     with pytest.warns(LinAlgWarning), pytest.raises(ValueError, match="positive definite"):
         solved(np.diag([1.0, -1.0, 2.0]), rows(1, 3), preconditioner=Diagonal())
+
+
+def test_nystroem_preconditions_a_hessian_that_is_not_semi_definite_by_its_ggn():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    data = (torch.randn(60, 5).double(), torch.randint(3, (60,)))
+    H = HessianInverter("direct", 1.0, loss="cross_entropy").fit(net, data).curvature_.to_dense().numpy()
+    lowest = np.linalg.eigvalsh(H)[0]
+    assert lowest < -1e-3
+    shift, b = -1.3 * lowest, rows(3, len(H))
+    expected = np.linalg.solve(H + shift * np.eye(len(H)), b.T).T
+    for preconditioner in ("nystroem", Nystroem(rank=30)):
+        method = CG(preconditioner=preconditioner, rtol=1e-10)
+        inverter = HessianInverter(method, shift, loss="cross_entropy").fit(net, data)
+        x, info = inverter.solve(b)
+        assert info["converged"].all() and worst(torch.from_numpy(x), expected) <= 1e-7
+        np.testing.assert_allclose(inverter.path(b, [shift])[0], x)
+    # An operator with no companion is sketched itself, and refused where it is indefinite.
+    with pytest.raises(ValueError, match="positive semi-definite"):
+        solved(np.diag([1.0, -0.1, 2.0]), rows(1, 3), 0.2, preconditioner="nystroem")
+    # So is a Hessian whose loss has no GGN.
+    loss = lambda output, target: (output - target).square().sqrt().sum(1).sqrt().mean()  # noqa: E731
+    odd = HessianInverter(CG(), 0.1, loss=loss).fit(net, (data[0], torch.randn(60, 3).double())).curvature_
+    assert odd.psd_companion() is None
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce_with_logits"])
+def test_columns_of_very_different_units_in_float32(loss):
+    # A salary beside a rate: the units divide out of the solution in units of the diagonal's roots.
+    units, generator = np.array([6e4, 1.0, 0.03]), np.random.default_rng(0)
+    X = ((generator.standard_normal((200, 3)) + 0.5) * units).astype(np.float32)
+    y = (generator.random((200, 1)) > 0.5).astype(np.float32)
+    net = nn.Linear(3, 1)
+    with torch.no_grad():
+        net.weight.copy_(torch.from_numpy(0.3 / units))
+    exact = nn.Linear(3, 1).double()
+    exact.load_state_dict({name: value.double() for name, value in net.state_dict().items()})
+    data = (torch.from_numpy(X), torch.from_numpy(y))
+    fit = HessianInverter("direct", 1e-3, curvature="ggn", loss=loss).fit(exact, tuple(part.double() for part in data))
+    H = fit.curvature_.to_dense().numpy() + 1e-3 * np.eye(4)
+    roots = np.sqrt(np.diag(H))
+    b = (rows(3, 4) * roots).astype(np.float32)
+    inverter = HessianInverter(CG(preconditioner="jacobi"), 1e-3, curvature="ggn", loss=loss).fit(net, data)
+    expected = np.linalg.solve(H, b.astype(float).T).T * roots
+    x, info = inverter.solve(b)
+    assert info["converged"].all()
+    assert worst(torch.from_numpy(x * roots), expected) <= 0.02
+    assert worst(torch.from_numpy(inverter.path(b, [1e-3])[0] * roots), expected) <= 0.02
+    # The eigenvectors of float32 hold no digit of the small columns: a small residual is all that is left.
+    _, info = HessianInverter(CG(preconditioner="nystroem"), 1e-3, curvature="ggn", loss=loss).fit(net, data).solve(b)
+    assert info["residual"].max() <= 1e-5
+
+
+def test_a_preconditioner_that_rounding_makes_indefinite_is_left_aside():
+    class Odd(DiagonalInverse):
+        def precondition(self, R):
+            return R * torch.tensor([1.0, -1.0, 1.0, 0.0]).double()
+
+    class Indefinite(Diagonal):
+        def invert(self, A, hessian_perturbation, verbose=0):
+            return Odd(A.diagonal(), hessian_perturbation, True, "")
+
+    b = np.diag([1.0, 1.0, 0.0, 1.0])
+    for block in (False, True):
+        x, info = solved(np.diag([1.0, 2.0, 3.0, 4.0]), b, preconditioner=Indefinite(), block=block)
+        assert info["converged"].all()
+        np.testing.assert_allclose(x, b / [1, 2, 3, 4], rtol=1e-7)

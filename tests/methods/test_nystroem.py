@@ -9,6 +9,9 @@ from skinvert import HessianInverter
 from skinvert.methods import Nystroem
 from skinvert.operators import Dense, Diagonal, LowRank
 
+# What is tested here is what an approximate method is by definition; tests/methods/test_truth.py holds what it says.
+pytestmark = pytest.mark.filterwarnings("ignore:.* is worse than x = 0:sklearn.exceptions.ConvergenceWarning")
+
 DECAYING = 10.0 * np.arange(1, 151) ** -1.5
 
 
@@ -58,9 +61,11 @@ def test_is_the_dense_formula(r, seed):
     expected = dense_solution(dense_nystroem(matrix, r, seed), 0.1, b)
     x, info = inverse.solve(torch.from_numpy(b))
     assert np.abs(x.numpy() - expected).max() <= 1e-8 * np.abs(expected).max()
-    assert A.products == r
+    # The sketch, and the true residual.
+    assert A.products == r + 7
     assert info["approximate"] is (r < 150)
-    assert info["converged"].all()
+    assert info["residual_of_approximation"].max() <= 1e-10
+    assert info["converged"].all() or r < 150
     assert inverse.positive_definite
 
 
@@ -207,7 +212,7 @@ def test_refuses_wrong_settings(settings, kind):
 
 def test_draws_in_fit_and_shares_the_sketch():
     A, b = psd(symmetric(DECAYING)), torch.from_numpy(rows(3, 150))
-    inverse = Nystroem(rank=20).invert(A, 0.1)
+    inverse = Nystroem(rank=20).invert(A, 0.1).unjudged()
     again = clone(Nystroem(rank=20)).invert(psd(symmetric(DECAYING)), 1e-2)
     products = A.products
     assert torch.equal(inverse.solve(b).x, inverse.solve(b).x)

@@ -9,6 +9,9 @@ from skinvert.methods import CG, Arnoldi, Direct, Nystroem
 from skinvert.methods.base import InverseOperator
 from skinvert.operators import Dense, Diagonal, LowRank
 
+# What is tested here is what an approximate method is by definition; tests/methods/test_truth.py holds what it says.
+pytestmark = pytest.mark.filterwarnings("ignore:.* is worse than x = 0:sklearn.exceptions.ConvergenceWarning")
+
 SHIFTS = np.logspace(-3, 1, 20)
 P = 30
 

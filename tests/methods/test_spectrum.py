@@ -8,7 +8,7 @@ import torch
 
 from skinvert import HessianInverter
 from skinvert.methods import CG, Arnoldi
-from skinvert.methods.spectrum import extreme_eigenvalues, lanczos_density
+from skinvert.methods.spectrum import extreme_eigenvalues, lanczos_density, smallest_eigenvalue
 from skinvert.operators import Dense, Diagonal
 
 SPECTRA = {
@@ -152,3 +152,20 @@ def test_inverter_that_was_loaded():
     part = pickle.loads(pickle.dumps(HessianInverter(Arnoldi(rank=2), 0.3).fit(X)))
     with pytest.raises(ValueError, match="call `fit` again"):
         part.spectrum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e12, 1e30])
+def test_the_scale_of_A_divides_out(size, dtype):
+    values = np.concatenate([[-0.3], np.logspace(-3, 1, 119)])
+    A = Dense((rotated(values) * size).to(dtype))
+    smallest, largest = extreme_eigenvalues(A)
+    assert abs(smallest[0] / size + 0.3) <= 3e-3 and smallest[1] <= 2e-3 * size
+    assert abs(largest[0] / size - 10) <= 1e-3
+    value, error = smallest_eigenvalue(A)
+    assert abs(value / size + 0.3) <= 1e-2 and error <= 0.1 * size
+    nodes, weights = lanczos_density(A, 20, 30)
+    own_nodes, own_weights = lanczos_density(Dense(rotated(values).to(dtype)), 20, 30)
+    for moment in (1, 2):
+        own = float((own_nodes**moment * own_weights).sum())
+        assert float(((nodes / size) ** moment * weights).sum()) == pytest.approx(own, rel=1e-4)

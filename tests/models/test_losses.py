@@ -151,6 +151,18 @@ def test_a_users_module_is_held_against_every_batch():
         HessianInverter("direct", 50.0, loss=Weighted(), batch_size=5).fit(case.module, (case.X, y))
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_users_module_of_one_value_a_class(batch_size):
+    class ByClass(nn.MSELoss):
+        def forward(self, f, y):
+            values = (f - y).square().mean(0)
+            return values if self.reduction == "none" else values.mean()
+
+    X, y = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="each row alone|one value per row|average or sum"):
+        HessianInverter("direct", 50.0, loss=ByClass(), batch_size=batch_size).fit(nn.Linear(4, 3).double(), (X, y))
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int32])
 def test_the_margin_of_unsigned_labels(dtype):
     y = torch.tensor([0, 1, 1, 0])

@@ -10,7 +10,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from scipy.sparse import csr_matrix
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris, load_linnerud
 from sklearn.ensemble import RandomForestClassifier
@@ -578,7 +577,6 @@ def test_loss_and_weight_decay_are_the_model_s_own(settings, match, fits):
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        (lambda X, y: (csr_matrix(X), y), TypeError, "X must be dense"),
         (lambda X, y: (X, np.where(y == 3, 4, y)), ValueError, r"classes_ \[-2, 3\]. Got 4 instead"),
         (lambda X, y: (X, y.astype(str)), ValueError, "must be labels among"),
         (lambda X, y: (X, np.c_[y, y]), ValueError, "1D array of labels"),

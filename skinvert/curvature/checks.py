@@ -1,0 +1,120 @@
+"""What the first pass over the data refuses: rows that are not alone, and losses that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._validation import must_be
+from ..models import TorchTwiceDifferentiable, leading_length, map_tensors
+from ..models.plain_functions import refuse_frequencies
+
+__all__ = ["check_layers", "check_rows_alone", "explain_not_finite"]
+
+SQUEEZE = "Does a `squeeze()` drop the rows' own dimension? Try `squeeze(-1)`."
+
+
+def check_layers(model: TorchTwiceDifferentiable) -> None:
+    """Raise for a layer whose gradient on one row depends on the other rows."""
+    for name, module in model.module.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq:
+            raise ValueError(refuse_frequencies(f"{type(module).__name__} {name!r}"))
+
+
+def check_rows_alone(model: TorchTwiceDifferentiable, outputs: Any, batch: Any) -> None:
+    """Raise where a row's output is random, or depends on the other rows: then no per-sample loss exists.
+
+    The first row, one in the middle and the last are tried alone: a recurrent layer that takes the rows for its steps
+    shows the first one nothing of the others.
+    """
+    m = leading_length(batch)
+    for together, of in _compared(model, outputs, batch):
+        if not together.is_floating_point() or together.ndim == 0:
+            continue
+        with torch.no_grad():
+            tolerance = 1e3 * torch.finfo(together.dtype).eps * together.detach().abs().max().clamp(min=1)
+            if _differ(of(batch), together, tolerance):
+                hint = "Dropout must take `training=self.training`."
+                raise ValueError(_not_one("the same on every call", hint))
+            for i in sorted({0, m // 2, m - 1}):
+                _check_alone(_alone(of, batch, i), together, i, tolerance)
+
+
+def explain_not_finite(model: TorchTwiceDifferentiable, batch: Any, index: int, rows: slice) -> str:
+    """Return the message for a loss or gradient that is not finite: which batch, and where it begins."""
+    got = f"NaN or infinity in batch {index} (rows {rows.start} to {rows.stop - 1})"
+    bad = [name for name, tensor in model.module.named_parameters() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        return must_be("The gradient of the loss", "finite", got, f"Look at the parameters: {bad[0]} is not finite.")
+    with torch.no_grad(), _first_not_finite(model.module) as found:
+        outputs = model.forward(batch)
+        losses = model.per_sample_loss(outputs, batch)
+    hint = "Try dtype=torch.float64, or look at these rows."
+    if found:
+        return must_be(
+            "The gradient of the loss", "finite", f"{got}: the first layer with such an output is {found[0]}", hint
+        )
+    wrong = (~torch.isfinite(losses)).nonzero().flatten()
+    if len(wrong):
+        return must_be("The loss", "finite", f"{got}: that of row {rows.start + int(wrong[0])}", hint)
+    return must_be("The gradient of the loss", "finite", f"{got}, though the loss is finite", hint)
+
+
+def _compared(model: TorchTwiceDifferentiable, outputs: Any, batch: Any) -> Iterator[tuple[torch.Tensor, Any]]:
+    """Yield what must be each row's own: the outputs where they are a tensor, and a subclass's own losses."""
+    if isinstance(outputs, torch.Tensor):
+        yield outputs, model.forward
+    if model.own_loss or not isinstance(outputs, torch.Tensor):
+        yield model.per_sample_loss(outputs, batch), lambda rows: model.per_sample_loss(model.forward(rows), rows)
+
+
+def _check_alone(alone: torch.Tensor, together: torch.Tensor, i: int, tolerance: torch.Tensor) -> None:
+    if alone.ndim != together.ndim:
+        must = f"of shape {(1, *together.shape[1:])} for one row"
+        raise ValueError(must_be("The model's outputs in eval mode", must, f"shape {tuple(alone.shape)}", SQUEEZE))
+    if _differ(alone, together[i : i + 1], tolerance):
+        hint = (
+            f"Row {i} alone gives other outputs than in its batch (batch statistics? a recurrent or attention layer "
+            "without `batch_first=True`?)."
+        )
+        raise ValueError(_not_one("one row's own", hint))
+
+
+def _alone(of: Any, batch: Any, i: int) -> torch.Tensor:
+    try:
+        return of(map_tensors(lambda tensor: tensor[i : i + 1], batch))
+    except (RuntimeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
+        must = "able to take a batch of one row"
+        raise ValueError(must_be("The model", must, f"{str(error).rstrip('.')} for row {i} alone", SQUEEZE)) from error
+
+
+def _differ(found: torch.Tensor, expected: torch.Tensor, tolerance: torch.Tensor) -> bool:
+    return found.shape != expected.shape or bool((found - expected).abs().max() > tolerance)
+
+
+def _not_one(must: str, hint: str) -> str:
+    return must_be("The model's outputs in eval mode", must, "different outputs", hint)
+
+
+@contextmanager
+def _first_not_finite(module: nn.Module) -> Iterator[list[str]]:
+    """Collect the layers whose output is not finite, in the order in which they end."""
+    found: list[str] = []
+    names = {child: name for name, child in module.named_modules()}
+
+    def look(child: nn.Module, _: Any, result: Any) -> None:
+        outputs: list[torch.Tensor] = []
+        map_tensors(lambda tensor: outputs.append(tensor), result)
+        if any(tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()) for tensor in outputs):
+            found.append(f"{names[child] or 'the model'} ({type(child).__name__})")
+
+    handles = [child.register_forward_hook(look) for child in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,58 @@
+"""What stands in a copy for each tensor of a user's model: leaves to differentiate by, snapshots, shared constants."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .._autograd import own_tensor
+from .._memory import working_memory
+from .._validation import must_be
+
+__all__ = ["Conversion"]
+
+
+class Conversion:
+    """Tensors in another dtype on another device; selected parameters become leaves that require a gradient.
+
+    Parameters
+    ----------
+    module : Module
+        Over the user's tensors.
+    selected : set of int
+        The identities of the selected parameters.
+    own : torch.dtype
+        The dtype that the model has.
+    dtype, device
+        Those to have.
+    """
+
+    def __init__(
+        self, module: nn.Module, selected: set[int], own: torch.dtype, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.selected, self.dtype, self.device = selected, dtype, device
+        self.changes = dtype != own
+        self.registered = {id(tensor) for tensor in [*module.parameters(), *module.buffers()]}
+        # Frozen ones may be trained later: copies of them are out of reach.
+        frozen = sum(tensor.nbytes for tensor in module.parameters() if id(tensor) not in selected)
+        self.copies_frozen = frozen <= working_memory()
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if tensor.device.type == "meta":
+                raise ValueError(must_be(f"{name} of the model", "on a device that holds numbers", "'meta'"))
+            if id(tensor) in selected and not tensor.is_floating_point():
+                hint = "Leave it out with `params`."
+                raise ValueError(must_be(f"The parameter {name}", "real and floating", tensor.dtype, hint))
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return what stands in for a tensor."""
+        is_parameter, registered = isinstance(tensor, nn.Parameter), id(tensor) in self.registered
+        if not (registered or is_parameter or type(tensor) is torch.Tensor) or tensor.device.type == "meta":
+            # Of a class of its own, in an attribute: not ours to convert.
+            return tensor
+        # An attribute may be in a dtype of its own, as long as the model keeps the one that it was written for.
+        dtype = self.dtype if registered or is_parameter or self.changes else tensor.dtype
+        chosen = id(tensor) in self.selected
+        # Buffers and attributes are written to in a forward pass; frozen parameters are shared where they are large.
+        snapshot = chosen or not is_parameter or self.copies_frozen
+        data = own_tensor(tensor.detach()).to(self.device, dtype if tensor.is_floating_point() else None, copy=snapshot)
+        return nn.Parameter(data, requires_grad=False).requires_grad_(chosen) if is_parameter else data

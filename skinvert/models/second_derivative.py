@@ -1,0 +1,211 @@
+"""Whether autograd's second derivatives are those of the gradient: held against differences of gradients.
+
+A backward pass that was written for one derivative (a fused kernel, a custom ``autograd.Function``) may take as
+constants what depends on the parameters. The products with the Hessian are then wrong, and nothing else shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import escape
+from typing import Any, NamedTuple
+
+import torch
+
+from .._memory import working_memory
+from .._validation import must_be
+
+__all__ = ["check_second_derivative"]
+
+HINT = 'Try curvature="ggn", which takes first derivatives alone.'
+
+
+def check_second_derivative(model: Any, batch: Any, doubled: Any) -> None:
+    """Raise where products with the Hessian on a batch of few rows are not differences of gradients, or asymmetric.
+
+    In a float64 copy where the model takes one and it fits the memory.
+
+    Parameters
+    ----------
+    model : TorchTwiceDifferentiable
+        Unchanged.
+    batch, doubled : batch
+        Of tensors on the model's device; the same in float64.
+    """
+    names = [escape(name) for name in model.layout.names]
+    if model.dtype == torch.float64 or not _fits(model):
+        fault = _fault(*_own(model, names, batch))
+    else:
+        try:
+            fault = _fault(model.at_point(names, torch.float64, model.device), doubled)
+        except Exception:
+            # A model may hold to its own dtype, in its code or in tensors that are no buffers.
+            fault = _fault(*_own(model, names, batch))
+    if fault is not None:
+        must = "those of its gradient"
+        raise ValueError(must_be('The second derivatives of the loss for curvature="hessian"', must, fault, HINT))
+
+
+class _Precision(NamedTuple):
+    """Steps relative to θ, what a difference must agree with itself to, and what is a fault."""
+
+    steps: tuple[float, float]
+    trusted: float
+    fault: float
+
+
+_PRECISION = {
+    torch.float64: _Precision((1e-6, 2e-7), 3e-5, 2e-4),
+    torch.float32: _Precision((1e-2, 2e-3), 2e-2, 1e-1),
+}
+
+
+class _Probe:
+    """Gradients and products with the Hessian of the summed loss of a few rows, at θ and near it."""
+
+    def __init__(self, model: Any, batch: Any) -> None:
+        self.model, self.batch = model, batch
+        self.home = [tensor.detach().clone() for tensor in model.theta]
+        self.sizes = [tensor.numel() for tensor in self.home]
+        self.precision = _PRECISION.get(model.dtype, _PRECISION[torch.float32])
+        self.eps = torch.finfo(model.dtype).eps
+
+    def direction(self, seed: int) -> torch.Tensor:
+        """Return a random direction (p,), in each tensor on the scale of its own entries."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        scales = [float(tensor.square().mean().sqrt()) for tensor in self.home]
+        usual = max(scales) or 1.0
+        parts = [
+            (scale or usual) * torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").to(tensor)
+            for scale, size, tensor in zip(scales, self.sizes, self.home, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def gradient(self, create_graph: bool = False) -> torch.Tensor:
+        """Return the gradient (p,) of the summed losses."""
+        losses = self.model.per_sample_loss(self.model.forward(self.batch), self.batch)
+        gradient = self.model.gradient_of(losses.sum(), create_graph)
+        return gradient if create_graph else gradient.detach()
+
+    def products(self, *directions: torch.Tensor) -> list[torch.Tensor]:
+        """Return the Hessian's product with each direction, by a second derivative."""
+        gradient = self.gradient(create_graph=True)
+        if not gradient.requires_grad:
+            return [torch.zeros_like(v) for v in directions]
+        theta = self.model.theta
+        products = [
+            torch.autograd.grad(gradient, theta, v, retain_graph=True, materialize_grads=True) for v in directions
+        ]
+        return [torch.cat([part.reshape(-1) for part in parts]).detach() for parts in products]
+
+    def difference(self, v: torch.Tensor, step: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (g(θ + hv) − g(θ − hv)) / 2h, and the second difference over 2h: large where a kink is crossed."""
+        with self.at(step * v):
+            ahead = self.gradient()
+        with self.at(-step * v):
+            behind = self.gradient()
+        return (ahead - behind) / (2 * step), (ahead - 2 * self.gradient() + behind) / (2 * step)
+
+    def reach(self) -> torch.Tensor:
+        """Return ‖Jᵀr‖ (of each tensor) for a random r on the outputs: what rounding in the loss is multiplied by."""
+        outputs = self.model.forward(self.batch)
+        if not isinstance(outputs, torch.Tensor):
+            outputs = self.model.per_sample_loss(outputs, self.batch)
+        generator = torch.Generator("cpu").manual_seed(0)
+        r = torch.randn(outputs.shape, generator=generator, dtype=torch.float64, device="cpu").to(outputs)
+        size = outputs.detach().abs().max().clamp(min=1)
+        return size * self.norms(self.model.gradient_of((r * outputs).sum()).detach())
+
+    def norms(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return the norm of each tensor's part of a flat row."""
+        return torch.stack([part.norm() for part in flat.split(self.sizes)])
+
+    @contextmanager
+    def at(self, offset: torch.Tensor) -> Iterator[None]:
+        """Stand at θ + ``offset`` for a while."""
+        parts = zip(self.model.theta, self.home, offset.split(self.sizes), strict=True)
+        with torch.no_grad():
+            for tensor, home, part in parts:
+                tensor.copy_(home + part.reshape(home.shape))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, home in zip(self.model.theta, self.home, strict=True):
+                    tensor.copy_(home)
+
+
+def _fault(model: Any, batch: Any) -> str | None:
+    """Return what is wrong with the second derivatives, or None."""
+    probe = _Probe(model, batch)
+    u, v = probe.direction(1), probe.direction(2)
+    try:
+        Hu, Hv = probe.products(u, v)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            must_be('The model for curvature="hessian"', "twice differentiable", str(error), HINT)
+        ) from error
+    difference, _ = probe.difference(v, probe.precision.steps[1])
+    if not bool(torch.isfinite(difference).all()):
+        return None
+    if not bool(torch.isfinite(torch.stack([Hu, Hv])).all()):
+        return "NaN or infinity, where the gradient is finite (a root or a norm at zero?)"
+    close = probe.norms(Hv - difference) <= probe.precision.fault * probe.norms(difference)
+    gap, size = (u * Hv).sum() - (v * Hu).sum(), (u * Hv).norm() + (v * Hu).norm()
+    if bool(close.all()) and bool(gap.abs() <= probe.precision.fault * size):
+        return None
+    return _confirmed(probe, {1: Hu, 2: Hv})
+
+
+def _confirmed(probe: _Probe, products: dict[int, torch.Tensor]) -> str | None:
+    """Return the fault where neither kinks nor rounding explain it, in both directions."""
+    u, v = probe.direction(1), probe.direction(2)
+    with probe.at(100 * probe.eps * probe.direction(3)):
+        again = dict(zip(products, probe.products(u, v), strict=True))
+    reach = probe.reach()
+    bad = [_differs(probe, probe.direction(seed), products[seed], again[seed], reach) for seed in products]
+    both = [name for name, one, other in zip(probe.model.layout.names, *bad, strict=True) if one and other]
+    if both:
+        layers = ", ".join(dict.fromkeys(name.rpartition(".")[0] or name for name in both))
+        return (
+            f"products with the Hessian that are no differences of gradients in {layers} "
+            "(there, or behind it, a backward pass is not made for a second derivative)"
+        )
+    gap, size = (u * products[2]).sum() - (v * products[1]).sum(), (u * products[2]).norm() + (v * products[1]).norm()
+    moved = ((u * (products[2] - again[2])).sum().abs() + (v * (products[1] - again[1])).sum().abs()) * 4
+    rounding = 1e3 * probe.eps * (reach * probe.norms(u)).sum() * (reach * probe.norms(v)).sum()
+    if bool(gap.abs() > probe.precision.fault * size + moved + rounding):
+        value = float((u * products[2]).sum())
+        return f"a Hessian that is not symmetric: uᵀHv − vᵀHu = {float(gap):.3g} for uᵀHv = {value:.3g}"
+    return None
+
+
+def _differs(
+    probe: _Probe, v: torch.Tensor, product: torch.Tensor, again: torch.Tensor, reach: torch.Tensor
+) -> list[bool]:
+    """Return for each tensor whether its part of the product is surely none of the gradient's derivative along v."""
+    (first, kink), (second, sharp) = (probe.difference(v, step) for step in probe.precision.steps)
+    norms, smallest = probe.norms, probe.precision.steps[1]
+    error, sizes = norms(product - second), torch.maximum(norms(product), norms(second))
+    # Steps of two lengths agree, and forward with backward: then no kink lies between, and rounding is small.
+    trusted = (norms(kink) <= probe.precision.trusted * norms(first)) & (
+        norms(sharp) <= probe.precision.trusted * norms(second)
+    )
+    steady = 4 * torch.maximum(norms(first - second), norms(product - again)) <= error
+    seen = error > probe.precision.fault * sizes + 1e3 * probe.eps / smallest * reach
+    return (trusted & steady & seen).tolist()
+
+
+def _own(model: Any, names: list[str], batch: Any) -> tuple[Any, Any]:
+    """Return a copy in the model's own dtype, whose parameters may be moved."""
+    duplicate = model.at_point(names, model.dtype, model.device)
+    duplicate.loss, duplicate._verified = model.loss, model._verified
+    return duplicate, batch
+
+
+def _fits(model: Any) -> bool:
+    tensors = [*model.module.parameters(), *model.module.buffers()]
+    return 8 * sum(tensor.numel() for tensor in tensors) <= working_memory()

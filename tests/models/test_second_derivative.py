@@ -1,0 +1,225 @@
+"""Second derivatives that autograd gets wrong are refused for the Hessian, and served by the GGN where it is right."""
+
+import pytest
+import torch
+from torch import nn
+
+from skinvert import HessianInverter, TorchTwiceDifferentiable
+
+N, P = 12, 27
+
+
+def tanh_with(constant):
+    """Return tanh whose derivative, right in itself, takes a share of itself as a constant in the second pass."""
+
+    class Tanh(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.tanh()
+
+        @staticmethod
+        def backward(ctx, g):
+            slope = 1 - ctx.saved_tensors[0].tanh().square()
+            return g * (constant * slope.detach() + (1 - constant) * slope)
+
+    return Tanh.apply
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * (1 - ctx.saved_tensors[0].tanh().square())
+
+
+class ThroughNumpy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.slope = (1 - x.detach().tanh().square()).numpy()
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.from_numpy(g.detach().numpy() * ctx.slope)
+
+
+def round_straight_through(x):
+    return x + ((4 * x).round() / 4 - x).detach()
+
+
+class Net(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.second, self.function = nn.Linear(4, 3), nn.Linear(3, 3), function
+
+    def forward(self, x):
+        return self.second(self.function(self.first(x)))
+
+
+class Kinked(nn.Module):
+    """ReLU, max pooling and a hard tanh over small convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Unflatten(1, (1, 8)),
+            nn.Conv1d(1, 6, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool1d(2),
+            nn.Flatten(),
+            nn.Linear(24, 12),
+            nn.Hardtanh(-0.3, 0.3),
+            nn.Linear(12, 3),
+        )
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def data(dtype=torch.float64, d=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(N, d, generator=generator, dtype=torch.float64).to(dtype)
+    return X, torch.randint(3, (N,), generator=generator)
+
+
+WRONG = {
+    "all": tanh_with(1.0),
+    "one_percent": tanh_with(0.01),
+    "once": Once.apply,
+    "numpy": ThroughNumpy.apply,
+    "straight_through": round_straight_through,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["direct", "cg"])
+@pytest.mark.parametrize("name", WRONG)
+def test_the_hessian_is_refused(name, method, dtype):
+    net = Net(WRONG[name]).to(dtype)
+    with pytest.raises(ValueError, match=r'no differences of gradients in first.*Try curvature="ggn"'):
+        HessianInverter(method, 5.0, loss="cross_entropy").fit(net, data(dtype))
+
+
+def test_the_dense_hessian_of_a_batch_is_refused():
+    with pytest.raises(ValueError, match="no differences of gradients in first"):
+        TorchTwiceDifferentiable(Net(WRONG["all"]), "cross_entropy").hessian(*data(torch.float32))
+
+
+def test_only_parameters_that_are_touched_count():
+    # The last layer's own block takes first derivatives of what lies before it alone.
+    net = Net(WRONG["all"]).double()
+    X, y = data()
+    inverter = HessianInverter("direct", 1.0, loss="cross_entropy", params="second.*").fit(net, (X, y))
+    features = torch.tanh(net.first(X)).detach()
+    expected = TorchTwiceDifferentiable(net.second, "cross_entropy").hessian(features, y)
+    torch.testing.assert_close(inverter.curvature_.to_dense(), expected)
+
+
+@pytest.mark.parametrize("method", ["direct", "cg", "ekfac"])
+@pytest.mark.parametrize("name", ["all", "once", "numpy"])
+def test_the_ggn_takes_first_derivatives(name, method):
+    X, y = data()
+    net, right = Net(WRONG[name]).double(), Net(torch.tanh).double()
+    right.load_state_dict(net.state_dict())
+    b = torch.randn(2, P, dtype=torch.float64)
+    settings = {"loss": "cross_entropy", "curvature": "ggn", "batch_size": 5}
+    received = HessianInverter(method, 0.3, **settings).fit(net, (X, y)).transform(b)
+    expected = HessianInverter(method, 0.3, **settings).fit(right, (X, y)).transform(b)
+    torch.testing.assert_close(received, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["once", "numpy"])
+def test_the_ggn_s_products_are_right(name):
+    X, y = data()
+    net = Net(WRONG[name]).double()
+    ggn = HessianInverter("cg", 0.3, loss="cross_entropy", curvature="ggn").fit(net, (X, y)).curvature_
+    theta = [t.detach() for t in net.parameters()]
+    J = torch.autograd.functional.jacobian(lambda a, b, c, d: torch.tanh(X @ a.T + b) @ c.T + d, tuple(theta))
+    J = torch.cat([part.reshape(N, 3, -1) for part in J], dim=2)
+    p = net(X).detach().softmax(1)
+    S = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    expected = torch.einsum("mcp,mcd,mdq->pq", J, S, J) / N
+    torch.testing.assert_close(ggn.apply(torch.eye(P, dtype=torch.float64)), expected)
+
+
+def test_a_function_without_a_second_derivative_says_so():
+    class Powers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.centres = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x):
+            return -torch.cdist(x, self.centres, p=3.0)
+
+    with pytest.raises(ValueError, match=r"twice differentiable. Got the derivative for '_cdist_backward'"):
+        HessianInverter("cg", 1.0, loss="cross_entropy").fit(Powers(), data(torch.float32))
+
+
+def test_a_norm_at_zero_says_so():
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3, bias=False)
+
+        def forward(self, x):
+            return self.layer(x).norm(dim=1, keepdim=True) * torch.ones(3, dtype=x.dtype)
+
+    net = Norm().double()
+    nn.init.zeros_(net.layer.weight)
+    with pytest.raises(ValueError, match="where the gradient is finite"):
+        HessianInverter("cg", 1.0, loss="cross_entropy").fit(net, data())
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_kinks_are_no_fault(seed):
+    torch.manual_seed(seed)
+    TorchTwiceDifferentiable(Kinked(), "cross_entropy").verify_second_derivative(data(torch.float32, 8, seed))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0, 1e3])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.Hardswish])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_flat_and_confident_networks_are_no_fault(dtype, activation, scale):
+    # Softmax probabilities of exactly one: what is left of the second derivatives is rounding.
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 12), activation(), nn.Linear(12, 12), activation(), nn.Linear(12, 3)).to(dtype)
+    with torch.no_grad():
+        for tensor in net.parameters():
+            tensor.mul_(scale)
+    TorchTwiceDifferentiable(net, "cross_entropy").verify_second_derivative(data(dtype, 8))
+
+
+def test_a_model_that_holds_to_its_own_dtype():
+    class Float32Inside(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.net, self.shift = Net(function), torch.full((3,), 0.1)
+
+        def forward(self, x):
+            return self.net(x) + self.shift @ torch.eye(3, dtype=torch.float32)
+
+    class Strict(Float32Inside):
+        def forward(self, x):
+            return nn.functional.linear(super().forward(x), torch.eye(3, dtype=torch.float32))
+
+    for kind in (Float32Inside, Strict):
+        torch.manual_seed(0)
+        HessianInverter("direct", 5.0, loss="cross_entropy").fit(kind(torch.tanh), data(torch.float32))
+        with pytest.raises(ValueError, match="no differences of gradients"):
+            HessianInverter("direct", 5.0, loss="cross_entropy").fit(kind(WRONG["all"]), data(torch.float32))
+
+
+def test_nothing_of_the_user_s_changes():
+    net = Net(torch.tanh)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    TorchTwiceDifferentiable(net, "cross_entropy").verify_second_derivative(data(torch.float32))
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name])
+        assert tensor.dtype == torch.float32
+    assert all(tensor.grad is None for tensor in net.parameters())
