@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
+from .._validation import must_be
 from .attention import taken_apart
 from .base import Objective
 from .columns import Columns
@@ -148,6 +149,7 @@ def _recording(
         layer = by_key.get(key)
         if layer is None:
             return result
+        _check_dtype(layer, result)
         if layer.shared:
             whole = a.ndim > 1 and len(a) == 1 and layer.dims in (None, a.ndim)
             a, result = _expanded(a, m, whole), _expanded(result, m, whole)
@@ -165,6 +167,14 @@ def _recording(
             handle = module.register_forward_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield calls
+
+
+def _check_dtype(layer: Layer, result: torch.Tensor) -> None:
+    """Raise where a layer computes in another dtype than its parameters have."""
+    own = layer.parameters[0].dtype
+    if result.dtype != own:
+        hint = "Is there an autocast in the forward pass? Try the model without it."
+        raise ValueError(must_be(f"The result of {layer.name}", f"{own}, as its parameters are", result.dtype, hint))
 
 
 def _expanded(tensor: torch.Tensor, m: int, whole: bool) -> torch.Tensor:

@@ -242,7 +242,7 @@ def _reason(module: nn.Module, own: dict[str, str]) -> str:
     if not set(own) <= {"weight", "bias"}:
         return f"a reparametrised {kind}"
     if getattr(module, "scale_grad_by_freq", False):
-        hint = "It scales the gradients of a batch by what else is in it. Set `scale_grad_by_freq = False`."
+        hint = "It scales the gradients of a batch by what else is in it. Try `scale_grad_by_freq = False`."
         raise ValueError(must_be("An Embedding for Kronecker factors", "without scale_grad_by_freq", "True", hint))
     return ""
 
