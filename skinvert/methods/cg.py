@@ -187,7 +187,8 @@ class CGInverse(InverseOperator):
         # The direction met is null to rounding, so what a first pass leaves, a second removes.
         for _ in range(3):
             met = last.null
-            V = torch.nn.functional.normalize(last.P[met], dim=1)  # type: ignore[attr-defined]
+            V = last.P[met]  # type: ignore[attr-defined]
+            V = V / norms(V)[:, None].to(V)
             inside = last.B[met] - (last.B[met] * V).sum(1, keepdim=True) * V
             args = (run.products, inside, None if start is None else start[rows].clone(), run.tolerance[rows])
             last, left = RowRun(*args, run.precondition), self.maxiter - run.n_iter[rows]

@@ -100,6 +100,20 @@ def test_singular_and_incompatible_is_flagged_at_the_least_residual(dtype):
     assert np.linalg.norm(x, axis=1).max() < {torch.float32: np.inf, torch.float64: 1e3}[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n_zeros", [1, 20])
+def test_a_longer_x_that_takes_nothing_off_the_residual_is_not_kept(n_zeros, dtype):
+    # Past the least-squares solution rounding leads along the null space: to 1e8 and more where the last x is kept.
+    A, b = matrix(np.concatenate([np.zeros(n_zeros), np.logspace(-6, 1, 40)])), rows(4, 40 + n_zeros)
+    pseudo = b @ np.linalg.pinv(A, rcond=1e-10)
+    with pytest.warns(ConvergenceWarning):
+        x, info = solve(A, b, dtype=dtype)
+    least = np.linalg.norm(b - pseudo @ A, axis=1) / np.linalg.norm(b, axis=1)
+    # Eigenvalues of 1e-7 of the largest are none in float32.
+    assert dtype == torch.float32 or (info["residual"].numpy() <= 1.01 * least).all()
+    assert (np.linalg.norm(x, axis=1) <= 100 * np.linalg.norm(pseudo, axis=1)).all()
+
+
 def test_the_floor_of_float32_is_flagged():
     A, b = matrix(np.concatenate([-np.logspace(-3, 0, 12), np.logspace(-3, 1, 28)])), rows(2, 40)
     with pytest.warns(ConvergenceWarning, match="torch.float64"):
