@@ -43,7 +43,9 @@ class GGN(Curvature):
         if not isinstance(outputs, torch.Tensor):
             hint = 'Return one tensor from `outputs`, or use curvature="hessian".'
             raise TypeError(must_be("The model's outputs for the GGN", "a tensor", type(outputs).__name__, hint))
-        self._by_rows = not self._has_products(batch)
+        few, _ = next(split_batch(batch, torch.zeros(8, device="cpu"), 8))
+        self._by_rows = not self._has_products(few)
+        self._check_loss(few)
         self._c = outputs[0].numel()
         if self._c <= 256:
             self._c = self.output_factor(outputs.detach(), batch).shape[2]
@@ -131,10 +133,15 @@ class GGN(Curvature):
     def _weighted_factor(self, outputs: torch.Tensor, batch: Any, weights: torch.Tensor) -> torch.Tensor:
         return self.output_factor(outputs, batch) * (weights / self.objective.mass_sum).sqrt()[:, None, None]
 
+    def _check_loss(self, batch: Any) -> None:
+        """Hold the loss's second derivatives in the outputs against differences, where they have no closed form."""
+        outputs = self.outputs(batch).detach()
+        if type(self) is GGN and self.objective.model.output_factor(outputs, batch) is None:
+            self.objective.model.verify_loss_derivative(outputs, batch)
+
     def _has_products(self, batch: Any) -> bool:
         """Return whether uᵀ(Jv) = (Jᵀu)ᵀv on a few rows: J v takes a second derivative, which a layer may lack."""
-        few, _ = next(split_batch(batch, torch.zeros(8), 8))
-        outputs = self.outputs(few)
+        outputs = self.outputs(batch)
         generator = torch.Generator("cpu").manual_seed(0)
         size = outputs.numel() + self.size
         drawn = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").to(outputs)
