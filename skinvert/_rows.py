@@ -32,7 +32,7 @@ class Rows:
         check_rows(source, operator.size, name)
         if isinstance(source, torch.Tensor):
             return cls(source.to(operator.device, operator.dtype, copy=True).contiguous(), source)
-        dtype = torch.empty(0, dtype=operator.dtype).numpy().dtype
+        dtype = torch.empty(0, dtype=operator.dtype, device="cpu").numpy().dtype
         rows = torch.from_numpy(np.array(source, dtype=dtype, order="C", copy=True))
         return cls(rows.to(operator.device), source)
 

@@ -43,7 +43,7 @@ class Packed:
         if self.kind != "tensor":
             return _NAMED[self.kind](self.value)
         # A copy, since a memory map is read-only; into torch's own memory, since its alignment too decides last bits.
-        tensor = torch.empty(self.value.shape, dtype=getattr(torch, self.value.dtype.name))
+        tensor = torch.empty(self.value.shape, dtype=getattr(torch, self.value.dtype.name), device="cpu")
         tensor.numpy()[...] = self.value
         return tensor.permute(*np.argsort(self.axes).tolist()) if self.axes else tensor
 

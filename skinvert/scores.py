@@ -64,7 +64,7 @@ def quadratic_score(inverse: InverseOperator, held: HeldOut, rhs: torch.Tensor |
     definite = _positive_definite(inverse, [inverse])
     if definite == [True]:
         X, info = inverse.solve(B)
-        if not bool(torch.as_tensor(info.get("negative_curvature", False)).any()):
+        if not bool(torch.as_tensor(info.get("negative_curvature", False), device="cpu").any()):
             return _values(X[None], held, rhs)[0]
     _warn("")
     return -float("inf")
@@ -158,7 +158,7 @@ def _solutions(
     if inverses[0].positive_definite and B.dtype == torch.float64:
         return inverse.path(B, shifts), [False] * len(shifts)
     found = [each.solve(B) for each in inverses]
-    negative = [bool(torch.as_tensor(info.get("negative_curvature", False)).any()) for _, info in found]
+    negative = [bool(torch.as_tensor(info.get("negative_curvature", False), device="cpu").any()) for _, info in found]
     return torch.stack([x for x, _ in found]), negative
 
 

@@ -246,7 +246,9 @@ def _unexplained(found: Signals, layers: list[KroneckerLayer], captured: list[Ca
     if not layers:
         return []
     generator = torch.Generator().manual_seed(0)
-    mixture = torch.randn(len(found.directions), generator=generator, dtype=torch.float64).to(found.directions)
+    mixture = torch.randn(len(found.directions), generator=generator, dtype=torch.float64, device="cpu").to(
+        found.directions
+    )
     direction = torch.einsum("r,r...->...", mixture, found.directions)
     parts = pulled_back(found.value, captured, direction)
     wrong = []
@@ -275,5 +277,9 @@ def _names(objective: Objective, layer: KroneckerLayer) -> list[str]:
 
 
 def _places(objective: Objective, names: dict[str, str]) -> torch.Tensor:
-    parts = [torch.arange(place.start, place.stop) for name, place in objective.layout.slices.items() if name in names]
+    parts = [
+        torch.arange(place.start, place.stop, device="cpu")
+        for name, place in objective.layout.slices.items()
+        if name in names
+    ]
     return (torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)).to(objective.device)

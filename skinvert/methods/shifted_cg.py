@@ -76,7 +76,7 @@ def shifted_cg(
     tensor([[[2.0000, 1.3333]],
             [[1.0000, 1.0000]]])
     """
-    sigma = torch.tensor([check_hessian_perturbation(shift) for shift in shifts], dtype=torch.float64)
+    sigma = torch.tensor([check_hessian_perturbation(shift) for shift in shifts], dtype=torch.float64, device="cpu")
     path = _Path(A, sigma.to(B.device, B.dtype), maxiter, verbose)
     X = B.new_zeros(len(sigma), *B.shape)
     residual, negative = X.new_zeros(X.shape[:2]), torch.zeros(X.shape[:2], dtype=torch.bool, device=B.device)

@@ -103,7 +103,7 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
         """Return the gradient (p,) of L on one batch, which stands for all the data where no other is known."""
         inputs, targets = (torch.from_numpy(part).to(self.device) for part in self.read((x, y)))
         model = copy.copy(self)
-        model.settle([((inputs, targets), torch.ones(len(targets)))])
+        model.settle([((inputs, targets), torch.ones(len(targets), device=targets.device))])
         targets = targets.to(self.dtype) if targets.is_floating_point() else targets
         return super(SklearnTwiceDifferentiable, model).grad(inputs.to(self.dtype), targets, create_graph)
 
