@@ -282,4 +282,4 @@ def _places(objective: Objective, names: dict[str, str]) -> torch.Tensor:
         for name, place in objective.layout.slices.items()
         if name in names
     ]
-    return (torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)).to(objective.device)
+    return (torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device="cpu")).to(objective.device)
