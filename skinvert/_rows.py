@@ -106,7 +106,11 @@ class Rows:
         return getattr(torch, self._numpy_dtype(x).name, torch.float64)
 
     def _numpy_dtype(self, x: torch.Tensor) -> np.dtype:
-        return self.source.dtype if self.source.dtype.kind == "f" else torch.empty(0, dtype=x.dtype).numpy().dtype
+        return (
+            self.source.dtype
+            if self.source.dtype.kind == "f"
+            else torch.empty(0, dtype=x.dtype, device="cpu").numpy().dtype
+        )
 
     def _warn(self, lost: torch.Tensor) -> None:
         if bool(lost.any()):

@@ -45,7 +45,7 @@ class Packed:
         if self.kind != "tensor":
             return _NAMED[self.kind](self.value)
         # A copy, since a memory map is read-only; into torch's own memory, since its alignment too decides last bits.
-        tensor = torch.empty(self.value.shape, dtype=_dtype(self.value.dtype.name))
+        tensor = torch.empty(self.value.shape, dtype=_dtype(self.value.dtype.name), device="cpu")
         tensor.numpy()[...] = self.value
         return tensor.permute(*np.argsort(self.axes).tolist()) if self.axes else tensor
 
@@ -68,7 +68,7 @@ def _dtype(name: str) -> torch.dtype:
 
 def _numpy_dtype(name: str) -> np.dtype:
     # NumPy reads whole records out of such a string.
-    return torch.empty(0, dtype=_dtype(name)).numpy().dtype
+    return torch.empty(0, dtype=_dtype(name), device="cpu").numpy().dtype
 
 
 _NAMED: dict[str, Callable[[str], Any]] = {"dtype": _dtype, "device": torch.device, "numpy dtype": _numpy_dtype}

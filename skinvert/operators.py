@@ -285,7 +285,7 @@ class _ScipyOperator(scipy.sparse.linalg.LinearOperator):
 
     def __init__(self, operator: LinearOperator) -> None:
         self.operator = operator
-        super().__init__(dtype=torch.empty(0, dtype=operator.dtype).numpy().dtype, shape=operator.shape)
+        super().__init__(dtype=torch.empty(0, dtype=operator.dtype, device="cpu").numpy().dtype, shape=operator.shape)
 
     @ordinary
     def _matmat(self, X: np.ndarray) -> np.ndarray:

@@ -64,7 +64,7 @@ def quadratic_score(inverse: InverseOperator, held: HeldOut, rhs: torch.Tensor |
     definite = _positive_definite(inverse, [inverse])
     if definite == [True]:
         X, info = inverse.unjudged().solve(B)
-        if not bool(torch.as_tensor(info.get("negative_curvature", False)).any()):
+        if not bool(torch.as_tensor(info.get("negative_curvature", False), device="cpu").any()):
             return _values(X[None], held, rhs)[0]
     _warn("")
     return -float("inf")
@@ -151,7 +151,7 @@ def _solutions(inverse: InverseOperator, shifts: list[float], B: torch.Tensor) -
     """Return the solutions (n_λ, k, p), and at which λ negative curvature was met."""
     # The held-out rows judge an approximation; a product with the exact curvature for each λ would add nothing.
     found = inverse.unjudged().solve_path(B, shifts)
-    negative = [bool(torch.as_tensor(info.get("negative_curvature", False)).any()) for _, info in found]
+    negative = [bool(torch.as_tensor(info.get("negative_curvature", False), device="cpu").any()) for _, info in found]
     return torch.stack([x for x, _ in found]), negative
 
 

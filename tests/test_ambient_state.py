@@ -249,3 +249,24 @@ def test_inference_buffers_and_frozen_weights():
     HessianInverter("cg", 1.0, loss="cross_entropy").fit(module, data())
     assert module[0].weight is weight
     assert np.isclose(float(weight[0, 0]), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("method", "curvature"),
+    [
+        *[(name, "ggn") for name in ("direct", "cg", "minres", "lissa", "nystroem", "arnoldi", "ekfac", "diagonal")],
+        *[(name, "hessian") for name in ("direct", "cg")],
+        *[(name, "empirical_fisher") for name in ("diagonal", "harmonic_mean")],
+    ],
+)
+def test_the_default_device_is_the_user_s_own(method, curvature):
+    # As `torch.set_default_device("cuda")` for a model on the CPU: nothing of ours may follow it.
+    module, batch, b = net(), data(), rows()
+    settings = {"curvature": curvature, "loss": "cross_entropy", "random_state": 0}
+    expected = HessianInverter(method, 2.0, **settings).fit(module, batch).solve(b).x
+    torch.set_default_device("meta")
+    try:
+        received = HessianInverter(method, 2.0, **settings).fit(module, batch).solve(b).x
+    finally:
+        torch.set_default_device(None)
+    torch.testing.assert_close(received, expected)

@@ -72,7 +72,7 @@ def build_blocks(
     for names in members.values():
         part = model.at_point([escape(name) for name in names], model.dtype, model.device)
         operators.append(_build(curvature, part, batches, verbose))
-        indices.append(torch.cat([torch.arange(places[name].start, places[name].stop) for name in names]))
+        indices.append(torch.cat([torch.arange(places[name].start, places[name].stop, device="cpu") for name in names]))
     return BlockDiagonal(operators, indices)
 
 

@@ -200,7 +200,10 @@ class EmpiricalFisher(Curvature):
 
     def diagonal(self) -> torch.Tensor:
         """Return the diagonal, from the squares of the factor."""
-        diagonal = sum((rows.square().sum(0) for rows in self.factor_chunks()), start=torch.zeros(()))
+        diagonal = sum(
+            (rows.square().sum(0) for rows in self.factor_chunks()),
+            start=torch.zeros((), dtype=self.dtype, device=self.device),
+        )
         return diagonal if self.penalty is None else diagonal + self.penalty
 
     def signals(self, batch: Any, weights: torch.Tensor) -> Signals:

@@ -47,7 +47,9 @@ class GGN(Curvature):
         if not isinstance(outputs, torch.Tensor):
             hint = 'Return one tensor from `outputs`, or use curvature="hessian".'
             raise TypeError(must_be("The model's outputs for the GGN", "a tensor", type(outputs).__name__, hint))
-        self._by_rows = not self._has_products(batch)
+        few, _ = next(split_batch(batch, torch.zeros(8, device="cpu"), 8))
+        self._by_rows = not self._has_products(few)
+        self._check_loss(few)
         # r of the factor's columns, and c.
         self._c = self._outputs = outputs[0].numel()
         closed = self.closed_hessian(outputs.detach(), batch)
@@ -173,10 +175,15 @@ class GGN(Curvature):
     def _shares_of(self, weights: torch.Tensor) -> torch.Tensor:
         return weights / self.objective.mass_sum
 
+    def _check_loss(self, batch: Any) -> None:
+        """Hold the loss's second derivatives in the outputs against differences, where they have no closed form."""
+        outputs = self.outputs(batch).detach()
+        if type(self) is GGN and self.closed_hessian(outputs, batch) is None:
+            self.objective.model.verify_loss_derivative(outputs, batch)
+
     def _has_products(self, batch: Any) -> bool:
         """Return whether uᵀ(Jv) = (Jᵀu)ᵀv on a few rows: J v takes a second derivative, which a layer may lack."""
-        few, _ = next(split_batch(batch, torch.zeros(8), 8))
-        outputs = self.outputs(few)
+        outputs = self.outputs(batch)
         generator = torch.Generator("cpu").manual_seed(0)
         size = outputs.numel() + self.size
         drawn = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").to(outputs)

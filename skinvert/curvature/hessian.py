@@ -74,7 +74,7 @@ class GenericHessian(LinearOperator):
         self.model, self.batches = model, batches
         self._numpy = model.tensor_type() is np.ndarray
         gradient = sum(share * self._tensor(model.grad(x, y)) for x, y, share in self._parts())
-        self.gradient_norm = float(torch.as_tensor(gradient).norm())
+        self.gradient_norm = float(torch.as_tensor(gradient, device=batches.device).norm())
         self.hint = (
             f"The gradient's norm at θ is {self.gradient_norm:.3g} (not a minimum?). Try a larger hessian_perturbation."
         )

@@ -267,5 +267,9 @@ def _diagonal_of(curvature: Layered, names: dict[str, str]) -> torch.Tensor:
 
 
 def _places(objective: Objective, names: dict[str, str]) -> torch.Tensor:
-    parts = [torch.arange(place.start, place.stop) for name, place in objective.layout.slices.items() if name in names]
-    return (torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)).to(objective.device)
+    parts = [
+        torch.arange(place.start, place.stop, device="cpu")
+        for name, place in objective.layout.slices.items()
+        if name in names
+    ]
+    return (torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device="cpu")).to(objective.device)

@@ -33,10 +33,10 @@ def gradient_rows(model: TorchTwiceDifferentiable, batch: Any) -> torch.Tensor:
 def jacobian_rows(model: TorchTwiceDifferentiable, batch: Any, directions: torch.Tensor | None = None) -> torch.Tensor:
     """Return Sᵢᵀ Jᵢ of each row, (m, r, p), for ``directions`` S (m, c, r); None takes the identity."""
     if directions is None:
-        return _rows(model, batch, _Values("jacobian", lambda outputs, _: outputs.flatten(1)))
+        return _rows(model, batch, _Values("jacobian", lambda outputs, _: outputs.reshape(len(outputs), -1)))
 
     def projected(outputs: torch.Tensor, rows: Any) -> torch.Tensor:
-        return (rows[1].mT @ outputs.flatten(1)[:, :, None])[:, :, 0]
+        return (rows[1].mT @ outputs.reshape(len(outputs), -1)[:, :, None])[:, :, 0]
 
     return _rows(model, (batch, directions), _Values("projected", projected, lambda pair: pair[0]))
 

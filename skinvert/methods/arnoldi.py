@@ -147,7 +147,9 @@ class Arnoldi(Method):
             raise ValueError(must_be(what, must, got, "Eigenvectors are rows."))
         if not bool(torch.isfinite(values).all() and torch.isfinite(vectors).all()):
             raise ValueError(must_be(what, "finite", "NaN or infinity"))
-        gap = float((vectors @ vectors.mT - torch.eye(len(values)).to(vectors)).abs().max())
+        gap = float(
+            (vectors @ vectors.mT - torch.eye(len(values), dtype=vectors.dtype, device=vectors.device)).abs().max()
+        )
         if gap > torch.finfo(A.dtype).eps ** 0.5:
             raise ValueError(must_be(what, must, f"rows whose products are off by {gap:.3g}"))
         kept = by_magnitude(values)[: self.rank].sort().values

@@ -64,9 +64,9 @@ def seeded(random_state: int | None, owner: str) -> torch.Generator:
 
 def gaussian_rows(k: int, A: LinearOperator, generator: torch.Generator) -> torch.Tensor:
     """Return standard normal rows (k, p), the same numbers in both dtypes and however many are drawn at a time."""
-    rows = torch.empty(k, A.size, dtype=A.dtype)
+    rows = torch.empty(k, A.size, dtype=A.dtype, device="cpu")
     for row in rows:
-        row.copy_(torch.randn(A.size, dtype=torch.float64, generator=generator))
+        row.copy_(torch.randn(A.size, dtype=torch.float64, generator=generator, device="cpu"))
     return rows.to(A.device)
 
 

@@ -276,7 +276,7 @@ def _minibatch(A: Any, size: int, generator: torch.Generator) -> Any:
     n = A.n_samples
     # A permutation repeats no sample, which has less variance, but costs O(n).
     if n <= 100 * size:
-        return A.minibatch(torch.randperm(n, generator=generator)[:size])
+        return A.minibatch(torch.randperm(n, generator=generator, device="cpu")[:size])
     return A.minibatch(torch.randint(n, (size,), generator=generator))
 
 
@@ -290,7 +290,7 @@ def _largest(A: Any, settings: LiSSA, batches: int = SCALE_BATCHES) -> float:
 
 def _lanczos(A: LinearOperator, generator: torch.Generator) -> float:
     """Return the largest Ritz value of a few Lanczos steps: at most the largest eigenvalue, and close to it."""
-    v = torch.randn(1, A.size, generator=generator, dtype=torch.float64).to(A.device, A.dtype)
+    v = torch.randn(1, A.size, generator=generator, dtype=torch.float64, device="cpu").to(A.device, A.dtype)
     V = v / norms(v)[:, None].to(v)
     products = torch.empty_like(V[:0])
     for _ in range(min(SCALE_STEPS, A.size)):

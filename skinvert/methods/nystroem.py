@@ -140,7 +140,7 @@ class _Sketch:
         if nu == 0:
             return self.Y.new_zeros(len(self.Y)), self.Omega
         core = self.Y @ self.Omega.mT
-        core, identity = (core + core.mT) / 2, torch.eye(len(core)).to(core)
+        core, identity = (core + core.mT) / 2, torch.eye(len(core), dtype=core.dtype, device=core.device)
         cholesky, info = torch.linalg.cholesky_ex(core + nu * identity)
         if int(info) != 0:
             # Products of a float32 network round more than those of a matrix.
@@ -170,7 +170,7 @@ class _Sketch:
 
 def _check_psd(A: LinearOperator, smallest: tuple[float, float], largest: tuple[float, float]) -> None:
     """Raise where the smallest eigenvalue is negative beyond rounding."""
-    most = torch.tensor([smallest[0], largest[0]], dtype=A.dtype)
+    most = torch.tensor([smallest[0], largest[0]], dtype=A.dtype, device="cpu")
     if smallest[0] < -zero_cut(most, A.size):
         raise ValueError(_not_psd(smallest[0], A.hint))
 

@@ -81,7 +81,7 @@ def shifted_cg(
     tensor([[[2.0000, 1.3333]],
             [[1.0000, 1.0000]]])
     """
-    sigma = torch.tensor([check_hessian_perturbation(shift) for shift in shifts], dtype=torch.float64)
+    sigma = torch.tensor([check_hessian_perturbation(shift) for shift in shifts], dtype=torch.float64, device="cpu")
     least = float(sigma.min()) if len(sigma) else 0.0
     problem = Problem.of(Shifted(A, least), B, atol)
     path = _Path(problem, (sigma - least).to(B.device), maxiter, verbose)

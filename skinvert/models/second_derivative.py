@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import escape
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from .._memory import working_memory
 from .._validation import must_be
 
-__all__ = ["check_second_derivative"]
+__all__ = ["check_loss_derivative", "check_second_derivative"]
 
 HINT = 'Try curvature="ggn", which takes first derivatives alone.'
 
@@ -45,6 +46,39 @@ def check_second_derivative(model: Any, batch: Any, doubled: Any) -> None:
     if fault is not None:
         must = "those of its gradient"
         raise ValueError(must_be('The second derivatives of the loss for curvature="hessian"', must, fault, HINT))
+
+
+def check_loss_derivative(model: Any, outputs: torch.Tensor, batch: Any, doubled: Any) -> None:
+    """Raise where the loss's second derivatives in the outputs, of which the GGN is made, are not its gradient's."""
+    try:
+        fault = _fault(_LossAlone(model, outputs.double()), doubled)
+    except Exception:
+        # A loss may hold to its own dtype.
+        fault = _fault(_LossAlone(model, outputs), batch)
+    if fault is not None:
+        hint = 'Try curvature="empirical_fisher", which takes first derivatives alone.'
+        raise ValueError(
+            must_be("The second derivatives of the loss in the outputs", "those of its gradient", fault, hint)
+        )
+
+
+class _LossAlone:
+    """A loss as a function of the outputs, which stand where the parameters do."""
+
+    def __init__(self, model: Any, outputs: torch.Tensor) -> None:
+        self.model, self.dtype = model, outputs.dtype
+        self.theta = [outputs.detach().clone().requires_grad_(True)]
+        self.layout = SimpleNamespace(names=("the loss",))
+
+    def forward(self, _: Any) -> torch.Tensor:
+        return self.theta[0]
+
+    def per_sample_loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        return self.model.per_sample_loss(outputs, batch)
+
+    def gradient_of(self, value: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
+        parts = torch.autograd.grad(value, self.theta, create_graph=create_graph, materialize_grads=True)
+        return parts[0].reshape(-1)
 
 
 class _Precision(NamedTuple):

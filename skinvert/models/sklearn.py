@@ -105,7 +105,7 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
         inputs = inputs[:] if isinstance(inputs, SparseRows) else torch.from_numpy(inputs)
         inputs, targets = inputs.to(self.device), torch.from_numpy(targets).to(self.device)
         model = copy.copy(self)
-        model.settle([((inputs, targets), torch.ones(len(targets)))])
+        model.settle([((inputs, targets), torch.ones(len(targets), device=targets.device))])
         targets = targets.to(self.dtype) if targets.is_floating_point() else targets
         return super(SklearnTwiceDifferentiable, model).grad(inputs.to(self.dtype), targets, create_graph)
 

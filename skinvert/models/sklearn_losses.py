@@ -49,7 +49,7 @@ class WeightedLogits(Loss):
     """
 
     def __init__(self, negative: Any, positive: Any, weights_count: bool) -> None:
-        self.negative, self.positive = torch.as_tensor(negative), torch.as_tensor(positive)
+        self.negative, self.positive = torch.as_tensor(negative, device="cpu"), torch.as_tensor(positive, device="cpu")
         self.weights_count = weights_count
 
     def to(self, dtype: torch.dtype, device: torch.device) -> WeightedLogits:

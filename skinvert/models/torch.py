@@ -25,7 +25,7 @@ from .leaks import Watch
 from .losses import Loss, as_loss
 from .output_hessians import OutputHessian
 from .plain_functions import PlainFunctions
-from .second_derivative import check_second_derivative
+from .second_derivative import check_loss_derivative, check_second_derivative
 from .structural_copy import structural_copy
 from .weight_decay import decay_by_name
 
@@ -316,8 +316,12 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     def verify_second_derivative(self, batch: Any) -> None:
         """Raise where autograd's second derivatives, on a few rows of a batch, are not those of the gradient."""
         few = map_tensors(lambda tensor: tensor[:8] if tensor.ndim else tensor, batch)
-        double = map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, few)
-        check_second_derivative(self, few, double)
+        check_second_derivative(self, few, _doubled(few))
+
+    @ordinary
+    def verify_loss_derivative(self, outputs: torch.Tensor, batch: Any) -> None:
+        """Raise where autograd's second derivatives of the loss in the outputs are not those of its gradient."""
+        check_loss_derivative(self, outputs.detach(), batch, _doubled(batch))
 
     @ordinary
     def gradient_of(self, value: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
@@ -409,6 +413,10 @@ def _without_fused_rnn(module: nn.Module, device: torch.device) -> AbstractConte
     if device.type == "cuda" and any(isinstance(child, nn.RNNBase) for child in module.modules()):
         return torch.backends.cudnn.flags(enabled=False)
     return nullcontext()
+
+
+def _doubled(batch: Any) -> Any:
+    return map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, batch)
 
 
 def _one_device(module: nn.Module) -> torch.device:

@@ -48,3 +48,19 @@ def test_projected_jacobian_rows(model):
     S = torch.randn(len(case.y), 3, 2, dtype=torch.float64)
     expected = torch.einsum("mcr,mcp->mrp", S, jacobian_rows(adapted, case.data))
     torch.testing.assert_close(jacobian_rows(adapted, case.data, S), expected)
+
+
+def test_outputs_of_one_dimension():
+    class Flat(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.layer(x)[:, 0]
+
+    X = torch.randn(5, 4)
+    model = TorchTwiceDifferentiable(Flat(), "mse").at_point()
+    expected = torch.cat([X, torch.ones(5, 1)], dim=1)[:, None]
+    torch.testing.assert_close(jacobian_rows(model, (X, torch.zeros(5))), expected)
+    torch.testing.assert_close(jacobian_rows(model, (X, torch.zeros(5)), 2 * torch.ones(5, 1, 1)), 2 * expected)

@@ -223,3 +223,35 @@ def test_nothing_of_the_user_s_changes():
         assert torch.equal(tensor, before[name])
         assert tensor.dtype == torch.float32
     assert all(tensor.grad is None for tensor in net.parameters())
+
+
+class Logistic(torch.autograd.Function):
+    """log(1 + eᶠ) with a constant for its slope."""
+
+    @staticmethod
+    def forward(ctx, f):
+        ctx.slope = f.detach().sigmoid()
+        return nn.functional.softplus(f)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.slope
+
+
+def logistic(softplus):
+    return lambda f, y: (softplus(f) - y * f).sum(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["direct", "cg"])
+def test_a_loss_s_own_second_derivatives(method, dtype):
+    X, _ = data(dtype)
+    y, net = torch.randint(2, (N, 3)).to(dtype), Net(torch.tanh).to(dtype)
+    settings = {"curvature": "ggn"}
+    with pytest.raises(ValueError, match=r"in the outputs must be those of its gradient.*in the loss"):
+        HessianInverter(method, 1.0, loss=logistic(Logistic.apply), **settings).fit(net, (X, y))
+    b = torch.randn(2, P, dtype=dtype)
+    received = HessianInverter(method, 1.0, loss=logistic(nn.functional.softplus), **settings).fit(net, (X, y))
+    expected = HessianInverter(method, 1.0, loss=nn.BCEWithLogitsLoss(reduction="none"), **settings).fit(net, (X, y))
+    # BCEWithLogitsLoss means over the outputs too, as a callable that returns (m,) does not.
+    torch.testing.assert_close(received.curvature_.apply(b) / 3, expected.curvature_.apply(b), rtol=1e-4, atol=1e-5)
