@@ -55,12 +55,12 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     >>> model.hessian(torch.eye(2), torch.zeros(2, 1)).tolist()
     [[1.5, 0.0], [0.0, 1.5]]
 
-    Batches may be mappings with ``labels``, and labels of -100 are ignored: two tokens, of which the second has none.
+    Batches may be mappings with ``labels``, and labels of -100 are ignored: here two of three tokens are.
 
     >>> from skinvert import HessianInverter
     >>> net = nn.Embedding(2, 2)  # the logits of two classes for each token
     >>> _ = nn.init.zeros_(net.weight)
-    >>> batches = [{"input": torch.tensor([[0, 1]]), "labels": torch.tensor([[1, -100]])}]
+    >>> batches = [{"input": torch.tensor([[0, 1, 1]]), "labels": torch.tensor([[1, -100, -100]])}]
     >>> inverter = HessianInverter("direct", 1.0, loss="cross_entropy").fit(net, batches)
     >>> inverter.curvature_.to_dense()[:2].tolist()
     [[0.25, -0.25, 0.0, 0.0], [-0.25, 0.25, 0.0, 0.0]]
