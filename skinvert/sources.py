@@ -173,8 +173,8 @@ def _loader(loader: Any, batch_size: int | None, needs_row_order: bool) -> Calla
         whole = isinstance(indices, range)
         dataset = loader.dataset if whole else torch.utils.data.Subset(loader.dataset, indices)
         return _Rebatched(dataset, None, loader.collate_fn, loader.num_workers)
-    size = batch_size or loader.batch_size or (1024 if batched is None else batched.batch_size)
-    return _rebatched(loader.dataset, indices, size, loader.collate_fn, loader.num_workers)
+    own = loader.batch_size if batched is None else batched.batch_size
+    return _rebatched(loader.dataset, indices, batch_size or own, loader.collate_fn, loader.num_workers)
 
 
 def _rows_of(sampler: Any, n: int, needs_row_order: bool) -> Sequence[int]:

@@ -99,7 +99,7 @@ def reading_of(module: nn.Module, batches: Iterable[Any], loss: Any, decided: Re
         own, logits = _with_labels(module, inputs, labels, label)
         if loss is not None:
             _warn_of_a_shift(logits, labels, own, loss)
-            return _layout_for(logits, labels, label, batch)
+            return _layout_for(logits, labels, label, batch, own)
         if own is None:
             raise ValueError(must_be("loss", "given, or the model's output to have a `loss`", "neither", SUBCLASS))
         if left is None:
@@ -175,7 +175,7 @@ def _fits(layout: str, logits: torch.Tensor, labels: torch.Tensor, classes: bool
     return len(shape) > 1 and (shape[0], *shape[2:]) == target if classes else shape == target
 
 
-def _layout_for(logits: Any, labels: Any, label: str | None, batch: Any) -> Reading:
+def _layout_for(logits: Any, labels: Any, label: str | None, batch: Any, own: torch.Tensor | None) -> Reading:
     """Return the layout of tokens' logits for a loss of the user's: classes go to axis 1, where torch has them."""
     if not isinstance(logits, torch.Tensor) or not isinstance(labels, torch.Tensor) or labels.is_floating_point():
         return Reading(label=label)
@@ -183,6 +183,9 @@ def _layout_for(logits: Any, labels: Any, label: str | None, batch: Any) -> Read
     if natural and not isinstance(batch, Mapping):
         return Reading(label=label)
     if last and natural:
+        for layout, shifted in itertools.product(("classes_last", "as_is"), (False, True)) if own is not None else ():
+            if _equals(Reading(layout, shifted, "cross_entropy"), logits, labels, own):
+                return Reading(layout, label=label)
         got = f"shape {tuple(logits.shape)} for labels {tuple(labels.shape)}, which is either"
         must = "of a shape that tells classes from positions"
         raise ValueError(must_be("The logits", must, got, SUBCLASS))

@@ -48,7 +48,9 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     loss : str, torch loss module, callable or None
         ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, ``"nll"``, ``"huber"``, ``"poisson_nll"``; a torch loss
         module with its own ``reduction``; a callable (output, target): a mean or a sum over rows, or one value per
-        row. None only in a subclass that overrides ``per_sample_loss``.
+        row. None in a subclass that overrides ``per_sample_loss``, and for a model that takes ``labels`` and returns
+        its own ``loss`` beside ``logits``: the cross-entropy (ignoring labels of -100, shifted by a position or not),
+        squared error or binary cross-entropy that it is on every batch is found; ValueError where it is none of them.
     weight_decay : float or mapping of str to float, default=0.0
         μ ≥ 0 of ½ μ‖θ‖²; or, as an optimiser's parameter groups have it, globs on parameter names and the μ of each:
         ``{"*.weight": 1e-2}`` leaves all other parameters without.
@@ -61,6 +63,16 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     >>> model = TorchTwiceDifferentiable(net, "mse", weight_decay=0.5)
     >>> model.hessian(torch.eye(2), torch.zeros(2, 1)).tolist()
     [[1.5, 0.0], [0.0, 1.5]]
+
+    Batches may be mappings with ``labels``, and labels of -100 are ignored: here two of three tokens are.
+
+    >>> from skinvert import HessianInverter
+    >>> net = nn.Embedding(2, 2)  # the logits of two classes for each token
+    >>> _ = nn.init.zeros_(net.weight)
+    >>> batches = [{"input": torch.tensor([[0, 1, 1]]), "labels": torch.tensor([[1, -100, -100]])}]
+    >>> inverter = HessianInverter("direct", 1.0, loss="cross_entropy").fit(net, batches)
+    >>> inverter.curvature_.to_dense()[:2].tolist()
+    [[0.25, -0.25, 0.0, 0.0], [-0.25, 0.25, 0.0, 0.0]]
     """
 
     @ordinary

@@ -172,12 +172,21 @@ def test_other_forms(case):
         assert matrix_error(received(make(), lists).curvature_.to_dense(), H) <= 1e-12
 
 
-def test_a_loss_may_be_given():
-    make, labels = CASES["token"]
+@pytest.mark.parametrize("case", ["token", "as long as wide"])
+def test_a_loss_may_be_given(case):
+    make, labels = CASES[case]
     H, _ = oracle(make(), labels)
     for loss in ("cross_entropy", nn.CrossEntropyLoss()):
         inverter = received(make(), batches_of(labels), loss=loss)
         assert matrix_error(inverter.curvature_.to_dense(), H) <= 1e-12
+
+
+def test_an_axis_is_not_told_by_its_length():
+    """As many positions as classes, and no loss of the model's own to tell them apart."""
+    make, labels = CASES["as long as wide"]
+    model = make(kind=lambda loss, logits: logits)
+    with pytest.raises(ValueError, match="classes from positions"):
+        received(model, batches_of(labels), loss="cross_entropy")
 
 
 def test_a_given_loss_that_does_not_shift_is_told():
