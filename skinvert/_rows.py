@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from ._scaling import far_exponents, lost_rows, times_powers
+from ._telling import warn
 from ._validation import check_rows, must_be, to_plain_array
 from .results import InverseHvpResult
 
@@ -114,11 +114,10 @@ class Rows:
 
     def _warn(self, lost: torch.Tensor) -> None:
         if bool(lost.any()):
-            warnings.warn(
+            warn(
                 f"{int(lost.sum())} of {lost.numel()} rows of the answer are below the range of b's dtype: they come "
                 "out as zeros or with few digits. Give b in float64, or larger rows.",
                 ConvergenceWarning,
-                stacklevel=4,
             )
 
     def back_info(self, info: dict[str, Any]) -> dict[str, Any]:

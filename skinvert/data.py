@@ -98,14 +98,16 @@ def as_batches(
     batch_size: int | None = None,
     sample_weight: Any = None,
     needs_row_order: bool = False,
+    hold: bool = True,
 ) -> Batches:
     """Return ``data``, in any accepted form, as ``Batches``; collated once and kept where it fits the memory.
 
     What is kept is a copy, which later changes of the user's arrays do not reach; what is not is held against the
-    checksums of the first pass. A torch ``model`` says how its batches are read as pairs (inputs, targets).
+    checksums of the first pass, unless ``hold`` is False: for what one pass alone decides. A torch ``model`` says how
+    its batches are read as pairs (inputs, targets).
     """
     source = source_of(data, batch_size, needs_row_order or sample_weight is not None)
-    batches = Batches(_SameEveryPass(source, dtype, device), dtype, device)
+    batches = Batches(_SameEveryPass(source, dtype, device, hold), dtype, device)
     _collect(batches)
     if not batches.n_samples:
         raise ValueError(must_be("data", "one with at least one row", "0 samples: minimum of 1 is required"))
@@ -136,6 +138,7 @@ class _SameEveryPass:
     source: Callable[[], Iterable[Any]]
     dtype: torch.dtype
     device: torch.device
+    hold: bool = True
     seen: list[Any] | None = field(default=None, repr=False)
 
     def __call__(self) -> Iterator[Any]:
@@ -145,13 +148,16 @@ class _SameEveryPass:
         count = -1
         for count, raw in enumerate(self.source()):
             batch = _to_tensors(raw, self.dtype, self.device)
+            if not self.hold:
+                yield batch
+                continue
             found = _checksums(batch)
             if first:
                 known.append(found)
             elif count >= len(known) or found != known[count]:
                 raise ValueError(_differs(f"another batch {count}"))
             yield batch
-        if not first and count + 1 < len(known):
+        if self.hold and not first and count + 1 < len(known):
             raise ValueError(_differs(f"{count + 1} batches after {len(known)}"))
         self.seen = known
 

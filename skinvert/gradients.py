@@ -105,8 +105,8 @@ class PerSampleGradient(RowTransformer):
 
     def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:
         model = self._at_point()
-        objective = Objective(model, self._batches(model, X, y, sample_weight), self.verbose)
-        warn_of_unreached(objective.unreached, stacklevel=3)
+        objective = Objective(model, self._batches(model, X, y, sample_weight, hold=False), self.verbose)
+        warn_of_unreached(objective.unreached)
         self.loss_scale_, self.n_features_out_ = objective.scale, model.num_params
         self.parameter_names_, self._layout = list(model.layout.names), model.layout
         self._totals = model.totals
@@ -168,7 +168,7 @@ class PerSampleGradient(RowTransformer):
             raise TypeError(must_be("model", must, type(model).__name__, "Subclass TorchTwiceDifferentiable."))
         return model.at_point(self.params, self.dtype, self.device)
 
-    def _batches(self, model: TorchTwiceDifferentiable, X: Any, y: Any, sample_weight: Any) -> Any:
+    def _batches(self, model: TorchTwiceDifferentiable, X: Any, y: Any, sample_weight: Any, hold: bool = True) -> Any:
         if self.batch_size is not None:
             check_number(self.batch_size, "batch_size", owner="PerSampleGradient", low=1, integer=True)
         data = model.read((X, y) if y is not None else X)
@@ -177,6 +177,8 @@ class PerSampleGradient(RowTransformer):
             batch_size=self.batch_size,
             sample_weight=sample_weight,
             needs_row_order=True,
+            # `fit` takes sums of one pass: a stream that is drawn anew has them too.
+            hold=hold,
             **describe(model),
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from ._autograd import ordinary
 from ._frames import check_columns, refuse_parameters
 from ._linear_map import solve_linear
 from ._rows import Rows
+from ._telling import warn
 from ._validation import check_hessian_perturbation, check_number, check_shift, must_be
 from .curvature import CURVATURES, build_curvature, seeded_curvature
 from .data import as_batches
@@ -96,11 +96,10 @@ class InversionRegistry:
         def decorate(inverter: Any) -> Any:
             _check_signature(inverter)
             if key in cls.registry and not overwrite:
-                warnings.warn(
+                warn(
                     f"{key[1]!r} is already registered for {model_type.__name__}: the first is kept. "
                     "Try overwrite=True.",
                     UserWarning,
-                    stacklevel=2,
                 )
             else:
                 cls.registry[key] = inverter

@@ -11,6 +11,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from ._memory import rows_within
+from ._telling import warn
 from ._validation import must_be
 from .methods.base import InverseOperator
 from .methods.spectrum import extreme_eigenvalues
@@ -172,4 +173,4 @@ def _positive_definite(inverse: InverseOperator, inverses: list[InverseOperator]
 
 def _warn(where: str) -> None:
     message = f"A = H + λI is not positive definite{where}: the score is -inf. Try a larger hessian_perturbation."
-    warnings.warn(message, ConvergenceWarning, stacklevel=4)
+    warn(message, ConvergenceWarning)

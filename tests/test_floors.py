@@ -30,6 +30,7 @@ FLOORS = {
     "_distributed": 0,
     "_state": 0,
     "_schema": 0,
+    "_telling": 0,
     "results": 0,
     "parameters": 0,
     "_scaling": 0,

@@ -39,7 +39,7 @@ def build_curvature(
     built: Any = _build(curvature, model, batches, verbose)
     if isinstance(model, TorchTwiceDifferentiable):
         # Through `HessianInverter.fit`, to its caller.
-        warn_of_unreached(built.objective.unreached, stacklevel=6)
+        warn_of_unreached(built.objective.unreached)
     return built
 
 

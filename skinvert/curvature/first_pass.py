@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from .._telling import warn
 from .._validation import must_be
 from ..models import TorchTwiceDifferentiable, map_tensors
 
@@ -76,13 +76,13 @@ class FirstPass:
         return [n for n, reached in zip(self.model.layout.names, self.reached, strict=True) if not reached]
 
 
-def warn_of_unreached(names: Sequence[str], stacklevel: int) -> None:
+def warn_of_unreached(names: Sequence[str]) -> None:
     """Name the selected parameters that no loss depends on: their derivatives are zeros that nobody meant."""
     if names:
         listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         hint = "Their curvature is that of the penalty alone. Leave them out with `params`, or look for a `detach`."
         must, got = "reached by the loss of at least one row", f"no loss that depends on {listed}"
-        warnings.warn(must_be("The selected parameters", must, got, hint), UserWarning, stacklevel=stacklevel)
+        warn(must_be("The selected parameters", must, got, hint), UserWarning)
 
 
 def _check_dtype(losses: torch.Tensor, dtype: torch.dtype) -> None:

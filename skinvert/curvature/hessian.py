@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from .._telling import warn
 from .._validation import must_be
 from ..block_operators import KroneckerFactors
 from ..data import Batches
 from ..models import TwiceDifferentiable
+from ..models.second_derivative import SecondDerivativeError, constant_entries
 from ..operators import LinearOperator
 from .base import Curvature, Objective, flat_products
+from .differences import DifferencedGradient
 from .ggn import GGN
 
 __all__ = ["GenericHessian", "Hessian"]
@@ -24,6 +28,10 @@ class Hessian(Curvature):
 
     Indefinite wherever θ is not a minimum. One product costs about one gradient pass over the data.
 
+    Autograd's second derivatives are held against differences of gradients on a few rows. Where a kernel or a custom
+    ``autograd.Function`` makes them wrong, a warning names the layers and the products are such differences
+    themselves, in float64; where the model does not take float64, it is a ValueError.
+
     References
     ----------
     Pearlmutter (1994), "Fast exact multiplication by the Hessian", eq. 10.
@@ -31,11 +39,25 @@ class Hessian(Curvature):
 
     def __init__(self, objective: Objective) -> None:
         super().__init__(objective)
+        self.differenced: DifferencedGradient | None = None
         batch, _ = next(iter(objective.batches))
-        objective.model.verify_second_derivative(batch)
+        try:
+            objective.model.verify_second_derivative(batch)
+        except SecondDerivativeError as error:
+            double = objective.model.in_float64(batch)
+            if double is None:
+                raise
+            self.differenced = DifferencedGradient(double, constant_entries(double))
+            warn(
+                f"{error} Products with the Hessian are differences of gradients in float64 instead, two gradient "
+                "passes a row.",
+                UserWarning,
+            )
 
     def graph(self, batch: Any, weights: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the products of Σ wᵢ ∇²sᵢ over one batch."""
+        if self.differenced is not None:
+            return partial(self.differenced.products, batch, weights)
         model = self.objective.model
         losses = model.per_sample_loss(model.forward(batch), batch)
         gradient = model.gradient_of((losses * weights).sum(), create_graph=True)

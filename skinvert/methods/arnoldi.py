@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, ClassVar
 
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
+from .._telling import warn
 from .._validation import check_choice, check_number, must_be
 from ..operators import LinearOperator
 from .base import InverseOperator, Method
@@ -127,11 +127,10 @@ class Arnoldi(Method):
 
     def _warn(self, values: torch.Tensor, errors: torch.Tensor) -> None:
         worst = int((errors / values.abs().clamp(min=1e-300)).argmax())
-        warnings.warn(
+        warn(
             f"arnoldi did not converge: the eigenvalue {float(values[worst]):.3g} has a residual of "
             f"{float(errors[worst]):.3g}. Try a larger `krylov_dimension` or `maxiter`, or another `rank`.",
             ConvergenceWarning,
-            stacklevel=4,
         )
 
     def _given(self, A: LinearOperator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
+from .._telling import warn
 from .._validation import must_be
 from ..operators import Dense, LinearOperator, LowRank
 
@@ -54,8 +53,7 @@ def _judge(gap: float, A: LinearOperator, way: str) -> None:
     hint = "A layer's derivative is wrong or random, or the data change between passes."
     if not gap <= WRONG:
         raise ValueError(must_be(what, "the same", f"a relative difference of {gap:.3g}", hint))
-    warnings.warn(
+    warn(
         f"{what} differ by {gap:.3g}: rounding, or a derivative that is wrong. Try dtype=torch.float64.",
         RuntimeWarning,
-        stacklevel=5,
     )

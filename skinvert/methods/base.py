@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from .._autograd import ordinary_methods
 from .._memory import rows_within
 from .._scaling import far_exponents, norms, times_powers
+from .._telling import warn
 from .._validation import must_be
 from ..operators import LinearOperator, Shifted, TensorState
 from ..results import InverseHvpResult
@@ -219,11 +219,10 @@ def warn_not_converged(name: str, residual: torch.Tensor, converged: torch.Tenso
     failed = int((~converged).sum())
     if failed:
         worst = float(residual[~converged].max())
-        warnings.warn(
+        warn(
             f"{name} did not converge on {failed} of {len(converged)} right-hand sides: relative residual "
             f"{worst:.3g}, asked for {rtol:.3g}. {hint}",
             ConvergenceWarning,
-            stacklevel=2,
         )
 
 
@@ -232,13 +231,12 @@ def warn_worse_than_zero(name: str, residual: torch.Tensor, hessian_perturbation
     # A hair above, for rounding.
     worse = residual > 1 + 1e-6
     if bool(worse.any()):
-        warnings.warn(
+        warn(
             f"{name} is worse than x = 0 on {int(worse.sum())} of {len(residual)} right-hand sides: their relative "
             f"residual against the exact H + λI is up to {float(residual[worse].max()):.3g}, at "
             f"hessian_perturbation={hessian_perturbation:.3g}. Try a larger one, a larger rank where there is one, "
             'or method="cg" or "direct".',
             ConvergenceWarning,
-            stacklevel=3,
         )
 
 
@@ -246,10 +244,9 @@ def warn_of_overflow(name: str, X: torch.Tensor) -> torch.Tensor:
     """Return X, and warn of rows that its dtype cannot hold."""
     rows = ~torch.isfinite(X).all(1)
     if bool(rows.any()):
-        warnings.warn(
+        warn(
             f"{name}: the solutions of {int(rows.sum())} of {len(X)} right-hand sides overflow {X.dtype}. "
             "Try a larger hessian_perturbation or dtype=torch.float64.",
             ConvergenceWarning,
-            stacklevel=4,
         )
     return X

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from .._progress import progress
 from .._scaling import ScaledProducts, norms
+from .._telling import warn
 from .._validation import check_choice
 from ..operators import LinearOperator, Shifted
 from ..results import InverseHvpResult
@@ -221,7 +221,7 @@ class CGInverse(InverseOperator):
         self, run: CGState, residual: torch.Tensor, converged: torch.Tensor, problem: Problem, lost: torch.Tensor
     ) -> None:
         if bool(run.negative.any()):
-            warnings.warn(self._indefinite(run, problem), ConvergenceWarning, stacklevel=3)
+            warn(self._indefinite(run, problem), ConvergenceWarning)
         warn_of_lost("cg", lost, problem.B.dtype)
         rest = ~run.negative & ~lost
         if bool((run.stagnated & ~converged)[rest].any()):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import ClassVar
 
 import scipy.linalg
 import torch
 
 from .. import operators
+from .._telling import warn
 from .._validation import check_hessian_perturbation, must_be
 from ..operators import LinearOperator
 from ..results import InverseHvpResult
@@ -81,11 +81,10 @@ class DiagonalInverse(InverseOperator):
         least = float(self.values.min()) if len(entries) else 1.0
         self.positive_definite = least > 0
         if least < 0:
-            warnings.warn(
+            warn(
                 f"diag(A) + λI is indefinite: its smallest entry is {least:.3g}, at hessian_perturbation="
                 f"{self.shift:.3g}. It is inverted as it is. {self.hint}",
                 scipy.linalg.LinAlgWarning,
-                stacklevel=3,
             )
 
     @property
@@ -108,12 +107,11 @@ class DiagonalInverse(InverseOperator):
         own = relative_residual(self.operator, B, X)
         outside = (B * (self.inverted == 0)).norm(dim=1) > default_tolerance(B.dtype) * B.norm(dim=1)
         if bool(outside.any()):
-            warnings.warn(
+            warn(
                 f"diag(A) + λI is singular ({int((self.inverted == 0).sum())} of {self.size} entries are zero) and "
                 f"{int(outside.sum())} of {len(B)} right-hand sides have a part there: it is left out. "
                 "Try hessian_perturbation > 0.",
                 scipy.linalg.LinAlgWarning,
-                stacklevel=3,
             )
         return InverseHvpResult(X, self.verdict(B, X, own))
 

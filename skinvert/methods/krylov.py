@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from .._scaling import ScaledProducts, exponents, far_exponents, lost_rows, norms, times_powers
+from .._telling import warn
 from .._validation import check_number, must_be, to_plain_array
 from ..operators import LinearOperator
 from .base import relative_residual
@@ -165,12 +165,11 @@ class Problem:
 def warn_of_lost(name: str, lost: torch.Tensor, dtype: torch.dtype) -> None:
     """Warn of rows whose solution is too small for the dtype."""
     if bool(lost.any()):
-        warnings.warn(
+        warn(
             f"{name} found {int(lost.sum())} of {lost.numel()} solutions below the range of "
             f"{dtype}: they come out as zeros or with few digits, and not as converged. Try dtype=torch.float64, or "
             "larger right-hand sides.",
             ConvergenceWarning,
-            stacklevel=3,
         )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import scipy.linalg
 import torch
+
+from .._telling import warn
 
 __all__ = ["InvertedSpectrum", "invert_spectrum", "warn_of_indefinite", "warn_of_null_part", "zero_cut"]
 
@@ -74,19 +75,17 @@ def invert_spectrum(eigenvalues: torch.Tensor, hessian_perturbation: float, size
 
 def warn_of_indefinite(found: str, hessian_perturbation: float, consequence: str, hint: str) -> None:
     """Warn of negative eigenvalues, which are inverted as they are."""
-    warnings.warn(
+    warn(
         f"A = H + λI is indefinite: {found}, at hessian_perturbation={hessian_perturbation:.3g}. {consequence} {hint}",
         scipy.linalg.LinAlgWarning,
-        stacklevel=5,
     )
 
 
 def warn_of_null_part(what: str, outside: torch.Tensor, hint: str) -> None:
     """Warn of the rows with a part outside the range of a singular A + λI, which the pseudo-inverse leaves out."""
     if bool(outside.any()):
-        warnings.warn(
+        warn(
             f"{what} and {int(outside.sum())} of {len(outside)} right-hand sides have a part outside its range: the "
             f"pseudo-inverse leaves it out. {hint}",
             scipy.linalg.LinAlgWarning,
-            stacklevel=5,
         )

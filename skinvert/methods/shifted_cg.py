@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from .._memory import rows_within
 from .._progress import progress
 from .._scaling import norms
+from .._telling import warn
 from .._validation import check_hessian_perturbation
 from ..operators import LinearOperator, Shifted
 from .advice import advise
@@ -258,10 +258,9 @@ def _warn(
         theta, error = smallest_eigenvalue(A)
         worst = float(sigma[negative.any(1).cpu()].max())
         need = f"hessian_perturbation must be > {-theta:.3g}" if math.isfinite(error) else "It must be larger"
-        warnings.warn(
+        warn(
             f"A + λI is not positive definite for λ up to {worst:.3g} of the path, and cg stopped. {need}. {A.hint}",
             ConvergenceWarning,
-            stacklevel=4,
         )
     warn_of_lost("cg", lost, A.dtype)
     rest = ~negative & ~lost

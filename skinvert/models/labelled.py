@@ -8,7 +8,6 @@ curvature. So the plain loss of the logits is looked for that equals the model's
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .._telling import warn
 from .._validation import must_be
 from .batches import binds, call, map_tensors, split_labels, takes
 
@@ -183,8 +183,8 @@ def _layout_for(logits: Any, labels: Any, label: str | None, batch: Any, own: to
     if natural and not isinstance(batch, Mapping):
         return Reading(label=label)
     if last and natural:
-        for layout, shifted in itertools.product(("classes_last", "as_is"), (False, True)) if own is not None else ():
-            if _equals(Reading(layout, shifted, "cross_entropy"), logits, labels, own):
+        for layout, shifted in itertools.product(("classes_last", "as_is"), (False, True)):
+            if own is not None and _equals(Reading(layout, shifted, "cross_entropy"), logits, labels, own):
                 return Reading(layout, label=label)
         got = f"shape {tuple(logits.shape)} for labels {tuple(labels.shape)}, which is either"
         must = "of a shape that tells classes from positions"
@@ -199,7 +199,7 @@ def _warn_of_a_shift(logits: Any, labels: Any, own: torch.Tensor | None, loss: A
     plain, shifted = (Reading("classes_last", flag, "cross_entropy") for flag in (False, True))
     if _equals(shifted, logits, labels, own) and not _equals(plain, logits, labels, own):
         message = "The model's own loss is that of the next position's label, and `loss=` is not. Try `loss=None`."
-        warnings.warn(message, UserWarning, stacklevel=2)
+        warn(message, UserWarning)
 
 
 def _equals(reading: Reading, logits: torch.Tensor, labels: torch.Tensor, own: torch.Tensor) -> bool:

@@ -6,7 +6,6 @@ every derivative, and x = b/λ would pass for a solution.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+from .._telling import warn
 from .._validation import must_be
 from .holders import tensors_within
 
@@ -73,7 +73,7 @@ class Watch:
         for dtype in self.lower:
             what = must_be("What the model computes", f"in {self.dtype}, as θ is", dtype, _CAST_HINT)
             # From the first batch of an objective, through `HessianInverter.fit`, to its caller.
-            warnings.warn(what, UserWarning, stacklevel=12)
+            warn(what, UserWarning)
 
     @contextmanager
     def over_loss(self) -> Iterator[None]:

@@ -13,13 +13,59 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from .._memory import working_memory
 from .._validation import must_be
 
-__all__ = ["check_loss_derivative", "check_second_derivative"]
+__all__ = [
+    "SecondDerivativeError",
+    "check_loss_derivative",
+    "check_second_derivative",
+    "constant_entries",
+    "in_float64",
+]
 
+NOT_FINITE = "NaN or infinity, where the gradient is finite (a root or a norm at zero?)"
 HINT = 'Try curvature="ggn", which takes first derivatives alone.'
+
+
+class SecondDerivativeError(ValueError):
+    """Autograd's second derivatives are not those of its first ones."""
+
+
+def constant_entries(model: Any) -> torch.Tensor:
+    """Return which entries of θ (p,) torch takes as constants: padding rows of embeddings have no gradient."""
+    parts = [torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device) for tensor in model.theta]
+    places = {id(tensor): part for tensor, part in zip(model.theta, parts, strict=True)}
+    for module in model.module.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
+            if id(module.weight) in places:
+                places[id(module.weight)][module.padding_idx] = True
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def in_float64(model: Any, batch: Any) -> Any:
+    """Return a copy of the model in float64 that takes a batch, in float64 too; None where there is none.
+
+    Nor where its gradient is not the loss's own, as a straight-through estimate is not: differences of it mean nothing.
+    """
+    if not _fits(model):
+        return None
+    names = [escape(name) for name in model.layout.names]
+    try:
+        double = model.at_point(names, torch.float64, model.device)
+        probe = _Probe(double, batch)
+        gradient, v, step = probe.gradient(), probe.direction(1), probe.precision.steps[0]
+        with probe.at(step * v):
+            ahead = probe.loss()
+        with probe.at(-step * v):
+            slope = (ahead - probe.loss()) / (2 * step)
+    except Exception:
+        # A model may hold to its own dtype.
+        return None
+    # Not (a > b): NaN compares false.
+    return double if abs(slope - float((gradient * v).sum())) <= 1e-4 * float((gradient * v).norm()) else None
 
 
 def check_second_derivative(model: Any, batch: Any, doubled: Any) -> None:
@@ -40,12 +86,16 @@ def check_second_derivative(model: Any, batch: Any, doubled: Any) -> None:
     else:
         try:
             fault = _fault(model.at_point(names, torch.float64, model.device), doubled)
+        except SecondDerivativeError:
+            raise
         except Exception:
             # A model may hold to its own dtype, in its code or in tensors that are no buffers.
             fault = _fault(*_own(model, names, batch))
     if fault is not None:
         must = "those of its gradient"
-        raise ValueError(must_be('The second derivatives of the loss for curvature="hessian"', must, fault, HINT))
+        message = must_be('The second derivatives of the loss for curvature="hessian"', must, fault, HINT)
+        # There differences of gradients would be no better.
+        raise ValueError(message) if fault == NOT_FINITE else SecondDerivativeError(message)
 
 
 def check_loss_derivative(model: Any, outputs: torch.Tensor, batch: Any, doubled: Any) -> None:
@@ -104,6 +154,7 @@ class _Probe:
         self.sizes = [tensor.numel() for tensor in self.home]
         self.precision = _PRECISION.get(model.dtype, _PRECISION[torch.float32])
         self.eps = torch.finfo(model.dtype).eps
+        self.moves = ~constant_entries(model) if isinstance(getattr(model, "module", None), nn.Module) else None
 
     def direction(self, seed: int) -> torch.Tensor:
         """Return a random direction (p,), in each tensor on the scale of its own entries."""
@@ -114,7 +165,12 @@ class _Probe:
             (scale or usual) * torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").to(tensor)
             for scale, size, tensor in zip(scales, self.sizes, self.home, strict=True)
         ]
-        return torch.cat(parts)
+        drawn = torch.cat(parts)
+        return drawn if self.moves is None else drawn * self.moves
+
+    def loss(self) -> float:
+        """Return the summed losses."""
+        return float(self.model.per_sample_loss(self.model.forward(self.batch), self.batch).sum().detach())
 
     def gradient(self, create_graph: bool = False) -> torch.Tensor:
         """Return the gradient (p,) of the summed losses."""
@@ -179,14 +235,14 @@ def _fault(model: Any, batch: Any) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(
+        raise SecondDerivativeError(
             must_be('The model for curvature="hessian"', "twice differentiable", str(error), HINT)
         ) from error
     difference, _ = probe.difference(v, probe.precision.steps[1])
     if not bool(torch.isfinite(difference).all()):
         return None
     if not bool(torch.isfinite(torch.stack([Hu, Hv])).all()):
-        return "NaN or infinity, where the gradient is finite (a root or a norm at zero?)"
+        return NOT_FINITE
     close = probe.norms(Hv - difference) <= probe.precision.fault * probe.norms(difference)
     gap, size = (u * Hv).sum() - (v * Hu).sum(), (u * Hv).norm() + (v * Hu).norm()
     if bool(close.all()) and bool(gap.abs() <= probe.precision.fault * size):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
+from .._telling import warn
 from .._validation import must_be
 from .losses import ModuleLoss
 from .structural_copy import structural_copy
@@ -210,7 +210,7 @@ def _decay_of(net: Any) -> float:
         return decays.pop()
     what = "differs between parameter groups" if len(decays) > 1 else "is not ½ μ‖θ‖² in the loss"
     message = f"The weight decay of the net's {name} {what} and is left out of H. Try `weight_decay=`."
-    warnings.warn(message, UserWarning, stacklevel=2)
+    warn(message, UserWarning)
     return 0.0
 
 

@@ -25,7 +25,7 @@ from .leaks import Watch
 from .losses import Loss, as_loss
 from .output_hessians import OutputHessian
 from .plain_functions import PlainFunctions
-from .second_derivative import check_loss_derivative, check_second_derivative
+from .second_derivative import check_loss_derivative, check_second_derivative, in_float64
 from .structural_copy import structural_copy
 from .weight_decay import decay_by_name
 
@@ -329,6 +329,12 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         """Raise where autograd's second derivatives, on a few rows of a batch, are not those of the gradient."""
         few = map_tensors(lambda tensor: tensor[:8] if tensor.ndim else tensor, batch)
         check_second_derivative(self, few, _doubled(few))
+
+    @ordinary
+    def in_float64(self, batch: Any) -> TorchTwiceDifferentiable | None:
+        """Return a copy that computes in float64, or None where the model does not take it or it does not fit."""
+        few = map_tensors(lambda tensor: tensor[:8] if tensor.ndim else tensor, batch)
+        return in_float64(self, map_tensors(lambda t: t.double() if t.is_floating_point() else t, few))
 
     @ordinary
     def verify_loss_derivative(self, outputs: torch.Tensor, batch: Any) -> None:

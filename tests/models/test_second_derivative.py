@@ -1,4 +1,4 @@
-"""Second derivatives that autograd gets wrong are refused for the Hessian, and served by the GGN where it is right."""
+"""Second derivatives that autograd gets wrong are told of, and served by differences or by the GGN; or refused."""
 
 import pytest
 import torch
@@ -99,11 +99,37 @@ WRONG = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("method", ["direct", "cg"])
-@pytest.mark.parametrize("name", WRONG)
-def test_the_hessian_is_refused(name, method, dtype):
+@pytest.mark.parametrize("name", [name for name in WRONG if name != "straight_through"])
+def test_the_hessian_is_told_of_and_taken_from_differences(name, method, dtype):
     net = Net(WRONG[name]).to(dtype)
+    with pytest.warns(UserWarning, match="differences of gradients") as told:
+        inverter = HessianInverter(method, 5.0, loss="cross_entropy", batch_size=5).fit(net, data(dtype))
+    assert "in first" in str(told[0].message) or "twice differentiable" in str(told[0].message)
+    assert 'Try curvature="ggn"' in str(told[0].message)
+    assert told[0].filename == __file__
+    plain = Net(torch.tanh).double()
+    plain.load_state_dict(net.state_dict())
+    X, y = data(dtype)
+    expected = TorchTwiceDifferentiable(plain, "cross_entropy").hessian(X.double(), y)
+    received = inverter.curvature_.apply(torch.eye(P, dtype=dtype)).double()
+    torch.testing.assert_close(received, expected, rtol=0, atol=1e-8 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_no_gradient_is_refused(dtype):
+    net = Net(round_straight_through).to(dtype)
     with pytest.raises(ValueError, match=r'no differences of gradients in first.*Try curvature="ggn"'):
-        HessianInverter(method, 5.0, loss="cross_entropy").fit(net, data(dtype))
+        HessianInverter("direct", 5.0, loss="cross_entropy").fit(net, data(dtype))
+
+
+def test_padding_rows_are_constants():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(5, 4, padding_idx=1), nn.Flatten(), nn.Linear(8, 3)).double()
+    net[0].weight.data[1] = 0.3
+    tokens, y = torch.arange(20).reshape(10, 2) % 5, torch.arange(10) % 3
+    inverter = HessianInverter("direct", 1.0, loss="cross_entropy").fit(net, (tokens, y))
+    assert inverter.curvature_.differenced is None
+    assert not inverter.curvature_.to_dense()[4:8].any()
 
 
 def test_the_dense_hessian_of_a_batch_is_refused():
@@ -157,8 +183,18 @@ def test_a_function_without_a_second_derivative_says_so():
         def forward(self, x):
             return -torch.cdist(x, self.centres, p=3.0)
 
-    with pytest.raises(ValueError, match=r"twice differentiable. Got the derivative for '_cdist_backward'"):
-        HessianInverter("cg", 1.0, loss="cross_entropy").fit(Powers(), data(torch.float32))
+    class Plain(Powers):
+        def forward(self, x):
+            return -torch.linalg.vector_norm(x[:, None] - self.centres, ord=3.0, dim=2)
+
+    net, plain = Powers(), Plain().double()
+    plain.load_state_dict(net.state_dict())
+    with pytest.warns(UserWarning, match=r"twice differentiable. Got the derivative for '_cdist_backward'"):
+        inverter = HessianInverter("cg", 1.0, loss="cross_entropy").fit(net, data(torch.float32))
+    X, y = data(torch.float32)
+    expected = TorchTwiceDifferentiable(plain, "cross_entropy").hessian(X.double(), y)
+    received = inverter.curvature_.to_dense().double()
+    torch.testing.assert_close(received, expected, rtol=0, atol=1e-6)
 
 
 def test_a_norm_at_zero_says_so():
