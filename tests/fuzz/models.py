@@ -353,11 +353,10 @@ def build(case):
 
 
 def _between(case, layers, c):
-    return [
-        module
-        for i, name in enumerate(case.layers)
-        for module in (ACTIVATIONS[case.activations[i]](c), layers[name](c))
-    ]
+    # Channels of a sequence do not come second.
+    plain = {"prelu_channels": "prelu"} if case.domain == "sequence" else {}
+    pairs = zip(case.activations, case.layers, strict=True)
+    return [part for f, name in pairs for part in (ACTIVATIONS[plain.get(f, f)](c), layers[name](c))]
 
 
 TOKENS = ("plain", "padded", "bag_mean", "bag_sum")

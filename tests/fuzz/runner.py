@@ -10,9 +10,11 @@ from fuzz import losses as L
 from fuzz import models as M
 from fuzz.cases import right_hand_sides
 from fuzz.oracle import Oracle
+from scipy.linalg import LinAlgWarning
+from sklearn.exceptions import ConvergenceWarning
 from torch.utils.data import DataLoader, TensorDataset
 
-from skinvert import HessianInverter
+from skinvert import HessianInverter, PerSampleGradient
 from skinvert.methods import CG, LiSSA
 
 # Words of which each error of ours has one.
@@ -134,17 +136,36 @@ def _solve(case, module, X, y, loss, weights, oracle):
         warnings.simplefilter("always")
         try:
             inverter.fit(module, _data(case, X, y), weights)
-            with torch.enable_grad():
-                gradients = oracle.gradient_rows() if case.rhs == "gradients" else None
+            gradients = _gradients(case, module, X, y, loss, weights, oracle) if case.rhs == "gradients" else None
             b = _as_given(case, right_hand_sides(case, oracle.p, gradients))
             x, info = inverter.solve(b)
         except (ValueError, TypeError, MemoryError, FloatingPointError) as error:
             if not any(word in str(error) for word in TELLING):
                 raise Raw(f"{type(error).__name__}: {error}\n{case!r}") from error
             return None, f"refused: {error}"
+        except Silent:
+            raise
         except Exception as error:
             raise Raw(f"{type(error).__name__}: {error}\n{case!r}") from error
-    return (inverter, b, x, info, [str(one.message) for one in told]), ""
+    # What is told of a model, not of a solution, excuses nothing.
+    return (inverter, b, x, info, [str(one.message) for one in told if _is_of_rows(one.category)]), ""
+
+
+def _is_of_rows(category):
+    return issubclass(category, ConvergenceWarning | LinAlgWarning)
+
+
+def _gradients(case, module, X, y, loss, weights, oracle):
+    """Return the oracle's per-sample gradients, against which skinvert's own are held."""
+    with torch.enable_grad():
+        expected = oracle.gradient_rows()
+    own = PerSampleGradient(module, loss=loss.given, batch_size=case.batch_size, dtype=case.dtype)
+    received = own.fit_transform(X, y, **({} if weights is None else {"sample_weight": weights})).double()
+    eps = torch.finfo(case.dtype or case.model_dtype).eps
+    # Rounding is relative to what is summed: at least the largest row.
+    if not float((received - expected).abs().max()) <= 3e3 * eps * (float(expected.abs().max()) + case.input_scale):
+        raise Silent(f"gradients off by {float((received - expected).abs().max()):.3g}\n{case!r}")
+    return expected
 
 
 def _as_given(case, b):
