@@ -94,6 +94,7 @@ class DenseInverse(InverseOperator):
         "hint": "str",
         "is_psd": "bool",
         "judges": "bool|missing",
+        "cut": "float|None|missing",
         "cholesky": "tensor[p,p]|None",
         "eigenvalues": "tensor[p]|None",
         "eigenvectors": "tensor[p,p]|None",
