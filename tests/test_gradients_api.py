@@ -136,7 +136,7 @@ def test_more_rows_than_memory_are_refused(monkeypatch):
     fitted = PerSampleGradient(net, loss="cross_entropy").fit(X, y)
     monkeypatch.setattr("skinvert._memory.available_memory", lambda device: 100)
     with pytest.raises(
-        MemoryError, match=r"A gradient for each of 10 rows needs about 2.03 KiB.*100 bytes.*fewer rows"
+        MemoryError, match=r"A gradient for each of 10 rows needs about 2.84 KiB.*100 bytes.*fewer rows"
     ):
         fitted.transform((X, y))
 

@@ -13,9 +13,9 @@ from .._memory import working_memory
 from .._progress import progress
 from .._validation import must_be
 from ..data import Batches
-from ..models import TorchTwiceDifferentiable, map_tensors
+from ..models import TorchTwiceDifferentiable
 from ..operators import LinearOperator
-from .checks import check_layers, check_rows_alone, explain_not_finite
+from .checks import check_layers, check_rows_alone, explain_not_finite, forward_or_tell
 from .first_pass import FirstPass
 from .loss_values import LossValues
 
@@ -94,7 +94,7 @@ class Objective:
         return part
 
     def _add(self, batch: Any, weights: torch.Tensor, index: int, rows: slice) -> None:
-        outputs = _forward(self.first_pass, batch)
+        outputs = forward_or_tell(self.first_pass, batch)
         if not self._alone and len(weights) > 1:
             check_rows_alone(self.model, outputs, batch)
             self._alone = True
@@ -116,17 +116,7 @@ class Objective:
             return
         batch, weights = next(iter(self.batches.take(torch.tensor([0, self.batches.n_samples - 1], device="cpu"))))
         if len(weights) > 1:
-            check_rows_alone(self.model, _forward(self.model, batch), batch)
-
-
-def _forward(model: TorchTwiceDifferentiable | FirstPass, batch: Any) -> Any:
-    try:
-        return model.forward(batch)
-    except (RuntimeError, IndexError, NotImplementedError, AssertionError) as error:
-        shapes: list[str] = []
-        map_tensors(lambda tensor: shapes.append(f"{tuple(tensor.shape)} {tensor.dtype}"), batch)
-        message = must_be("The data", "what the model takes", f"a batch of {', '.join(shapes)}", str(error))
-        raise ValueError(message) from error
+            check_rows_alone(self.model, forward_or_tell(self.model, batch), batch)
 
 
 class Curvature(LinearOperator):

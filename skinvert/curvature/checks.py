@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._memory import naming_memory
 from .._validation import must_be
 from ..models import TorchTwiceDifferentiable, leading_length, map_tensors
 from ..models.plain_functions import refuse_frequencies
 
-__all__ = ["check_layers", "check_rows_alone", "explain_not_finite"]
+__all__ = ["check_layers", "check_rows_alone", "explain_not_finite", "forward_or_tell"]
 
 SQUEEZE = "Does a `squeeze()` drop the rows' own dimension? Try `squeeze(-1)`."
 
@@ -23,6 +24,19 @@ def check_layers(model: TorchTwiceDifferentiable) -> None:
     for name, module in model.module.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq:
             raise ValueError(refuse_frequencies(f"{type(module).__name__} {name!r}"))
+
+
+def forward_or_tell(model: Any, batch: Any) -> Any:
+    """Return ``model.forward(batch)``; what it raises is told with the shapes of the batch."""
+    try:
+        # An export with fixed shapes asserts them.
+        with naming_memory("The forward pass", "Try a smaller batch_size."):
+            return model.forward(batch)
+    except (RuntimeError, IndexError, NotImplementedError, AssertionError) as error:
+        shapes: list[str] = []
+        map_tensors(lambda tensor: shapes.append(f"{tuple(tensor.shape)} {tensor.dtype}"), batch)
+        message = must_be("The data", "what the model takes", f"a batch of {', '.join(shapes)}", str(error))
+        raise ValueError(message) from error
 
 
 def check_rows_alone(model: TorchTwiceDifferentiable, outputs: Any, batch: Any) -> None:
@@ -67,9 +81,12 @@ def explain_not_finite(model: TorchTwiceDifferentiable, batch: Any, index: int, 
 def _compared(model: TorchTwiceDifferentiable, outputs: Any, batch: Any) -> Iterator[tuple[torch.Tensor, Any]]:
     """Yield what must be each row's own: the outputs where they are a tensor, and a subclass's own losses."""
     if isinstance(outputs, torch.Tensor):
-        yield outputs, model.forward
+        yield outputs, lambda rows: forward_or_tell(model, rows)
     if model.own_loss or not isinstance(outputs, torch.Tensor):
-        yield model.per_sample_loss(outputs, batch), lambda rows: model.per_sample_loss(model.forward(rows), rows)
+        yield (
+            model.per_sample_loss(outputs, batch),
+            lambda rows: model.per_sample_loss(forward_or_tell(model, rows), rows),
+        )
 
 
 def _check_alone(alone: torch.Tensor, together: torch.Tensor, i: int, tolerance: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..models import TorchTwiceDifferentiable, map_tensors
+from ..models.second_derivative import constant_entries
 from ..models.structural_copy import structural_copy
 
 __all__ = ["DifferencedGradient"]
@@ -19,17 +20,15 @@ class DifferencedGradient:
     Parameters
     ----------
     model : TorchTwiceDifferentiable
-        In float64, at θ.
-    constant : tensor of shape (p,) of bool
-        Entries that torch takes as constants: they stay where they are, and their products are zero.
+        In float64, at θ. What its gradient takes as constants stays where it is, and has products of zero.
 
     References
     ----------
     Nocedal & Wright (2006), "Numerical Optimization", sec. 8.1 (central differences, and the length of the step).
     """
 
-    def __init__(self, model: TorchTwiceDifferentiable, constant: torch.Tensor) -> None:
-        self.model, self.constant = model, constant
+    def __init__(self, model: TorchTwiceDifferentiable) -> None:
+        self.model = model
         self.theta = torch.cat([tensor.detach().reshape(-1) for tensor in model.theta])
 
     def gradient(self, batch: Any, weights: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
@@ -46,7 +45,8 @@ class DifferencedGradient:
     def products(self, batch: Any, weights: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
         """Return the products with the rows of V (k, p), in its dtype."""
         batch = map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, batch)
-        rows = [self._product(batch, weights.double(), v) for v in torch.where(self.constant, 0.0, V.double())]
+        moves = ~constant_entries(self.model, map_tensors(torch.clone, batch))
+        rows = [moves * self._product(batch, weights.double(), moves * v) for v in V.double()]
         return torch.stack(rows).to(V.dtype) if rows else V.clone()
 
     def _product(self, batch: Any, weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -57,4 +57,4 @@ class DifferencedGradient:
         step = torch.finfo(v.dtype).eps ** (1 / 3) * max(1.0, float(self.theta.norm())) / size
         ahead = self.gradient(batch, weights, self.theta + step * v)
         behind = self.gradient(batch, weights, self.theta - step * v)
-        return torch.where(self.constant, 0.0, (ahead - behind) / (2 * step))
+        return (ahead - behind) / (2 * step)

@@ -14,7 +14,7 @@ from .._validation import must_be
 from ..block_operators import KroneckerFactors
 from ..data import Batches
 from ..models import TwiceDifferentiable
-from ..models.second_derivative import SecondDerivativeError, constant_entries
+from ..models.second_derivative import SecondDerivativeError
 from ..operators import LinearOperator
 from .base import Curvature, Objective, flat_products
 from .differences import DifferencedGradient
@@ -47,7 +47,7 @@ class Hessian(Curvature):
             double = objective.model.in_float64(batch)
             if double is None:
                 raise
-            self.differenced = DifferencedGradient(double, constant_entries(double))
+            self.differenced = DifferencedGradient(double)
             warn(
                 f"{error} Products with the Hessian are differences of gradients in float64 instead, two gradient "
                 "passes a row.",

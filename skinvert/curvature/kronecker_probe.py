@@ -113,8 +113,8 @@ def _mixed(seen: Captured, direction: torch.Tensor, inputs: list[Any]) -> dict[s
 
 def _direction(value: torch.Tensor) -> torch.Tensor:
     """Return random numbers: the curvature's own directions vanish for confident samples and ignored targets."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu").to(value)
 
 
 def _is_close(value: torch.Tensor, expected: torch.Tensor) -> bool:

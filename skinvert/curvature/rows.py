@@ -99,7 +99,7 @@ def _agree(model: TorchTwiceDifferentiable, batch: Any, values: _Values, rows: t
     value = values.of(model.forward(map_tensors(torch.clone, values.inputs(batch))), batch)
     if value.shape != rows.shape[:2]:
         return False
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     mixture = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu").to(value)
     error = (mixture.reshape(-1) @ rows.flatten(0, 1) - model.gradient_of((mixture * value).sum())).norm()
     size = (mixture * rows.norm(dim=2)).norm()

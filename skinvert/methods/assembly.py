@@ -36,8 +36,8 @@ def check_factor(A: LinearOperator, rows: torch.Tensor, hessian_perturbation: fl
 
 def _gap(A: LinearOperator, other: LinearOperator, hessian_perturbation: float) -> float:
     """Return ‖(A − M)v‖ / ‖(M + λI)v‖ for a random row v; 0 where M is not finite, which is said elsewhere."""
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(1, A.size, dtype=torch.float64, generator=generator).to(A.device, A.dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    v = torch.randn(1, A.size, dtype=torch.float64, generator=generator, device="cpu").to(A.device, A.dtype)
     expected = other.apply(v).to(torch.float64)
     if not bool(torch.isfinite(expected).all()):
         return 0.0

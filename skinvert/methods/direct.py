@@ -175,7 +175,8 @@ class DenseInverse(InverseOperator):
         floor = 10 * math.sqrt(self.size) * torch.finfo(self.matrix.dtype).eps
         if int(info) == 0 and _rcond(cholesky, norm) >= floor:
             self.cholesky = cholesky
-            b = torch.randn(1, self.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(cholesky)
+            generator = torch.Generator("cpu").manual_seed(0)
+            b = torch.randn(1, self.size, dtype=torch.float64, generator=generator, device="cpu").to(cholesky)
             residual = relative_residual(self.operator, b, self._refined(b, self._solve_once(b)))
             if not bool((residual <= self.rtol).all()):
                 self.cholesky = None

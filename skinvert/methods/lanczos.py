@@ -59,7 +59,7 @@ def seeded(random_state: int | None, owner: str) -> torch.Generator:
     """Return a generator on the CPU, so that a seed means the same draws on every device; None is 0."""
     state = 0 if random_state is None else random_state
     seed = check_number(state, "random_state", owner=owner, low=0, integer=True)
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def gaussian_rows(k: int, A: LinearOperator, generator: torch.Generator) -> torch.Tensor:

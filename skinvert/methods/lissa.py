@@ -155,7 +155,7 @@ class LiSSAInverse(InverseOperator):
         for repetition in range(self.settings.repetitions):
             # Seeds of its own: how long the last one ran depends on the other rows.
             seed = int(self.settings.random_state or 0) + 1_000_003 * repetition
-            run = _Run(self, problem, torch.Generator().manual_seed(seed))
+            run = _Run(self, problem, torch.Generator("cpu").manual_seed(seed))
             run.complete()
             mean += run.best / self.settings.repetitions
             n_iter += run.n_iter
@@ -277,12 +277,12 @@ def _minibatch(A: Any, size: int, generator: torch.Generator) -> Any:
     # A permutation repeats no sample, which has less variance, but costs O(n).
     if n <= 100 * size:
         return A.minibatch(torch.randperm(n, generator=generator, device="cpu")[:size])
-    return A.minibatch(torch.randint(n, (size,), generator=generator))
+    return A.minibatch(torch.randint(n, (size,), generator=generator, device="cpu"))
 
 
 def _largest(A: Any, settings: LiSSA, batches: int = SCALE_BATCHES) -> float:
     """Return the largest eigenvalue found on some minibatches of A; on A itself where one holds all."""
-    generator, size = torch.Generator().manual_seed(int(settings.random_state or 0)), settings.batch_size
+    generator, size = torch.Generator("cpu").manual_seed(int(settings.random_state or 0)), settings.batch_size
     if A.n_samples <= size:
         return _lanczos(A, generator)
     return max(_lanczos(_minibatch(A, size, generator), generator) for _ in range(batches))

@@ -34,9 +34,19 @@ class SecondDerivativeError(ValueError):
     """Autograd's second derivatives are not those of its first ones."""
 
 
-def constant_entries(model: Any) -> torch.Tensor:
-    """Return which entries of θ (p,) torch takes as constants: padding rows of embeddings have no gradient."""
-    parts = [torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device) for tensor in model.theta]
+def constant_entries(model: Any, batch: Any) -> torch.Tensor:
+    """Return which entries of θ (p,) autograd takes as constants on a batch.
+
+    What a ``detach()`` cuts off, or nothing depends on; and the padding rows of embeddings.
+    """
+    value = model.per_sample_loss(model.forward(batch), batch).sum()
+    reached: Any = [None] * len(model.theta)
+    if value.requires_grad:
+        reached = torch.autograd.grad(value, model.theta, allow_unused=True)
+    parts = [
+        torch.full(tensor.shape, part is None, dtype=torch.bool, device=tensor.device)
+        for tensor, part in zip(model.theta, reached, strict=True)
+    ]
     places = {id(tensor): part for tensor, part in zip(model.theta, parts, strict=True)}
     for module in model.module.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
@@ -54,7 +64,7 @@ def in_float64(model: Any, batch: Any) -> Any:
         return None
     names = [escape(name) for name in model.layout.names]
     try:
-        double = model.at_point(names, torch.float64, model.device)
+        double = _unwatched(model.at_point(names, torch.float64, model.device))
         probe = _Probe(double, batch)
         gradient, v, step = probe.gradient(), probe.direction(1), probe.precision.steps[0]
         with probe.at(step * v):
@@ -85,7 +95,7 @@ def check_second_derivative(model: Any, batch: Any, doubled: Any) -> None:
         fault = _fault(*_own(model, names, batch))
     else:
         try:
-            fault = _fault(model.at_point(names, torch.float64, model.device), doubled)
+            fault = _fault(_unwatched(model.at_point(names, torch.float64, model.device)), doubled)
         except Exception:
             # A model may hold to its own dtype, in its code or in tensors that are no buffers.
             fault = _fault(*_own(model, names, batch))
@@ -152,7 +162,7 @@ class _Probe:
         self.sizes = [tensor.numel() for tensor in self.home]
         self.precision = _PRECISION.get(model.dtype, _PRECISION[torch.float32])
         self.eps = torch.finfo(model.dtype).eps
-        self.moves = ~constant_entries(model) if isinstance(getattr(model, "module", None), nn.Module) else None
+        self.moves = ~constant_entries(model, batch) if isinstance(getattr(model, "module", None), nn.Module) else None
 
     def direction(self, seed: int) -> torch.Tensor:
         """Return a random direction (p,), in each tensor on the scale of its own entries."""
@@ -289,9 +299,15 @@ def _differs(
 
 def _own(model: Any, names: list[str], batch: Any) -> tuple[Any, Any]:
     """Return a copy in the model's own dtype, whose parameters may be moved."""
-    duplicate = model.at_point(names, model.dtype, model.device)
+    duplicate = _unwatched(model.at_point(names, model.dtype, model.device))
     duplicate.loss, duplicate._verified = model.loss, model._verified
     return duplicate, batch
+
+
+def _unwatched(model: Any) -> Any:
+    """Return a copy that has nothing to tell of its first batch: the model has told it."""
+    model.watch = None
+    return model
 
 
 def _fits(model: Any) -> bool:

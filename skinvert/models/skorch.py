@@ -89,7 +89,7 @@ class SkorchTwiceDifferentiable(TorchTwiceDifferentiable):
         if not ridge:
             return None
         parts = [
-            torch.full((t.numel(),), ridge.get(name, 0.0), dtype=torch.float64)
+            torch.full((t.numel(),), ridge.get(name, 0.0), dtype=torch.float64, device="cpu")
             for name, t in zip(self.layout.names, self.theta, strict=True)
         ]
         return torch.cat(parts).to(self.device, self.dtype)
@@ -143,11 +143,11 @@ class SkorchLoss(ModuleLoss):
 
     def _penalty_gradient(self, probe: nn.Module, output: torch.Tensor, target: torch.Tensor, seed: int) -> Any:
         """Return random parameters, and the gradients of ``get_loss`` in them at outputs that do not depend on them."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         named = dict(probe.named_parameters())
         with torch.enable_grad():
             for tensor in named.values():
-                tensor.data.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
+                tensor.data.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu"))
             value = self._get_loss(self.module, output.detach(), target, probe).mean()
             if not value.requires_grad:
                 return {}

@@ -230,7 +230,7 @@ def test_a_preconditioner_that_rounding_makes_indefinite_is_left_aside():
 
     class Indefinite(Diagonal):
         def invert(self, A, hessian_perturbation, verbose=0):
-            return Odd(A.diagonal(), hessian_perturbation, True, "")
+            return Odd(A.diagonal(), hessian_perturbation, "")
 
     b = np.diag([1.0, 1.0, 0.0, 1.0])
     for block in (False, True):

@@ -209,7 +209,7 @@ def test_gradients_and_function():
 def test_empirical_fisher_is_of_the_rows():
     make, labels = CASES["token"]
     model, batches = make(), batches_of(labels)
-    rows = PerSampleGradient(model).fit(batches).transform(batches)
+    rows = PerSampleGradient(model).fit(batches).transform(batches).numpy()
     inverter = received(model, batches, curvature="empirical_fisher")
     assert matrix_error(inverter.curvature_.to_dense(), rows.T @ rows / N) <= 1e-12
 

@@ -4,6 +4,7 @@ import copy
 import functools
 
 import pytest
+import sklearn
 import torch
 import torch.nn.functional as F
 from oracles import matrix_error, oracle_matrix
@@ -128,13 +129,15 @@ def test_what_is_asked_of_a_parameter_is_no_leak():
     assert matrix_error(fit(net).curvature_.to_dense(), expected.numpy()) <= 1e-6
 
 
-def test_frozen_parameters_are_shared_without_an_alarm():
+@pytest.mark.parametrize("memory", [1e-4, 1024])
+def test_frozen_parameters_that_are_large_are_shared_without_an_alarm(memory):
     case = problem("mlp", "cross_entropy")
     net = copy.deepcopy(case.module)
     net[0].requires_grad_(False)
-    inverter = fit(net, case.data)
+    with sklearn.config_context(working_memory=memory):
+        inverter = fit(net, case.data)
     shared = dict(inverter._model.module.named_parameters())["0.weight"]
-    assert shared.data_ptr() == net[0].weight.data_ptr()
+    assert (shared.data_ptr() == net[0].weight.data_ptr()) == (memory < 1)
     assert matrix_error(inverter.curvature_.to_dense(), oracle_matrix(case)[20 + 5 :, 20 + 5 :]) <= 1e-12
 
 

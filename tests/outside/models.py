@@ -323,7 +323,7 @@ def custom_function(cube):
     def build():
         model, twin = WithCube(cube).double(), WithCube(lambda x: x**3).double()
         twin.load_state_dict(model.state_dict())
-        return classified(model, twin, must="ggn")
+        return classified(model, twin, must="right or told")
 
     return build
 
