@@ -135,12 +135,13 @@ def test_outputs_without_the_axis_of_a_single_row(c, squeezed, batch_size, reduc
     assert (received - expected).norm() <= 1e-12 * expected.norm()
 
 
-def test_no_warning_of_how_the_callable_is_batched():
+def test_no_warning_of_how_the_callable_is_batched(recwarn):
     net, X = network(3), inputs()
     y = X.softmax(1)
     received = fitted(net, lambda f, y: F.kl_div(f.log_softmax(1), y, reduction="batchmean"), (X, y))
     expected = oracle(net, F.cross_entropy(net(X), y))
     assert (received.curvature_.to_dense() - expected).norm() <= 1e-12 * expected.norm()
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
