@@ -34,6 +34,9 @@ ACCEPTED = (
 
 def source_of(data: Any, batch_size: int | None, needs_row_order: bool) -> Callable[[], Iterable[Any]]:
     """Return what yields the raw batches of ``data`` anew at each call."""
+    if isinstance(data, tuple) and len(data) == 2 and data[1] is None and isinstance(data[0], Dataset | DataLoader):
+        # As skorch's `fit(dataset, None)` has it.
+        data = data[0]
     if isinstance(data, tuple):
         return _arrays(data, batch_size)
     if isinstance(data, DataLoader):
