@@ -34,6 +34,9 @@ ACCEPTED = (
 
 def source_of(data: Any, batch_size: int | None, needs_row_order: bool) -> Callable[[], Iterable[Any]]:
     """Return what yields the raw batches of ``data`` anew at each call."""
+    if isinstance(data, tuple) and len(data) == 2 and data[1] is None and isinstance(data[0], Dataset | DataLoader):
+        # As skorch's `fit(dataset, None)` has it.
+        data = data[0]
     if isinstance(data, tuple):
         return _arrays(data, batch_size)
     if isinstance(data, DataLoader):
@@ -134,15 +137,21 @@ class _Reiterable:
 
 @dataclass
 class _Rebatched:
-    """Rows of a map-style data set, collated in the given order; items that are batches where that is None."""
+    """Rows of a map-style data set, collated in the given order; items that are batches where that is None.
+
+    With ``at_once`` the data set itself is asked for each batch by the list of its rows.
+    """
 
     dataset: Any
     batches: Any
     collate: Callable[[Any], Any]
     workers: int = 0
+    at_once: bool = False
 
     def __call__(self) -> Iterable[Any]:
         order = {"batch_size": None} if self.batches is None else {"batch_sampler": self.batches}
+        if self.at_once:
+            order = {"batch_size": None, "sampler": self.batches}
         return iter(DataLoader(self.dataset, collate_fn=self.collate, num_workers=self.workers, **order))
 
 
@@ -162,6 +171,8 @@ def _loader(loader: Any, batch_size: int | None, needs_row_order: bool) -> Calla
     if isinstance(loader.dataset, IterableDataset):
         _refuse_a_dropped_rest(loader)
         return _Reiterable(loader)
+    if loader.batch_sampler is None and isinstance(loader.sampler, BatchSampler):
+        return _read_at_once(loader, batch_size, needs_row_order)
     batched: Any = loader.batch_sampler if loader.batch_size is None else None
     if batched is not None and type(batched) is not BatchSampler:
         return _Rebatched(
@@ -175,6 +186,14 @@ def _loader(loader: Any, batch_size: int | None, needs_row_order: bool) -> Calla
         return _Rebatched(dataset, None, loader.collate_fn, loader.num_workers)
     own = loader.batch_size if batched is None else batched.batch_size
     return _rebatched(loader.dataset, indices, batch_size or own, loader.collate_fn, loader.num_workers)
+
+
+def _read_at_once(loader: Any, batch_size: int | None, needs_row_order: bool) -> _Rebatched:
+    """Read a loader whose data set is given the indices of a batch, and returns it whole."""
+    indices = _rows_of(loader.sampler.sampler, len(loader.dataset), needs_row_order)
+    size = batch_size or loader.sampler.batch_size
+    batches = [list(indices[i : i + size]) for i in range(0, len(indices), size)]
+    return _Rebatched(loader.dataset, batches, loader.collate_fn, loader.num_workers, at_once=True)
 
 
 def _rows_of(sampler: Any, n: int, needs_row_order: bool) -> Sequence[int]:

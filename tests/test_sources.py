@@ -74,12 +74,17 @@ WHOLE = {
     "subset batch sampler that drops": {"batch_sampler": BatchSampler(SubsetRandomSampler(range(N)), 5, True)},
     "with replacement": {"batch_size": 5, "sampler": RandomSampler(ROWS, replacement=True, num_samples=30)},
     "list": {"batch_size": 5, "sampler": list(range(N))[::-1]},
+    "batches at once": {"batch_size": None, "sampler": BatchSampler(RandomSampler(ROWS), 5, drop_last=True)},
     "own batches": {"batch_sampler": InBatches([[0, 5, 7, 9], [1, 2, 3, 4, 6, 8, 10, 11]])},
 }
 PARTIAL = {
     "weighted": ({"sampler": WeightedRandomSampler(torch.ones(N), N)}, "sample_weight="),
     "weighted batches": (
         {"batch_sampler": BatchSampler(WeightedRandomSampler(torch.ones(N), N), 5, False)},
+        "sample_weight=",
+    ),
+    "weighted batches at once": (
+        {"batch_size": None, "sampler": BatchSampler(WeightedRandomSampler(torch.ones(N), N), 5, False)},
         "sample_weight=",
     ),
     "endless": ({"sampler": Endless()}, "each once"),

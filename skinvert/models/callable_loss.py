@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,8 @@ class CallableLoss(Loss):
         self.function = function
         self.kind: str | None = None
         self._takes_vmap = False
+        # A row alone is given twice where the callable fails on one: `output.squeeze()` takes its axis away.
+        self._copies = 1
 
     def to(self, dtype: torch.dtype, device: torch.device) -> CallableLoss:
         """Return an unclassified copy; a module's tensors are moved in the copy alone."""
@@ -72,6 +75,7 @@ class CallableLoss(Loss):
         """Classify the callable by a batch and the same batch doubled; raise where it is neither mean nor sum."""
         self._check_differentiable(output, target)
         with torch.no_grad():
+            self._copies = self._copies_of_a_row(output, target)
             once, twice = self._call(output, target), self._repeated(output, target, 2)
             m = len(output)
             if once.ndim and twice.ndim and len(once) == m and len(twice) == 2 * m:
@@ -85,7 +89,8 @@ class CallableLoss(Loss):
             alone = self.per_sample(output, target)
             self._takes_vmap = self._try_vmap(output, target, alone)
         for kind, times, rows in (("mean", 1, 1), ("sum", 2, m)):
-            if _close(twice / rows, times * once / rows, alone) and _close(once / rows, alone.mean(), alone):
+            each = alone / self._copies if kind == "sum" else alone
+            if _close(twice / rows, times * once / rows, each) and _close(once / rows, each.mean(), each):
                 self.kind = kind
                 return
         self._refuse(output, target, once, twice, alone)
@@ -134,7 +139,7 @@ class CallableLoss(Loss):
         if linear:
             got = f"a sum plus {constant:.6g}, whatever the rows"
             hint = "A penalty in the loss belongs in `weight_decay=`."
-        elif _shapes(target) != str(tuple(output.shape)):
+        elif _shapes(target) != str(tuple(output.shape)) and any(t.is_floating_point() for t in _tensors(target)):
             hint = f"{_HINT} y of shape {_shapes(target)} against outputs {tuple(output.shape)}: is one broadcast?"
         raise ValueError(must_be("The loss callable", _PARTS, got, hint))
 
@@ -143,15 +148,37 @@ class CallableLoss(Loss):
             value = self.function(output, target)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, IndexError, TypeError) as error:
+        except (RuntimeError, IndexError, TypeError, ValueError, AssertionError) as error:
             got = f"outputs of shape {tuple(output.shape)} and y of shape {_shapes(target)}"
             raise ValueError(must_be("The loss callable", "a function of (output, target)", got, str(error))) from error
         if not isinstance(value, torch.Tensor):
             raise TypeError(must_be("The loss callable's result", "a tensor", type(value).__name__))
         return value
 
+    def _value(self, output: torch.Tensor, target: Any) -> torch.Tensor:
+        """Return the callable's value; that of one row by two copies of it where it needs them."""
+        if len(output) > 1 or self._copies == 1:
+            return self._call(output, target)
+        value = self._repeated(output, target, self._copies)
+        if self.kind == "none":
+            return value[:1]
+        return value / self._copies if self.kind == "sum" else value
+
+    def _copies_of_a_row(self, output: torch.Tensor, target: Any) -> int:
+        if len(output) == 1:
+            return 1
+        row = output[:1].detach().requires_grad_(True)
+        with warnings.catch_warnings(record=True) as told, torch.enable_grad():
+            warnings.simplefilter("always")
+            try:
+                # Of a row without its axis the backward pass may fail where the forward pass does not.
+                torch.autograd.grad(self.function(row, _row(target, 0)).sum(), row, allow_unused=True)
+            except Exception:
+                return 2
+        return 2 if told else 1
+
     def _each(self, output: torch.Tensor, target: Any) -> torch.Tensor:
-        values = self._call(output, target)
+        values = self._value(output, target)
         if not values.ndim or len(values) != len(output):
             must = "one value per row on every batch, as on the first"
             got = f"shape {tuple(values.shape)} of {len(output)} rows"
@@ -159,7 +186,7 @@ class CallableLoss(Loss):
         return values
 
     def _scalar(self, output: torch.Tensor, target: Any) -> torch.Tensor:
-        value = self._call(output, target)
+        value = self._value(output, target)
         if value.numel() != 1:
             must = "a scalar on every batch, as on the first"
             got = f"shape {tuple(value.shape)} of {len(output)} rows"
@@ -174,11 +201,15 @@ class CallableLoss(Loss):
         return self._call(torch.cat([output] * times), again)
 
     def _try_vmap(self, output: torch.Tensor, target: Any, alone: torch.Tensor) -> bool:
-        # A callable may branch on values or call `.item()`: then row by row, which always works.
-        try:
-            return _all_close(torch.vmap(self._alone)(output, target), alone)
-        except Exception:
-            return False
+        # A callable may branch on values or call `.item()`: then row by row, which always works. So does what torch
+        # has no batched rule for, and it warns of each call that it takes apart.
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                same = _all_close(torch.vmap(self._alone)(output, target), alone)
+            except Exception:
+                return False
+        return same and not any("batching rule" in str(warning.message) for warning in told)
 
 
 def _tolerance(value: torch.Tensor) -> float:

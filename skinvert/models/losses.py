@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.loss import _Loss
 
 from .._validation import check_choice, must_be
 from .callable_loss import CallableLoss
+from .compiled import unwrapped
 from .loss_base import Loss, check_same_length, check_same_shape
 from .output_hessians import OutputHessian, closed_form
 
-__all__ = ["LOSSES", "Loss", "ModuleLoss", "as_loss"]
+__all__ = ["LOSSES", "Loss", "ModuleLoss", "as_loss", "is_torch_loss"]
 
 LOSSES = {
     "cross_entropy": nn.CrossEntropyLoss,
@@ -53,11 +55,19 @@ def as_loss(loss: Any) -> Loss:
         return ModuleLoss(LOSSES[loss]())
     if isinstance(loss, type):
         raise TypeError(must_be("loss", "a loss, not a class", loss.__name__, f"Try {loss.__name__}()."))
-    if isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
+    if isinstance(loss, nn.Module):
+        # To set a compiled module's `reduction` would set the user's.
+        loss = unwrapped(loss)
+    if is_torch_loss(loss):
         return ModuleLoss(loss)
     if callable(loss):
         return CallableLoss(loss)
     raise TypeError(must_be("loss", f"one of {sorted(LOSSES)}, a torch loss module or a callable", repr(loss)))
+
+
+def is_torch_loss(loss: Any) -> bool:
+    """Return whether a loss is a module of torch's, or of a subclass: of others `reduction` may mean anything."""
+    return isinstance(loss, _Loss) and hasattr(loss, "reduction")
 
 
 class ModuleLoss(Loss):

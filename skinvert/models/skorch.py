@@ -10,7 +10,9 @@ from torch import nn
 
 from .._telling import warn
 from .._validation import must_be
-from .losses import ModuleLoss
+from .callable_loss import CallableLoss
+from .compiled import unwrapped
+from .losses import ModuleLoss, is_torch_loss
 from .structural_copy import structural_copy
 from .torch import TorchTwiceDifferentiable
 
@@ -48,9 +50,9 @@ class SkorchTwiceDifferentiable(TorchTwiceDifferentiable):
 
     def __init__(self, net: Any, weight_decay: float = 0.0) -> None:
         self.net = net
-        super().__init__(
-            net.module_, SkorchLoss(net, net.criterion_), weight_decay if weight_decay != 0 else _decay_of(net)
-        )
+        criterion = unwrapped(net.criterion_)
+        loss = (SkorchLoss if is_torch_loss(criterion) else SkorchCallable)(net, criterion)
+        super().__init__(net.module_, loss, weight_decay if weight_decay != 0 else _decay_of(net))
 
     def outputs(self, module: nn.Module, batch: Any) -> Any:
         """Return ``net.infer(x)`` with ``module`` as the net's."""
@@ -115,10 +117,7 @@ class SkorchLoss(ModuleLoss):
         super().verify(output, target)
         with torch.no_grad():
             still, trained = (self._get_loss(self.module, output, target, training=t).mean() for t in (False, True))
-        if not torch.isclose(still, trained, rtol=1e-4, atol=1e-7, equal_nan=True):
-            got = f"{trained:.6g} and {still:.6g}"
-            hint = "What it adds in training is part of the loss. A penalty belongs in `weight_decay=`."
-            raise ValueError(must_be("get_loss with training=True and False", "the same", got, hint))
+        _check_same_in_training(still, trained)
 
     def _check_elements(self, output: torch.Tensor, target: torch.Tensor) -> None:
         with torch.no_grad():
@@ -178,6 +177,40 @@ class SkorchLoss(ModuleLoss):
         return net.get_loss(output, self._as_float(output, target), X=_NoInputs(), training=training)
 
 
+class SkorchCallable(CallableLoss):
+    """``net.get_loss`` with a criterion of the user's own kind, as a callable of outputs and targets."""
+
+    def __init__(self, net: Any, criterion: nn.Module, dtype: Any = None, device: Any = None) -> None:
+        super().__init__(self._get_loss)
+        self.net, self.criterion = net, criterion
+        self.module_ = _with_leaves(net.module_, dtype, device)
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> SkorchCallable:
+        """Return an unclassified copy with the criterion's tensors in ``dtype`` on ``device``."""
+        return SkorchCallable(self.net, copy.deepcopy(self.criterion).to(device, dtype), dtype, device)
+
+    def verify(self, output: torch.Tensor, target: Any) -> None:
+        """Classify it; raise where it depends on the parameters, or is another one in training."""
+        probe = _with_leaves(self.module_, output.dtype, output.device, probe=True)
+        with torch.enable_grad():
+            value = self._get_loss(output.detach(), target, probe).mean()
+        if value.requires_grad and any(
+            part is not None for part in torch.autograd.grad(value, list(probe.parameters()), allow_unused=True)
+        ):
+            hint = "Give a penalty as `weight_decay=`, and leave it out of `get_loss`."
+            raise ValueError(must_be("get_loss", "a function of outputs and targets", "one of the parameters", hint))
+        with torch.no_grad():
+            still, trained = (self._get_loss(output, target, training=flag).mean() for flag in (False, True))
+        _check_same_in_training(still, trained)
+        super().verify(output, target)
+
+    def _get_loss(
+        self, output: torch.Tensor, target: Any, module: nn.Module | None = None, training: bool = False
+    ) -> torch.Tensor:
+        net = _shadow(self.net, criterion_=self.criterion, module_=module or self.module_, device=None)
+        return net.get_loss(output, target, X=_NoInputs(), training=training)
+
+
 class _NoInputs:
     """Stands for X in ``get_loss``: whatever is read from it is refused."""
 
@@ -195,6 +228,13 @@ class _NoInputs:
 
     def __iter__(self) -> Any:
         return self["iter"]
+
+
+def _check_same_in_training(still: torch.Tensor, trained: torch.Tensor) -> None:
+    if not torch.isclose(still, trained, rtol=1e-4, atol=1e-7, equal_nan=True):
+        got = f"{trained:.6g} and {still:.6g}"
+        hint = "What it adds in training is part of the loss. A penalty belongs in `weight_decay=`."
+        raise ValueError(must_be("get_loss with training=True and False", "the same", got, hint))
 
 
 def _decay_of(net: Any) -> float:

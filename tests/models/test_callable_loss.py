@@ -1,5 +1,6 @@
 """A user's function as a loss: every batch counts, shapes are its own affair, and what is no average is refused."""
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -116,6 +117,33 @@ def test_one_column_against_flat_targets():
     assert (received - expected).norm() <= 1e-12 * expected.norm()
 
 
+SQUEEZED = {
+    "mse": (1, lambda f, y, **how: F.mse_loss(f.squeeze(), y.double(), **how)),
+    "bce": (1, lambda f, y, **how: F.binary_cross_entropy_with_logits(f.squeeze(), (y > 0).double(), **how)),
+    "cross_entropy": (3, lambda f, y, **how: F.cross_entropy(f.squeeze(), y, **how)),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("batch_size", [N - 1, 7, None])
+@pytest.mark.parametrize(("c", "squeezed"), SQUEEZED.values(), ids=SQUEEZED.keys())
+def test_outputs_without_the_axis_of_a_single_row(c, squeezed, batch_size, reduction):
+    net, X, y = network(c), inputs(), labels(2)
+    loss = partial(squeezed, reduction=reduction)
+    received = fitted(net, loss, (X, y), batch_size).curvature_.to_dense()
+    expected = oracle(net, squeezed(net(X), y))
+    assert (received - expected).norm() <= 1e-12 * expected.norm()
+
+
+def test_no_warning_of_how_the_callable_is_batched(recwarn):
+    net, X = network(3), inputs()
+    y = X.softmax(1)
+    received = fitted(net, lambda f, y: F.kl_div(f.log_softmax(1), y, reduction="batchmean"), (X, y))
+    expected = oracle(net, F.cross_entropy(net(X), y))
+    assert (received.curvature_.to_dense() - expected).norm() <= 1e-12 * expected.norm()
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 @pytest.mark.parametrize("reduce", [torch.mean, torch.sum, lambda v: v, lambda v: v.mean(1)])
 def test_a_broadcast_is_refused(reduce, batch_size):
@@ -152,6 +180,10 @@ def test_a_loss_without_a_gradient_is_refused(loss):
         fitted(network(3), loss, (inputs(), labels(2)))
 
 
+def fail():
+    raise AssertionError("of one shape")
+
+
 FAULTS = {
     "one argument": (lambda f: f.sum(), ValueError, r"\(output, target\).*positional argument"),
     "shapes": (
@@ -160,6 +192,7 @@ FAULTS = {
         r"\(output, target\).*shape \(8, 3\) and y of shape \(8,\)",
     ),
     "a class that is not there": (lambda f, y: F.cross_entropy(f, y + 1), ValueError, "out of bounds"),
+    "a check of its own": (lambda f, y: F.mse_loss(f, y) if f.shape == y.shape else fail(), ValueError, "of one shape"),
     "a number": (lambda f, y: F.cross_entropy(f, y).item(), TypeError, "a tensor"),
 }
 

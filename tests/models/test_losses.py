@@ -95,6 +95,36 @@ def test_the_users_loss_keeps_its_reduction_and_tensors():
     assert case.loss.reduction == "mean" and case.loss.weight is weight and weight.dtype == torch.float64
 
 
+class Focal(nn.Module):
+    def __init__(self, reduction="mean"):
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, f, y):
+        cross_entropy = F.cross_entropy(f, y, reduction="none")
+        values = (1 - torch.exp(-cross_entropy)) ** 2 * cross_entropy
+        return {"mean": values.mean(), "sum": values.sum(), "none": values}[self.reduction]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_users_module_of_class_labels_with_a_reduction_of_its_own(reduction):
+    case = problem("mlp", "cross_entropy")
+    expected = HessianInverter("direct", 50.0, loss=lambda f, y: Focal()(f, y)).fit(case.module, case.data)
+    received = HessianInverter("direct", 50.0, loss=Focal(reduction)).fit(case.module, case.data)
+    assert matrix_error(received.curvature_.to_dense(), expected.curvature_.to_dense().numpy()) <= 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("wrap", [lambda loss: torch.compile(loss, backend="eager"), torch.jit.script])
+def test_a_compiled_loss_counts_as_the_loss_inside_and_stays_as_it_is(wrap):
+    case = problem("mlp", "cross_entropy")
+    loss = nn.CrossEntropyLoss()
+    compiled = wrap(loss)
+    received = HessianInverter("direct", 50.0, loss=compiled).fit(case.module, case.data)
+    assert matrix_error(received.curvature_.to_dense(), oracle_matrix(case)) <= 1e-12
+    assert loss.reduction == compiled.reduction == "mean"
+
+
 def bad(c, loss, y, match, kind=ValueError):
     net = nn.Linear(3, c).double()
     with pytest.raises(kind, match=match):

@@ -206,6 +206,53 @@ def test_a_penalty_beside_a_sum_is_refused():
         HessianInverter("direct", 5.0).fit(net, case.data)
 
 
+class OwnCrossEntropy(nn.Module):
+    """A criterion without a ``reduction``."""
+
+    def forward(self, f, y):
+        return nn.functional.cross_entropy(f, y)
+
+
+class OwnReduction(OwnCrossEntropy):
+    reduction = "mean"
+
+
+@pytest.mark.parametrize("criterion", [OwnCrossEntropy, OwnReduction])
+def test_a_criterion_of_the_users_own(criterion):
+    case = softmax_case()
+    net = initialised(NeuralNetClassifier, case.module, criterion, optimizer__weight_decay=0.3)
+    H, gradient = with_penalty(case, 0.3)
+    inverter = HessianInverter("direct", 5.0).fit(net, case.data)
+    assert matrix_error(inverter.curvature_.to_dense(), H) <= 1e-10
+    assert abs(inverter.gradient_norm_ - np.linalg.norm(gradient)) <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(Penalised, "weight_decay="), (L1, "weight_decay="), (InTraining, "training=True"), (WeighsByX, "sample_weight=")],
+)
+def test_what_get_loss_adds_to_it_is_refused(kind, message):
+    case = softmax_case()
+    with pytest.raises(ValueError, match=message):
+        HessianInverter("direct", 5.0).fit(initialised(kind, case.module, OwnCrossEntropy), case.data)
+
+
+def test_a_compiled_net():
+    case = softmax_case()
+    net = initialised(NeuralNetClassifier, case.module, nn.CrossEntropyLoss, compile=True, compile__backend="eager")
+    inverter = HessianInverter("direct", 5.0).fit(net, case.data)
+    assert matrix_error(inverter.curvature_.to_dense(), oracle_matrix(case)) <= 1e-10
+
+
+def test_a_data_set_without_y():
+    case = softmax_case()
+    net = initialised(NeuralNetClassifier, case.module, nn.CrossEntropyLoss)
+    rows = torch.utils.data.TensorDataset(case.X, case.y)
+    for data in (rows, torch.utils.data.DataLoader(rows, 5)):
+        inverter = HessianInverter("direct", 5.0).fit(net, (data, None))
+        assert matrix_error(inverter.curvature_.to_dense(), oracle_matrix(case)) <= 1e-10
+
+
 def test_weights_in_x_are_refused():
     case = softmax_case()
     net = initialised(WeighsByX, case.module, nn.CrossEntropyLoss)
