@@ -26,8 +26,10 @@ FITTED = {
     "eigenvalues_": "array",
     "_layout": "ParameterLayout|None",
     "_sklearn_output_config": "plain",
-    "answer": "tensor[2,p]",
+    "answer": "tensor[2,p]|tensor[3,p]",
 }
+# scikit-learn's, of `set_output`.
+CONTAINERS = ["default", "pandas", "polars"]
 OPTIONAL = frozenset(FITTED) - {"n_features_in_", "method_", "inverse_", "hessian_perturbation_", "_layout", "answer"}
 # Another machine rounds otherwise, as much as the condition allows; an altered inverse answers something else.
 TOLERANCE = {torch.float32: 5e-2, torch.float64: 1e-3}
@@ -40,21 +42,31 @@ def file_fields(cls: type) -> dict[str, str]:
 
 
 def answer(inverse: InverseOperator) -> torch.Tensor:
-    """Return (A + λI)⁻¹b and (A + λI)b (2, p) of one fixed b, of numbers that any machine makes alike."""
+    """Return (A + λI)⁻¹b, (A + λI)b and, where it is cheap, (A + μI)⁻¹b: (2, p) or (3, p).
+
+    b is fixed, of numbers that any machine makes alike, and μ is of A's own size: what serves other λ is asked as well.
+    """
     b = torch.cos(torch.arange(1, inverse.size + 1, dtype=torch.float64))[None].to(inverse.device, inverse.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.cat([inverse.solve(b).x, inverse.operator.apply(b)]).cpu()
+        applied = inverse.operator.apply(b)
+        rows = [inverse.solve(b).x, applied]
+        if inverse.moves:
+            rows.append(inverse.at(float(applied.double().norm() / b.double().norm())).solve(b).x)
+        return torch.cat(rows).cpu()
 
 
 def check_answer(state: dict[str, Any]) -> None:
     """Raise ValueError unless the inverse of a decoded state is of its size, and gives the answer kept."""
     inverse, expected, layout = state["inverse_"], state.pop("answer"), state["_layout"]
     _check_layout(layout, state["n_features_in_"])
+    _check_twice_kept(state, inverse, layout)
     if not inverse.size == expected.shape[1] == state["n_features_in_"]:
         got = f"an inverse of size {inverse.size} for {state['n_features_in_']} parameters"
         raise ValueError(must_be("The inverse", f"of size {expected.shape[1]}", got))
     found, expected = answer(inverse).double(), expected.double()
+    if found.shape != expected.shape:
+        raise ValueError(must_be("The answer", f"of shape {tuple(found.shape)}", f"shape {tuple(expected.shape)}"))
     error = (found - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-300)
     # Not (error > ...): NaN compares false.
     if not bool((error <= TOLERANCE[inverse.dtype]).all()):
@@ -69,3 +81,16 @@ def _check_layout(layout: Any, size: int) -> None:
     sound = sound and all(type(s) is tuple and all(type(i) is int and 0 < i < 2**40 for i in s) for s in layout.shapes)
     if not sound or len(set(layout.names)) != len(layout.names) or layout.num_params != size:
         raise ValueError(must_be("The layout", f"of {size} parameters, one shape a name", repr(layout)[:200]))
+
+
+def _check_twice_kept(state: dict[str, Any], inverse: InverseOperator, layout: Any) -> None:
+    """Raise where what a file holds in two places differs between them, and for a container that no output has."""
+    names = state.get("parameter_names_")
+    if layout is not None and names is not None and list(names) != list(layout.names):
+        raise ValueError(must_be("The names of the parameters", "those of the layout", repr(names)[:80]))
+    if inverse.hessian_perturbation != state["hessian_perturbation_"]:
+        got = f"{inverse.hessian_perturbation:g}"
+        raise ValueError(must_be("λ of the inverse", f"{state['hessian_perturbation_']:g}", got))
+    container = state.get("_sklearn_output_config", {})
+    if type(container) is not dict or container not in [{}, *({"transform": name} for name in CONTAINERS)]:
+        raise ValueError(must_be("_sklearn_output_config", f"one of {CONTAINERS}", repr(container)[:80]))

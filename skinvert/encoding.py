@@ -19,8 +19,8 @@ from .parameters import ParameterLayout
 
 __all__ = ["LeftOut", "Writer", "decode_state"]
 
-# More levels than any state of ours has.
-DEPTH = 32
+# More levels than any state of ours has, and more objects, each counted as often as it is reached from the root.
+DEPTH, OBJECTS = 32, 2**20
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,9 @@ class _Reader:
     def __init__(self, content: Any, arrays: dict[str, np.ndarray], device: torch.device) -> None:
         self.content, self.arrays, self.device = content, arrays, device
         self.table = _table()
-        self.tensors: dict[Any, torch.Tensor] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
         self.objects: dict[int, Any] = {}
+        self.reached, self.within = 0, dict[int, int]()
         self.open: set[int] = set()
 
     def root(self) -> dict[str, Any]:
@@ -189,12 +190,15 @@ class _Reader:
     def _packed(self, kind: str, value: Any, axes: Any, depth: int) -> Any:
         if kind != "tensor":
             return Packed(str(kind), str(self.decode(value, depth)), ()).unpack()
-        array, key = self.decode(value, depth), json_key(value, axes)
-        if not isinstance(array, np.ndarray) or sorted(axes) != list(range(array.ndim)):
+        array = self.decode(value, depth)
+        sound = isinstance(array, np.ndarray) and all(type(axis) is int for axis in axes)
+        if not sound or sorted(axes) != list(range(array.ndim)):
             raise ValueError(must_be("A tensor's axes", "each of its array's once", repr(axes)[:80]))
+        key = repr(value)
         if key not in self.tensors:
-            self.tensors[key] = Packed("tensor", array, tuple(axes)).unpack().to(self.device)
-        return self.tensors[key]
+            self.tensors[key] = Packed("tensor", array).unpack().to(self.device)
+        # Whatever the axes, the same numbers: a few axes have many orders.
+        return self.tensors[key].permute(*np.argsort(axes).tolist()) if axes else self.tensors[key]
 
     def _array(self, name: str, depth: int) -> np.ndarray:
         return self.arrays[name]
@@ -219,8 +223,15 @@ class _Reader:
             raise ValueError(must_be("An object", "one of the file's, and no part of itself", repr(index)[:80]))
         if index not in self.objects:
             self.open.add(index)
+            before = self.reached
             self.objects[index] = self._built(self.content["objects"][index], depth)
+            self.within[index] = self.reached - before + 1
             self.open.discard(index)
+            self.reached = before
+        # What is reached by many ways is worked through as often: a small file must not ask for work without end.
+        self.reached += self.within[index]
+        if self.reached > OBJECTS:
+            raise ValueError(must_be("The objects of a state", f"at most {OBJECTS:,}", "more, by many ways to one"))
         return self.objects[index]
 
     def _built(self, entry: Any, depth: int) -> Any:
@@ -235,11 +246,6 @@ class _Reader:
         moved = {key: self.device if isinstance(value, torch.device) else value for key, value in values.items()}
         built.__dict__.update(moved, **dict.fromkeys(getattr(cls, "_transient", ())))
         return built
-
-
-def json_key(value: Any, axes: Any) -> str:
-    """Return what tells a reference to an array from every other."""
-    return repr((value, axes))
 
 
 # The methods that a tag may name: a closed list.

@@ -1,6 +1,7 @@
 """Files written on purpose, with a checksum that fits: none runs code; each is an error or gives the same answer."""
 
 import copy
+import itertools
 import json
 import warnings
 
@@ -134,6 +135,24 @@ def test_two_arrays_of_one_shape_are_not_exchanged(letter, tmp_path):
         skinvert.load(crafted(tmp_path, change))
 
 
+@pytest.mark.parametrize(
+    ("method", "class_name", "field", "other"),
+    [
+        ("diagonal", "DiagonalInverse", "entries", "values"),
+        ("kfac", "KroneckerInverse", "spectrum", "inverted"),
+        (Arnoldi(rank=5), "LowRankInverse", "complement", 1.0),
+    ],
+)
+def test_another_lambda_is_served_as_before(method, class_name, field, other, tmp_path):
+    def change(state, arrays):
+        fields = next(found for found in state["objects"] if found[0].endswith(class_name))[1][1]
+        value = dict(fields)[other] if isinstance(other, str) else other
+        next(pair for pair in fields if pair[0] == field)[1] = value
+
+    with pytest.raises(ValueError, match="another answer"):
+        skinvert.load(crafted(tmp_path, change, fitted(method, on="net")))
+
+
 # -- and nothing large is made of something small ----------------------------------------------------------------------
 
 
@@ -151,6 +170,64 @@ def test_an_array_met_often_is_kept_once():
     content = {"root": ["dict", [["many", ["list", [reference] * 1000]]]], "objects": []}
     many = decode_state(content, {"a": np.zeros((600, 600))}, torch.device("cpu"))["many"]
     assert len({tensor.data_ptr() for tensor in many}) == 1
+
+
+def test_an_array_in_many_orders_of_its_axes_is_kept_once():
+    orders = [["packed", "tensor", ["array", "a"], list(axes)] for axes in itertools.permutations(range(4))]
+    content = {"root": ["dict", [["many", ["list", orders]]]], "objects": []}
+    array = np.arange(120.0).reshape(2, 3, 4, 5)
+    many = decode_state(content, {"a": array}, torch.device("cpu"))["many"]
+    assert len({tensor.data_ptr() for tensor in many}) == 1
+    for tensor, order in zip(many, orders, strict=True):
+        np.testing.assert_array_equal(tensor.numpy(), array.transpose(np.argsort(order[3])))
+
+
+@pytest.mark.parametrize("axes", [[0.0, 1.0], [False, True], "01"])
+def test_axes_are_whole_numbers(axes):
+    content = {"root": ["dict", [["one", ["packed", "tensor", ["array", "a"], axes]]]], "objects": []}
+    with pytest.raises(ValueError, match="axes must be"):
+        decode_state(content, {"a": np.zeros((2, 2))}, torch.device("cpu"))
+
+
+def test_few_objects_are_not_reached_by_ways_without_end(tmp_path):
+    # Blocks of blocks, all of them empty: 50 ways to each from the one above.
+    def change(state, arrays):
+        blocks = next(found for found in state["objects"] if found[0].endswith("BlockInverse"))
+        below = next(i for i, found in enumerate(state["objects"]) if found is blocks)
+        for _ in range(5):
+            above = copy.deepcopy(blocks)
+            next(pair for pair in above[1][1] if pair[0] == "inverses")[1] = ["list", [["object", below]] * 50]
+            state["objects"].append(above)
+            below = len(state["objects"]) - 1
+        entry(state, "inverse_")[1] = ["object", below]
+
+    with pytest.raises(ValueError, match="by many ways to one"):
+        skinvert.load(crafted(tmp_path, change, fitted(on="net", blocks="layer")))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("parameter_names_", ["list", ["a", "b"]], "names of the parameters must be those of the layout"),
+        ("hessian_perturbation_", 7.0, "λ of the inverse must be"),
+    ],
+)
+def test_what_is_kept_twice_agrees(name, value, message, tmp_path):
+    def change(state, arrays):
+        entry(state, name)[1] = value
+
+    with pytest.raises(ValueError, match=message):
+        skinvert.load(crafted(tmp_path, change, fitted(on="net")))
+
+
+@pytest.mark.parametrize("value", [3, ["list", []], ["dict", [["transform", 5]]], ["dict", [["predict", "pandas"]]]])
+def test_the_container_of_outputs_is_one_of_scikit_learn_s(value, tmp_path):
+    def change(state, arrays):
+        state["root"][1] = [pair for pair in state["root"][1] if pair[0] != "_sklearn_output_config"]
+        state["root"][1].append(["_sklearn_output_config", value])
+
+    with pytest.raises(ValueError, match="_sklearn_output_config must be"):
+        skinvert.load(crafted(tmp_path, change))
 
 
 @pytest.mark.parametrize("levels", [40, 900, 100_000])

@@ -124,6 +124,11 @@ class InverseOperator(TensorState, ABC):
         """Whether ``precondition`` is positive definite, as far as is known."""
         return self.positive_definite is not False
 
+    @property
+    def moves(self) -> bool:
+        """Whether ``at`` serves another λ from what is kept, without factorising anew."""
+        return type(self).at is not InverseOperator.at
+
     @abstractmethod
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions (k, p) of rows B (k, p), and what is known of them."""

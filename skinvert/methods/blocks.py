@@ -70,6 +70,11 @@ class BlockInverse(InverseOperator):
         whole.order = self.order
         return whole
 
+    @property
+    def moves(self) -> bool:
+        """Whether every block's inverse serves another λ from what it keeps."""
+        return all(inverse.moves for inverse in self.inverses)
+
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions.
 

@@ -134,6 +134,11 @@ class DenseInverse(InverseOperator):
         """
         return self._solved(B, None if self.cholesky is not None else B @ self.eigenvectors)
 
+    @property
+    def moves(self) -> bool:
+        """Whether the eigenvalues are known; a Cholesky factor serves one λ."""
+        return self.eigenvalues is not None
+
     def at(self, hessian_perturbation: float) -> DenseInverse:
         """Return the inverse at another λ, from the eigendecomposition of A."""
         if self.eigenvalues is None:
@@ -285,6 +290,11 @@ class SampleSpaceInverse(InverseOperator):
         hint += " or dtype=torch.float64." if self.dtype == torch.float32 else "."
         warn_not_converged("direct", residual, converged, self.rtol, hint)
         return InverseHvpResult(X, {"residual": residual, "converged": converged, "approximate": False})
+
+    @property
+    def moves(self) -> bool:
+        """Whether another λ needs no factorisation: here it does."""
+        return False
 
     def at(self, hessian_perturbation: float) -> InverseOperator:
         """Return the inverse at another λ: from the singular vectors of F where R is a multiple of I, else anew."""
