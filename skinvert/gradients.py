@@ -185,9 +185,10 @@ class PerSampleGradient(RowTransformer):
 
 def _check_pair(X: Any, y: Any) -> None:
     """Raise where rows came without their targets, as ``Pipeline.score`` passes them, or another model with them."""
-    if is_model(X):
+    if is_model(X) or is_model(y):
+        X = X if is_model(X) else y
         hint = "The model is a setting: try `PerSampleGradient(model, loss=...).fit(X, y)`."
-        raise TypeError(must_be("The first argument", "X", f"a {type(X).__name__}", hint))
+        raise TypeError(must_be("What PerSampleGradient is given", "(X, y)", f"a {type(X).__name__}", hint))
     frame = isinstance(X, np.ndarray | torch.Tensor) or hasattr(X, "iloc") or hasattr(X, "toarray")
     if y is None and frame:
         hint = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import numbers
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -256,6 +257,10 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         method = self._method(None)
         if self.blocks is not None:
             raise ValueError(must_be("blocks for plain rows", "None", repr(self.blocks), "They have no layers."))
+        for name, default in (("loss", None), ("weight_decay", 0.0), ("params", None)):
+            if (given := getattr(self, name)) is not None and given != default:
+                hint = "They have no model: is `model=` missing?"
+                raise ValueError(must_be(f"{name} for plain rows", repr(default), repr(given), hint))
         if self.curvature not in ("auto", "gram"):
             hint = "Plain rows have one curvature, XᵀX/n. For a model's, give a model."
             raise ValueError(must_be("curvature for plain rows", "'auto'", repr(self.curvature), hint))
@@ -368,6 +373,9 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         array or tensor of shape (n_λ, k, p)
             x at each λ, of b's kind, dtype and device.
         """
+        if isinstance(hessian_perturbations, numbers.Number | str):
+            hint = "Try a list of them."
+            raise TypeError(must_be("hessian_perturbations", "several λ", repr(hessian_perturbations), hint))
         shifts = [check_hessian_perturbation(shift, "path") for shift in hessian_perturbations]
 
         def adjoint(gradients: Any) -> Any:

@@ -82,6 +82,7 @@ def save_state(
     OSError
         Where the disk is full; the file before is as it was.
     """
+    _check_path(path)
     save_file = _safetensors().numpy.save_file
     writer = Writer()
     # The root first: what it refers to is collected on the way.
@@ -115,6 +116,7 @@ def load_state(
     ValueError
         Where the file is damaged, altered, of another kind or of another version of the format.
     """
+    _check_path(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(must_be("path", "a file that exists", repr(os.fspath(path))))
     header, arrays = _read(path)
@@ -126,6 +128,11 @@ def load_state(
         state = decode_state(json.loads(header["state"]), arrays, device)
         check_fields(kind, fields, state, optional)
         return state
+
+
+def _check_path(path: Any) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(must_be("path", "a str or a Path", type(path).__name__))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from skinvert import (
     SharedModel,
     TorchTwiceDifferentiable,
     TwiceDifferentiable,
+    load,
     solve_hvp,
 )
 from skinvert.methods import CG, advice
@@ -68,6 +69,30 @@ LOADER = DataLoader(TensorDataset(INPUTS, LABELS))
 def test_what_fit_was_given(kind, arguments, match):
     with pytest.raises(TypeError, match=match):
         kind(loss="cross_entropy").fit(*arguments)
+
+
+@pytest.mark.parametrize("settings", [{"loss": "cross_entropy"}, {"weight_decay": 0.1}, {"params": "fc.*"}])
+def test_settings_of_a_model_that_was_forgotten(settings):
+    with pytest.raises(ValueError, match="for plain rows must be .* is `model=` missing"):
+        HessianInverter(**settings).fit(np.eye(3), np.arange(3))
+
+
+def test_one_perturbation_is_no_path():
+    with pytest.raises(TypeError, match="must be several λ. Got 1.0 instead. Try a list"):
+        fitted().path(np.ones((1, 8)), 1.0)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"x", open])
+def test_a_path_that_is_none(path):
+    for call in (load, fitted().save):
+        with pytest.raises(TypeError, match="path must be a str or a Path"):
+            call(path)
+
+
+def test_a_model_given_to_gradients():
+    for arguments in ((NET, (INPUTS, LABELS)), ((INPUTS, LABELS), NET)):
+        with pytest.raises(TypeError, match=r"must be \(X, y\). Got a Linear.*The model is a setting"):
+            PerSampleGradient(loss="cross_entropy").fit(*arguments)
 
 
 @pytest.mark.parametrize("kind", [HessianInverter, lambda method, *rest: HessianInverterCV(method=method)])

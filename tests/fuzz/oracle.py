@@ -17,8 +17,9 @@ class Oracle:
         self.weights = torch.ones(len(X), dtype=torch.float64) if weights is None else torch.as_tensor(weights).double()
         self.theta = [p for p in self.module.parameters() if p.requires_grad]
         self.p = sum(t.numel() for t in self.theta)
-        # Fused kernels have second derivatives that are wrong: gradients are differenced there.
-        self.differenced = any(name.startswith("weight_norm") for name in case.layers)
+        # Fused kernels have second derivatives that are wrong, or none: gradients are differenced there.
+        fused = any(name.startswith(("weight_norm", "bag")) for name in case.layers)
+        self.differenced = fused or "hardsigmoid" in case.activations
 
     def outputs(self, rows=slice(None)):
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
