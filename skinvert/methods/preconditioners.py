@@ -41,6 +41,7 @@ def as_preconditioner(
     companion = A.psd_companion() if isinstance(method, Nystroem) else None
     inverse = method.invert(A if companion is None else companion, hessian_perturbation, verbose)
     if not inverse.preconditions:
-        must = "positive definite"
-        raise ValueError(must_be(f"The preconditioner {method.name}", must, "one that is not", A.hint))
+        got = f"one that is not, at hessian_perturbation={hessian_perturbation:.3g}"
+        hint = f"Try a larger one, or no preconditioner. {A.hint}".rstrip()
+        raise ValueError(must_be(f"The preconditioner {method.name}", "positive definite", got, hint))
     return inverse

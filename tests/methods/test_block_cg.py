@@ -168,7 +168,8 @@ def test_refuses_a_wrong_preconditioner(preconditioner, match):
 
 
 def test_refuses_an_indefinite_preconditioner():
-    with pytest.warns(LinAlgWarning), pytest.raises(ValueError, match="positive definite"):
+    match = "positive definite.*hessian_perturbation=0.* Try a larger one"
+    with pytest.warns(LinAlgWarning), pytest.raises(ValueError, match=match):
         solved(np.diag([1.0, -1.0, 2.0]), rows(1, 3), preconditioner=Diagonal())
 
 

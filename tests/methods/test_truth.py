@@ -305,6 +305,21 @@ def test_duplicate_rows_at_a_tiny_shift(shift, penalty):
     assert residual.max() <= 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_sample_space_serves_gradients_at_every_shift(rows, dtype):
+    # Cholesky solves them to 1e-6 and 5e-4 at the smallest of these, where `path` keeps all digits.
+    F = torch.randn(rows, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    b = torch.ones(2, rows, dtype=dtype) @ F
+    for shift in (1e-1, 1e-3, 1e-5) if dtype == torch.float32 else (1e-3, 1e-9, 1e-11, 1e-12):
+        inverse = Direct().invert(LowRank(F), shift)
+        assert isinstance(inverse, SampleSpaceInverse)
+        x, info = inverse.solve(b)
+        gap = x.double() @ F.double().mT @ F.double() + shift * x.double() - b.double()
+        assert float((gap.norm(dim=1) / b.double().norm(dim=1)).max()) <= 0.2 * inverse.rtol
+        assert bool(info["converged"].all())
+
+
 class Assembled(LinearOperator):
     """An operator whose short cut to the matrix is another one."""
 
