@@ -54,7 +54,7 @@ def in_float64(model: Any, batch: Any) -> Any:
         return None
     names = [escape(name) for name in model.layout.names]
     try:
-        double = model.at_point(names, torch.float64, model.device)
+        double, watch = _probed(model, names, torch.float64)
         probe = _Probe(double, batch)
         gradient, v, step = probe.gradient(), probe.direction(1), probe.precision.steps[0]
         with probe.at(step * v):
@@ -63,6 +63,9 @@ def in_float64(model: Any, batch: Any) -> Any:
             slope = (ahead - probe.loss()) / (2 * step)
     except Exception:
         # A model may hold to its own dtype.
+        return None
+    if watch.lower:
+        # Differences would be of its rounding.
         return None
     # Not (a > b): NaN compares false.
     return double if abs(slope - float((gradient * v).sum())) <= 1e-4 * float((gradient * v).norm()) else None
@@ -85,9 +88,12 @@ def check_second_derivative(model: Any, batch: Any, doubled: Any) -> None:
         fault = _fault(*_own(model, names, batch))
     else:
         try:
-            fault = _fault(model.at_point(names, torch.float64, model.device), doubled)
+            double, watch = _probed(model, names, torch.float64)
+            fault, in_double = _fault(double, doubled), not watch.lower
         except Exception:
             # A model may hold to its own dtype, in its code or in tensors that are no buffers.
+            in_double = False
+        if not in_double:
             fault = _fault(*_own(model, names, batch))
     if fault is not None:
         must = "those of its gradient"
@@ -287,9 +293,16 @@ def _differs(
     return (trusted & steady & seen).tolist()
 
 
+def _probed(model: Any, names: list[str], dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return a copy whose parameters may be moved, and its look-out, which says nothing of casts: none asked for it."""
+    duplicate = model.at_point(names, dtype, model.device)
+    duplicate.watch.quiet = True
+    return duplicate, duplicate.watch
+
+
 def _own(model: Any, names: list[str], batch: Any) -> tuple[Any, Any]:
     """Return a copy in the model's own dtype, whose parameters may be moved."""
-    duplicate = model.at_point(names, model.dtype, model.device)
+    duplicate, _ = _probed(model, names, model.dtype)
     duplicate.loss, duplicate._verified = model.loss, model._verified
     return duplicate, batch
 
