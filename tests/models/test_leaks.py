@@ -103,6 +103,20 @@ def test_a_tensor_made_once_from_parameters():
         fit(Stale())
 
 
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_a_tensor_kept_between_calls(batch_size):
+    class Kept(nn.Linear):
+        @functools.cached_property
+        def squashed(self):
+            return self.weight.tanh()
+
+        def forward(self, x):
+            return F.linear(x, self.squashed, self.bias)
+
+    with pytest.raises(ValueError, match="cached_property"):
+        fit(Kept(4, 3), batch_size=batch_size, curvature="hessian")
+
+
 def test_outputs_that_take_the_users_model():
     class Own(TorchTwiceDifferentiable):
         def outputs(self, module, batch):
