@@ -282,15 +282,16 @@ def _differs(
 ) -> list[bool]:
     """Return for each tensor whether its part of the product is surely none of the gradient's derivative along v."""
     (first, kink), (second, sharp) = (probe.difference(v, step) for step in probe.precision.steps)
-    norms, smallest = probe.norms, probe.precision.steps[1]
+    norms, trusted = probe.norms, probe.precision.trusted
     error, sizes = norms(product - second), torch.maximum(norms(product), norms(second))
-    # Steps of two lengths agree, and forward with backward: then no kink lies between, and rounding is small.
-    trusted = (norms(kink) <= probe.precision.trusted * norms(first)) & (
-        norms(sharp) <= probe.precision.trusted * norms(second)
-    )
+    # Forward agrees with backward, or comes nearer to it with the step: then no kink lies between.
+    flat = (norms(kink) <= trusted * norms(first)) & (norms(sharp) <= trusted * norms(second))
+    smooth = (norms(kink) <= 5 * trusted * norms(first)) & (norms(sharp) <= 2 * trusted * norms(second))
+    smooth &= norms(sharp) <= 0.3 * norms(kink)
+    # Steps of two lengths agree: then rounding is small.
     steady = 4 * torch.maximum(norms(first - second), norms(product - again)) <= error
-    seen = error > probe.precision.fault * sizes + 1e3 * probe.eps / smallest * reach
-    return (trusted & steady & seen).tolist()
+    seen = error > probe.precision.fault * sizes + 1e3 * probe.eps / probe.precision.steps[0] * reach
+    return ((flat | smooth) & steady & seen).tolist()
 
 
 def _probed(model: Any, names: list[str], dtype: torch.dtype) -> tuple[Any, Any]:
