@@ -104,7 +104,7 @@ def _check_alone(alone: torch.Tensor, together: torch.Tensor, i: int, tolerance:
 def _alone(of: Any, batch: Any, i: int) -> torch.Tensor:
     try:
         return of(map_tensors(lambda tensor: tensor[i : i + 1], batch))
-    except (RuntimeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
+    except (RuntimeError, IndexError, NotImplementedError, TypeError, ValueError, AssertionError) as error:
         must = "able to take a batch of one row"
         raise ValueError(must_be("The model", must, f"{str(error).rstrip('.')} for row {i} alone", SQUEEZE)) from error
 

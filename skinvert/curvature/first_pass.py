@@ -63,7 +63,10 @@ class FirstPass:
             try:
                 parts = torch.autograd.grad(value, theta, allow_unused=True)
             except RuntimeError as error:
-                hint = "Checkpoints want `use_reentrant=False`."
+                hint = (
+                    "Checkpoints want `use_reentrant=False`, and nothing computed from parameters may be kept between "
+                    "calls, as a `cached_property` is."
+                )
                 message = must_be("The model's backward pass", "one for `torch.autograd.grad`", f"{error}", hint)
                 raise ValueError(message) from error
         self.reached = [seen or part is not None for seen, part in zip(self.reached, parts, strict=True)]

@@ -43,11 +43,19 @@ class Watch:
         constants there.
     dtype : torch.dtype
         Of θ.
+
+    Attributes
+    ----------
+    lower : list of torch.dtype
+        The lower precision that the forward pass went through, if any.
+    quiet : bool
+        Whether nothing is said of it: the copy is a probe's, not the user's.
     """
 
     def __init__(self, found: Found, differentiated: set[int], dtype: torch.dtype) -> None:
         self.found, self.dtype = found, dtype
         self.lower: list[torch.dtype] = []
+        self.quiet = False
         self.differentiated = {key: item for key, item in found.items() if key in differentiated}
 
     @contextmanager
@@ -70,7 +78,7 @@ class Watch:
 
     def warn_of_casts(self) -> None:
         """Warn where a forward pass went through a lower precision."""
-        for dtype in self.lower:
+        for dtype in () if self.quiet else self.lower:
             what = must_be("What the model computes", f"in {self.dtype}, as θ is", dtype, _CAST_HINT)
             # From the first batch of an objective, through `HessianInverter.fit`, to its caller.
             warn(what, UserWarning)

@@ -415,14 +415,21 @@ def _flat_grad(
     """Return the flat gradient of ``value``; zeros for what it does not reach."""
     if not value.requires_grad:
         return torch.cat([torch.zeros_like(t).reshape(-1) for t in variables])
-    parts = torch.autograd.grad(
-        value,
-        variables,
-        direction,
-        create_graph=create_graph,
-        retain_graph=retain_graph,
-        materialize_grads=True,
-    )
+    try:
+        parts = torch.autograd.grad(
+            value,
+            variables,
+            direction,
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            materialize_grads=True,
+        )
+    except RuntimeError as error:
+        if "through the graph a second time" not in str(error):
+            raise
+        hint = "Is something computed from parameters kept between calls, as a `cached_property` is? Compute it anew."
+        message = must_be("The model's forward pass", "one that makes its own graph", "part of an earlier one's", hint)
+        raise ValueError(message) from error
     return torch.cat([part.reshape(-1) for part in parts])
 
 

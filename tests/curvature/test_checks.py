@@ -98,6 +98,17 @@ def test_a_squeeze_of_the_rows():
         HessianInverter("cg", 1.0, loss="mse").fit(Function(lambda f: f[:, :1].squeeze()), (data()[0], torch.zeros(6)))
 
 
+def test_a_program_of_one_batch_size():
+    class OfTwelve(nn.Linear):
+        def forward(self, x):
+            # As the guards of an exported program do.
+            assert len(x) == 12, "Guard failed: x.size()[0] == 12"
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match="able to take a batch of one row.*Guard failed"):
+        HessianInverter("cg", 1.0, loss="mse").fit(OfTwelve(4, 3), (torch.randn(12, 4), torch.randn(12, 3)))
+
+
 def test_the_losses_of_a_subclass_are_held_alone_too():
     class Pairs(TorchTwiceDifferentiable):
         def outputs(self, module, batch):

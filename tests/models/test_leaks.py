@@ -104,6 +104,20 @@ def test_a_tensor_made_once_from_parameters():
         fit(Stale())
 
 
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_a_tensor_kept_between_calls(batch_size):
+    class Kept(nn.Linear):
+        @functools.cached_property
+        def squashed(self):
+            return self.weight.tanh()
+
+        def forward(self, x):
+            return F.linear(x, self.squashed, self.bias)
+
+    with pytest.raises(ValueError, match="cached_property"):
+        fit(Kept(4, 3), batch_size=batch_size, curvature="hessian")
+
+
 def test_outputs_that_take_the_users_model():
     class Own(TorchTwiceDifferentiable):
         def outputs(self, module, batch):
@@ -232,6 +246,14 @@ def test_a_cast_inside_float64():
     with pytest.warns(UserWarning, match=r"must be in torch\.float64, as θ is\. Got torch\.float32") as caught:
         HessianInverter("direct", 30.0, loss="cross_entropy", dtype="float64").fit(Cast(torch.float32, True), (X, Y))
     assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_a_cast_to_the_model_s_own_dtype_is_no_loss(recwarn):
+    # As `h.float()` in a norm is, of a model that is in float32: only a probe in float64 would see it lower.
+    fit(Cast(torch.float32, True))
+    assert not recwarn.list
+    fit(Cast(torch.float32, True).double())
+    assert len(recwarn.list) == 1
 
 
 def test_outputs_in_a_higher_precision():

@@ -251,6 +251,26 @@ def test_a_model_that_holds_to_its_own_dtype():
             HessianInverter("direct", 5.0, loss="cross_entropy").fit(kind(WRONG["all"]), data(torch.float32))
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_fault_is_seen_in_float32_alone(seed):
+    torch.manual_seed(seed)
+
+    class Cubic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            h = self.first(x)
+            # In value and first derivative h³; the second takes the slope as a constant. No float64 passes the cast.
+            slope = 3 * h.detach().square()
+            return self.second((slope * h - 2 * h.detach() ** 3).float())
+
+    net = Cubic()
+    with pytest.raises(ValueError, match="no differences of gradients"):
+        HessianInverter("cg", 100.0, loss="cross_entropy").fit(net, data(torch.float32))
+
+
 def test_nothing_of_the_user_s_changes():
     net = Net(torch.tanh)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
