@@ -211,7 +211,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         elif self.model is not None:
             A, blocks = self._model_curvature(self.model, as_data(X, y), sample_weight)
         else:
-            A, blocks = self._rows_curvature(X, sample_weight), None
+            A, blocks = self._rows_curvature(X, y, sample_weight), None
         self._invert(A, blocks, shift)
         return self
 
@@ -248,7 +248,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         read = adapted.read(data) if hasattr(adapted, "read") else data
         return as_batches(read, batch_size=self.batch_size, sample_weight=sample_weight, **describe(adapted))
 
-    def _rows_curvature(self, X: Any, sample_weight: Any) -> LinearOperator:
+    def _rows_curvature(self, X: Any, y: Any, sample_weight: Any) -> LinearOperator:
         home = X.device if isinstance(X, torch.Tensor) else torch.device("cpu")
         if isinstance(X, torch.Tensor):
             X = X.detach().cpu().numpy()
@@ -258,7 +258,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         if self.blocks is not None:
             raise ValueError(must_be("blocks for plain rows", "None", repr(self.blocks), "They have no layers."))
         for name, default in (("loss", None), ("weight_decay", 0.0), ("params", None)):
-            if (given := getattr(self, name)) is not None and given != default:
+            if y is not None and (given := getattr(self, name)) is not None and given != default:
                 hint = "They have no model: is `model=` missing?"
                 raise ValueError(must_be(f"{name} for plain rows", repr(default), repr(given), hint))
         if self.curvature not in ("auto", "gram"):

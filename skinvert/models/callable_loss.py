@@ -139,7 +139,10 @@ class CallableLoss(Loss):
         if linear:
             got = f"a sum plus {constant:.6g}, whatever the rows"
             hint = "A penalty in the loss belongs in `weight_decay=`."
-        elif _shapes(target) != str(tuple(output.shape)) and any(t.is_floating_point() for t in _tensors(target)):
+        elif _shapes(target) != str(tuple(output.shape)) and (
+            # Class labels are of another shape, save against one column: there torch broadcasts.
+            output.shape[1:] == (1,) or any(t.is_floating_point() for t in _tensors(target))
+        ):
             hint = f"{_HINT} y of shape {_shapes(target)} against outputs {tuple(output.shape)}: is one broadcast?"
         raise ValueError(must_be("The loss callable", _PARTS, got, hint))
 

@@ -162,7 +162,7 @@ def _is_of_rows(category):
 
 def _gradients(case, module, X, y, loss, weights, oracle):
     """Return the oracle's per-sample gradients, against which skinvert's own are held."""
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         expected = oracle.gradient_rows()
     own = PerSampleGradient(module, loss=loss.given, batch_size=case.batch_size, dtype=case.dtype)
     received = own.fit_transform(X, y, **({} if weights is None else {"sample_weight": weights})).double()
