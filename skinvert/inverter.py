@@ -34,14 +34,13 @@ from ._validation import (
     resolve_dtype,
 )
 from .answers import OPTIONAL, answer, check_answer, file_fields
-from .block_operators import BlockDiagonal
 from .curvature import Gram, build_blocks, build_curvature, curvature_name, held_out_curvature, seeded_curvature
 from .data import as_batches
-from .methods.base import InverseOperator, Method, relative_residual
+from .methods.base import Method, relative_residual
 from .methods.blocks import invert_blocks
-from .methods.spectrum import has_spectrum, spectrum
+from .methods.spectrum import spectrum
 from .models import TorchTwiceDifferentiable, as_model, describe, fixed_at, is_model
-from .operators import LinearOperator, Shifted, as_scipy
+from .operators import BlockDiagonal, LinearOperator, Shifted, as_scipy
 from .parameters import ParameterLayout, split_blocks
 from .persistence import left_out, load_state, refusing_damage, require_present, save_state
 from .registry import InversionRegistry, check_requirements, is_method
@@ -300,7 +299,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
                 return
             self.method_ = self.method_.choose(A, shift)
             self.inverse_ = self.method_.invert(A, shift, self.verbose)
-            if getattr(self.inverse_, "eigenvalues", None) is not None:
+            if self.inverse_.eigenvalues is not None:
                 self.eigenvalues_ = self.inverse_.eigenvalues.cpu().numpy()
 
     # -- solve -----------------------------------------------------------------------------------------------------
@@ -407,7 +406,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             ``eigenvalues``, ``weights``, ``exact``, and ``smallest`` and ``largest`` with bounds of their errors.
         """
         check_is_fitted(self, "n_features_in_")
-        if not has_spectrum(self.inverse_):
+        if self.inverse_ is None or self.inverse_.all_eigenvalues is None:
             self._need("curvature_", "spectrum")
         seed = None if self.random_state is None else int(check_random_state(self.random_state).randint(2**31))
         curvature = getattr(self, "curvature_", None)
@@ -493,13 +492,9 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def _at(self, shift: float) -> Any:
         """Return this inverter at another λ, over the same curvature: its factorisation is reused where it can be."""
-        inverse, method = self._factorised("another λ"), self.method_
+        inverse = self._factorised("another λ")
         check_shift(shift, inverse.dtype)
-        found = (
-            inverse.at(shift)
-            if type(inverse).at is not InverseOperator.at
-            else method.invert(self.curvature_, shift, self.verbose)
-        )
+        found = inverse.at(shift)
         # Not `copy.copy`, which goes by the state of a pickle: without the curvature.
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, hessian_perturbation=shift, hessian_perturbation_=shift, inverse_=found)

@@ -250,8 +250,8 @@ def is_method(value: Any) -> bool:
 def check_requirements(method: Method, A: Any) -> None:
     """Raise where an operator lacks what a method declares; the error names the curvatures that have it."""
     for needed in method.requires:
-        if not hasattr(A, needed):
-            names = [name for name, kind in CURVATURES.items() if hasattr(kind, needed)]
+        if needed not in A.faces:
+            names = [name for name, kind in CURVATURES.items() if needed in kind.faces]
             hint = f"Try curvature= one of {names}." if names else ""
             got = f"{type(A).__name__}, which has none"
             raise ValueError(must_be(f"The curvature for {method.name}", f"one with `{needed}`", got, hint))

@@ -27,7 +27,6 @@ from ._progress import progress
 from ._validation import check_hessian_perturbation, check_sample_weight, check_shift, must_be
 from .gradients import PerSampleGradient
 from .inverter import HessianInverter, as_data
-from .methods.base import InverseOperator
 from .models import SklearnTwiceDifferentiable, as_model, is_model
 from .scores import quadratic_path, quadratic_score
 
@@ -79,10 +78,7 @@ class _QuadraticScorer:
     def path(self, inverter: HessianInverter, shifts: Sequence[float], test: tuple[Any, ...]) -> list[float]:
         """Return the score at each λ, on the held-out ``(X, y, sample_weight)``, from one factorisation."""
         rhs = None if self.rhs is None else inverter._rows(self.rhs).tensor
-        held, inverse = inverter._held_out(*test), inverter._factorised("score")
-        if type(inverse).at is not InverseOperator.at:
-            return quadratic_path(inverse, shifts, held, rhs)
-        return [quadratic_score(inverter._at(shift).inverse_, held, rhs) for shift in shifts]
+        return quadratic_path(inverter._factorised("score"), shifts, inverter._held_out(*test), rhs)
 
     def __repr__(self) -> str:
         got = "" if self.rhs is None else f"rhs=<{type(self.rhs).__name__} of shape {tuple(self.rhs.shape)}>"
