@@ -197,16 +197,8 @@ class _Run:
 
     def step(self) -> None:
         """Advance all rows under way by one iteration."""
-        s, rows = self.state, self.rows
         v, alpha, rest, beta = self._lanczos()
-        finite = torch.isfinite(alpha) & torch.isfinite(beta)
-        if not bool(finite.all()):
-            # What overflows ends its own row alone, as long as another row has a product.
-            if self.steps == 1 and not bool(finite.any()):
-                check_finite("minres", rest, self.steps)
-            self.stagnated[rows[~finite]] = True
-            self._leave(~finite)
-            s, rows, v, alpha, rest, beta = self.state, self.rows, v[finite], alpha[finite], rest[finite], beta[finite]
+        s, rows = self.state, self.rows
 
         self.norm[rows] = torch.maximum(self.norm[rows], torch.hypot(alpha, beta))
         # The last rotation on the new column of T, then the rotation that clears what is below its diagonal.
@@ -247,7 +239,15 @@ class _Run:
         alpha = (v * rest).sum(1).to(s.beta)
         rest = rest - _column(alpha / s.beta, rest) * s.current
         beta = norms(rest)
-        return v, alpha, rest, beta
+        finite = torch.isfinite(alpha) & torch.isfinite(beta)
+        if bool(finite.all()):
+            return v, alpha, rest, beta
+        # What overflows ends its own row alone, as long as another row has a product.
+        if self.steps == 1 and not bool(finite.any()):
+            check_finite("minres", rest, self.steps)
+        self.stagnated[rows[~finite]] = True
+        self._leave(~finite)
+        return v[finite], alpha[finite], rest[finite], beta[finite]
 
     def _check(self, claims: torch.Tensor) -> None:
         """Recompute r where a row claims to be done, and for all now and then; the others go on from their true r."""
