@@ -39,7 +39,8 @@ TOLERANCE = {torch.float32: 5e-2, torch.float64: 1e-3}
 def file_fields(cls: type) -> dict[str, str]:
     """Return the types of all that a file of ``cls`` may hold: its settings, which ``fit`` checks, and FITTED."""
     settings = dict.fromkeys(inspect.signature(cls).parameters, "plain|Method|SampledFisher|LeftOut")
-    return {**settings, **FITTED}
+    # `fit` takes True and False alone, and each solve asks for it.
+    return {**settings, "check_residual": "bool", **FITTED}
 
 
 def answer(inverse: InverseOperator) -> torch.Tensor:

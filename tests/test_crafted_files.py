@@ -90,6 +90,8 @@ def test_no_function_stands_anywhere(name, tmp_path):
         ("method_", "direct", "method_ must be of type Method"),
         ("method_", ["object", 1], "method_ must be of type Method"),
         ("n_features_in_", 10**15, "the inverse's|The inverse must be of size|layout"),
+        ("check_residual", None, "check_residual must be of type bool"),
+        ("check_residual", 0.5, "check_residual must be of type bool"),
         ("n_features_in_", 10**400, "n_features_in_ must be of type int"),
         ("hessian_perturbation_", float("nan"), "must be of type float"),
         ("answer", ["packed", "tensor", ["array", "array0"], [0, 1]], "answer must be of"),
