@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar, Self
@@ -16,6 +17,7 @@ from .._memory import rows_within
 from .._scaling import far_exponents, norms, times_powers
 from .._state import TensorState
 from .._telling import warn
+from .._validation import must_be
 from ..operators import LinearOperator, Shifted
 from ..results import InverseHvpResult
 
@@ -34,6 +36,8 @@ class Method(TensorState, BaseEstimator, ABC):
         The name in the registry.
     requires : tuple of str
         The faces that an operator must have, of ``skinvert.operators.FACES``.
+    needs_psd : bool
+        Whether it refuses a curvature with a negative eigenvalue, whatever λ is.
     matrix_free : bool
         Whether a solve needs the operator itself, and with it the model and the data.
     accuracy : float
@@ -52,6 +56,7 @@ class Method(TensorState, BaseEstimator, ABC):
     memory: ClassVar[str] = ""
     exactness: ClassVar[str] = ""
     choose_it_for: ClassVar[str] = ""
+    needs_psd: ClassVar[bool] = False
     matrix_free: ClassVar[bool] = False
     accuracy: ClassVar[float] = 1e-8
 
@@ -183,6 +188,25 @@ class InverseOperator(TensorState, ABC):
         """Return M⁻¹ r for each row: ``apply``, or a form that serves conjugate gradients better."""
         return self.apply(R)
 
+    # -- a state from a file ---------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise ValueError where attributes contradict each other, as no fit leaves them; it factorises nothing.
+
+        Here: where what λ decides is not what it decides anew, from the same factorisation.
+        """
+        if self.moves:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.compare(self.at(self.hessian_perturbation))
+
+    def compare(self, anew: InverseOperator, but: tuple[str, ...] = ()) -> None:
+        """Raise ValueError where an attribute differs from that of ``anew``, beyond rounding; ``but`` are not asked."""
+        for name in sorted(set(anew.__dict__) - {*self._transient, "judges", *but}):
+            if not _agree(self.__dict__.get(name), anew.__dict__[name], self):
+                must = "what the others make it"
+                raise ValueError(must_be(f"{type(self).__name__}.{name}", must, repr(self.__dict__.get(name))[:80]))
+
     # -- the truth of a solution -----------------------------------------------------------------------------------
 
     def judged_by(self, exact: LinearOperator | None) -> Self:
@@ -221,6 +245,23 @@ class InverseOperator(TensorState, ABC):
             "residual_of_approximation": own,
             "approximate": self.approximate,
         }
+
+
+def _agree(one: Any, other: Any, inverse: InverseOperator) -> bool:
+    """Return whether two attributes are the same, to what another machine's rounding allows."""
+    if one is other:
+        return True
+    if isinstance(one, LinearOperator) and isinstance(other, LinearOperator):
+        b = torch.ones(1, inverse.size, dtype=inverse.dtype, device=inverse.device)
+        one, other = one.apply(b), other.apply(b)
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        gap, size = (one.double() - other.double()).norm(), other.double().norm()
+        return torch.equal(one, other) or bool(gap <= default_tolerance(inverse.dtype) * size)
+    if type(one) is float and type(other) is float:
+        return abs(one - other) <= default_tolerance(inverse.dtype) * abs(other)
+    return bool(one == other)
 
 
 def default_tolerance(dtype: torch.dtype) -> float:

@@ -63,6 +63,7 @@ class Nystroem(Method):
     cost: ClassVar[str] = "r products once; 2 r p a row"
     memory: ClassVar[str] = "r p"
     exactness: ClassVar[str] = "the r largest eigenvalues, at random; exact for r = p"
+    needs_psd: ClassVar[bool] = True
     choose_it_for: ClassVar[str] = "a positive semi-definite curvature that falls fast; preconditioning"
 
     @classmethod

@@ -57,6 +57,12 @@ class Problem:
         return bool(np.linalg.eigvalsh(self.matrix)[0] > 0)
 
     @property
+    def semidefinite(self) -> bool:
+        """Whether A has no negative eigenvalue beyond rounding."""
+        values = np.linalg.eigvalsh(self.H)
+        return bool(values[0] >= -1e-6 * abs(values[-1]))
+
+    @property
     def condition(self) -> float:
         """max|eig| / min|eig| of A + λI."""
         values = np.abs(np.linalg.eigvalsh(self.matrix))
