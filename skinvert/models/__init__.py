@@ -4,7 +4,7 @@ from .adapt import as_margin, as_model, describe, fixed_at, is_model, register_m
 from .affine import Affine
 from .base import TwiceDifferentiable
 from .batches import labels_key, leading_length, map_tensors, row_axes, with_row_axis
-from .losses import LOSSES, ModuleLoss
+from .losses import LOSSES, Loss, ModuleLoss, as_loss
 from .output_hessians import DiagonalHessian, FactoredHessian, OutputHessian
 from .shared import SharedModel
 from .sklearn import SklearnTwiceDifferentiable
@@ -16,7 +16,9 @@ __all__ = [
     "Affine",
     "DiagonalHessian",
     "FactoredHessian",
+    "Loss",
     "ModuleLoss",
+    "as_loss",
     "OutputHessian",
     "SharedModel",
     "SklearnTwiceDifferentiable",
