@@ -10,6 +10,7 @@ from .models import (
     TwiceDifferentiable,
     register_model,
 )
+from .reasons import Reason
 from .registry import InversionRegistry, solve_hvp
 from .results import InverseHvpResult, InversionMethod
 from .selection import HessianInverterCV, make_quadratic_scorer
@@ -23,6 +24,7 @@ __all__ = [
     "InversionMethod",
     "InversionRegistry",
     "PerSampleGradient",
+    "Reason",
     "SampledFisher",
     "SharedModel",
     "SklearnTwiceDifferentiable",

@@ -12,6 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 from ._scaling import far_exponents, lost_rows, times_powers
 from ._telling import warn
 from ._validation import check_rows, must_be, to_plain_array
+from .reasons import Reason
 from .results import InverseHvpResult
 
 __all__ = ["Rows"]
@@ -84,6 +85,8 @@ class Rows:
         self._warn(lost)
         if "converged" in info and bool(lost.any()):
             info = {**info, "converged": info["converged"] & ~lost}
+            if "reason" in info:
+                info["reason"] = info["reason"].masked_fill(lost, Reason.OUT_OF_RANGE)
         return InverseHvpResult(found, self.back_info(info))
 
     def _back(self, x: torch.Tensor) -> tuple[Any, torch.Tensor]:

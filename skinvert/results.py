@@ -51,7 +51,8 @@ class InverseHvpResult:
         ``residual`` (k,), ‖(H + λI)x − b‖ / ‖b‖ of each row (0 where b = 0) against the exact curvature H, whatever
         the method inverts, recomputed after the solve: 0 is exact, and above 1 x = 0 would be better. NaN where H is
         not at hand (an approximate method, loaded or unpickled) or not asked for (``check_residual=False``).
-        ``converged`` (k,), whether that is within the tolerance. ``approximate``, whether the method inverts another
+        ``converged`` (k,), whether that is within the tolerance. ``reason`` (k,), int8, the ``Reason`` of each row,
+        which says what to try: ``Reason(info["reason"][0]).cure``. ``approximate``, whether the method inverts another
         operator than H + λI; then ``residual_of_approximation`` (k,) is that against this one. Further entries as each
         method documents.
 

@@ -19,6 +19,7 @@ from .._state import TensorState
 from .._telling import warn
 from .._validation import must_be
 from ..operators import LinearOperator, Shifted
+from ..reasons import Reason, reasons
 from ..results import InverseHvpResult
 
 __all__ = ["InverseOperator", "Method"]
@@ -169,7 +170,7 @@ class InverseOperator(TensorState, ABC):
 
     def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> list[InverseHvpResult]:
         """Return what ``solve`` returns, residuals and warnings included, at every λ, from one factorisation."""
-        return [self.at(shift).solve(B) for shift in hessian_perturbations]
+        return [self.at(shift).judged_as(self).solve(B) for shift in hessian_perturbations]
 
     def path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> torch.Tensor:
         """Return the solutions (n_λ, k, p) of rows B at every λ, from one factorisation."""
@@ -217,7 +218,8 @@ class InverseOperator(TensorState, ABC):
 
     def judged_as(self, other: InverseOperator) -> Self:
         """Return this inverse with its solutions judged as those of another are."""
-        return self.judged_by(other.exact) if other.judges else self.judged_by(other.exact).unjudged()
+        judged = self if other.exact is None else self.judged_by(other.exact)
+        return judged if other.judges else judged.unjudged()
 
     def unjudged(self) -> Self:
         """Return this inverse without the product that an approximate one spends on its true residual."""
@@ -231,17 +233,24 @@ class InverseOperator(TensorState, ABC):
             return torch.full((len(B),), torch.nan, dtype=torch.float64, device=B.device)
         return relative_residual(shifted(self.exact, self.hessian_perturbation), B, X)
 
-    def verdict(self, B: torch.Tensor, X: torch.Tensor, own: torch.Tensor) -> dict[str, Any]:
+    def verdict(
+        self, B: torch.Tensor, X: torch.Tensor, own: torch.Tensor, outside: torch.Tensor | None = None
+    ) -> dict[str, Any]:
         """Return the ``info`` of an inverse of another operator than A + λI, and warn where x = 0 would be better.
 
         ``residual`` (k,) against the exact A, ``converged`` (k,) by it (unknown is False), ``approximate``, and
-        ``residual_of_approximation`` (k,), which is ``own``.
+        ``residual_of_approximation`` (k,), which is ``own``; ``reason`` (k,), of rows ``outside`` its range SINGULAR.
         """
         residual = self.true_residual(B, X)
         warn_worse_than_zero(self.name or type(self).__name__, residual, self.hessian_perturbation)
+        converged = residual <= default_tolerance(B.dtype)
+        causes = [(Reason.NOT_JUDGED, residual.isnan())]
+        if outside is not None:
+            causes.append((Reason.SINGULAR, outside))
         return {
             "residual": residual,
-            "converged": residual <= default_tolerance(B.dtype),
+            "converged": converged,
+            "reason": reasons(converged, Reason.APPROXIMATE, *causes),
             "residual_of_approximation": own,
             "approximate": self.approximate,
         }

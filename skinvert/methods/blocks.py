@@ -10,6 +10,7 @@ import torch
 from sklearn.base import clone
 
 from ..operators import BlockDiagonal, LinearOperator
+from ..reasons import Reason
 from ..results import InverseHvpResult
 from .base import InverseOperator, Method
 
@@ -90,6 +91,7 @@ class BlockInverse(InverseOperator):
         negative = [entry["negative_curvature"] for entry in infos if "negative_curvature" in entry]
         if negative:
             info["negative_curvature"] = torch.stack(negative).any(0)
+            info["reason"][info["negative_curvature"] & ~info["converged"]] = Reason.NEGATIVE_CURVATURE
         return InverseHvpResult(X, info)
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from .._scaling import ScaledProducts, norms
 from .._telling import warn
 from .._validation import check_choice, check_shift
 from ..operators import LinearOperator
+from ..reasons import Reason, reasons
 from ..results import InverseHvpResult
 from .advice import advise, direct_fits
 from .base import InverseOperator, Method, warn_not_converged, warn_of_overflow
@@ -146,6 +147,14 @@ class CGInverse(InverseOperator):
         info = {
             "residual": residual,
             "converged": converged,
+            "reason": reasons(
+                converged,
+                Reason.MAX_ITERATIONS,
+                (Reason.STAGNATED, run.stagnated),
+                (Reason.SINGULAR, run.null),
+                (Reason.OUT_OF_RANGE, lost | ~held),
+                (Reason.NEGATIVE_CURVATURE, run.negative),
+            ),
             "n_iter": run.n_iter,
             "n_products": run.n_products,
             "stagnated": run.stagnated & ~converged,
@@ -167,6 +176,8 @@ class CGInverse(InverseOperator):
         names = ("residual", "converged", "negative_curvature")
         whole = {"n_products": info["n_products"], "approximate": False}
         found = [InverseHvpResult(x, {name: info[name][i] for name in names} | whole) for i, x in enumerate(X)]
+        for _, own in found:
+            own["reason"] = reasons(own["converged"], Reason.STAGNATED)
         done = info["converged"].all(1).tolist()
         return [found[i] if done[i] else self.at(shift).solve(B) for i, shift in enumerate(shifts)]
 

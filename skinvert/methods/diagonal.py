@@ -112,7 +112,7 @@ class DiagonalInverse(InverseOperator):
                 "Try hessian_perturbation > 0.",
                 scipy.linalg.LinAlgWarning,
             )
-        return InverseHvpResult(X, self.verdict(B, X, own))
+        return InverseHvpResult(X, self.verdict(B, X, own, outside))
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return the solutions alone."""

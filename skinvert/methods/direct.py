@@ -13,6 +13,7 @@ import torch
 from .._memory import check_memory, rows_within
 from .._validation import check_hessian_perturbation, check_number, must_be
 from ..operators import Dense, LinearOperator, LowRank, add_to_diagonal, check_dense_memory
+from ..reasons import Reason, reasons
 from ..results import InverseHvpResult
 from .assembly import assembled, check_factor
 from .base import InverseOperator, Method, default_tolerance, relative_residual, warn_not_converged
@@ -169,7 +170,9 @@ class DenseInverse(InverseOperator):
         converged = residual <= self.rtol
         hint = "Rounding does not allow less. Try dtype=torch.float64 or a larger hessian_perturbation."
         warn_not_converged("direct", residual[~outside], converged[~outside], self.rtol, hint)
-        return InverseHvpResult(X, {"residual": residual, "converged": converged, "approximate": False})
+        reason = reasons(converged, Reason.STAGNATED, (Reason.SINGULAR, outside))
+        info = {"residual": residual, "converged": converged, "reason": reason, "approximate": False}
+        return InverseHvpResult(X, info)
 
     def check(self) -> None:
         """Raise ValueError where the factors contradict each other, or the matrix."""
@@ -305,7 +308,9 @@ class SampleSpaceInverse(InverseOperator):
         hint = "Rounding does not allow less at so small a shift. Try a larger hessian_perturbation"
         hint += " or dtype=torch.float64." if self.dtype == torch.float32 else "."
         warn_not_converged("direct", residual, converged, self.rtol, hint)
-        return InverseHvpResult(X, {"residual": residual, "converged": converged, "approximate": False})
+        reason = reasons(converged, Reason.STAGNATED)
+        info = {"residual": residual, "converged": converged, "reason": reason, "approximate": False}
+        return InverseHvpResult(X, info)
 
     @property
     def moves(self) -> bool:

@@ -173,7 +173,7 @@ class KroneckerInverse(InverseOperator):
             warn_of_null_part(what, outside, "Try hessian_perturbation > 0.")
         hint = "Rounding does not allow less. Try a larger hessian_perturbation or dtype=torch.float64."
         warn_not_converged(self.name, own[~outside], own[~outside] <= tolerance, tolerance, hint)
-        return InverseHvpResult(X, self.verdict(B, X, own))
+        return InverseHvpResult(X, self.verdict(B, X, own, outside))
 
     def at(self, hessian_perturbation: float) -> KroneckerInverse:
         """Return the inverse at another λ, from the same eigenbases."""

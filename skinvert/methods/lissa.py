@@ -15,6 +15,7 @@ from .._progress import progress
 from .._scaling import norms
 from .._validation import check_number, check_shift, must_be
 from ..operators import LinearOperator
+from ..reasons import Reason, reasons
 from ..results import InverseHvpResult
 from .base import InverseOperator, Method, shifted, warn_not_converged, warn_of_overflow
 from .krylov import Problem, starting_point, warn_of_lost, within
@@ -175,7 +176,13 @@ class LiSSAInverse(InverseOperator):
             warn_not_converged("lissa", residual[held], converged[held], rtol, self._hint())
         warn_of_lost("lissa", lost, B.dtype)
         converged &= ~lost
-        info = {"residual": residual, "converged": converged, "n_iter": n_iter, "scale": self.scale}
+        info = {
+            "residual": residual,
+            "converged": converged,
+            "reason": reasons(converged, Reason.MAX_ITERATIONS, (Reason.OUT_OF_RANGE, lost | ~held)),
+            "n_iter": n_iter,
+            "scale": self.scale,
+        }
         return InverseHvpResult(mean, info)
 
     def fail(self, steps: int) -> NoReturn:

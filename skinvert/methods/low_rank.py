@@ -10,6 +10,7 @@ import torch
 
 from .._validation import check_hessian_perturbation, must_be
 from ..operators import LinearOperator, Spectral
+from ..reasons import Reason, reasons
 from ..results import InverseHvpResult
 from .base import InverseOperator, default_tolerance, relative_residual, warn_not_converged
 from .null_space import invert_spectrum, warn_of_indefinite, warn_of_null_part
@@ -130,11 +131,13 @@ class LowRankInverse(InverseOperator):
         # A complement that was dropped as asked is no failure to solve.
         judged = relative_residual(self.operator, B - across, X) if self._drops else own
         if self.approximate:
-            info = self.verdict(B, X, own)
+            info = self.verdict(B, X, own, outside)
         else:
             info = {"residual": self.true_residual(B, X), "residual_of_approximation": own, "approximate": False}
             judged = torch.where(info["residual"].isnan(), judged, info["residual"])
-            info["converged"] = info["residual"] <= self.rtol
+            info["converged"] = converged = info["residual"] <= self.rtol
+            unknown = (Reason.NOT_JUDGED, info["residual"].isnan())
+            info["reason"] = reasons(converged, Reason.STAGNATED, unknown, (Reason.SINGULAR, outside))
         hint = "Try dtype=torch.float64 or a larger λ."
         if self._tells:
             warn_not_converged(self.name, judged[~outside], judged[~outside] <= self.rtol, self.rtol, hint)

@@ -11,6 +11,7 @@ from .._progress import progress
 from .._scaling import norms
 from .._validation import check_shift
 from ..operators import LinearOperator
+from ..reasons import Reason, reasons
 from ..results import InverseHvpResult
 from .advice import advise
 from .base import InverseOperator, Method, warn_not_converged, warn_of_overflow
@@ -136,7 +137,15 @@ class MINRESInverse(InverseOperator):
         warn_not_converged("minres", residual[held], converged[held], self.rtol, hint)
         warn_of_lost("minres", lost, B.dtype)
         converged &= ~lost
-        info = {"residual": residual, "converged": converged, "n_iter": run.n_iter, "stagnated": stagnated}
+        info = {
+            "residual": residual,
+            "converged": converged,
+            "reason": reasons(
+                converged, Reason.MAX_ITERATIONS, (Reason.STAGNATED, stagnated), (Reason.OUT_OF_RANGE, lost | ~held)
+            ),
+            "n_iter": run.n_iter,
+            "stagnated": stagnated,
+        }
         return InverseHvpResult(X, info)
 
     def _hint(self, stagnated: bool) -> str:

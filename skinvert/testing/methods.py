@@ -13,6 +13,7 @@ from sklearn.base import clone
 from .._validation import must_be
 from ..methods.base import InverseOperator, Method
 from ..models import TwiceDifferentiable
+from ..reasons import Reason
 from ..registry import InversionRegistry, is_method
 from .claims import ROUNDING, claim, numbers, quiet, raise_faults
 from .problems import Problem, problems_for, rows
@@ -111,6 +112,9 @@ def check_solutions_are_finite(method: Method) -> None:
         _claim(bool((B == before).all()), "b is left as it was", "another b", problem)
         for name in ("residual", "converged"):
             _claim(name in info and info[name].shape == (len(B),), f"info[{name!r}] has one entry a row", info, problem)
+        if "reason" in info:
+            told = (info["reason"] == Reason.CONVERGED).cpu()
+            _claim(bool((told == info["converged"].cpu()).all()), "`reason` says what `converged` does", info, problem)
 
 
 def check_residual_is_true(method: Method) -> None:
@@ -174,7 +178,7 @@ def check_another_shift_is_fresh(method: Method) -> None:
             _same(problem.at(shift), method, moved.solve(B).x, fresh.solve(B).x, f"at({shift:.3g}) is a fresh inverse")
             same = moved.positive_definite == fresh.positive_definite
             _claim(same, "at(λ) claims definiteness as a fresh one does", moved.positive_definite, problem)
-            judged = moved.exact is not None or inverse.exact is None
+            judged = moved.exact is not None or inverse.exact is None or not moved.approximate
             _claim(judged, "at(λ) is judged where the inverse is", "no judge", problem)
 
 
