@@ -4,10 +4,12 @@ from .curvature import SampledFisher
 from .gradients import PerSampleGradient
 from .inverter import HessianInverter, load
 from .models import (
+    Loss,
     SharedModel,
     SklearnTwiceDifferentiable,
     TorchTwiceDifferentiable,
     TwiceDifferentiable,
+    register_loss,
     register_model,
 )
 from .registry import InversionRegistry, solve_hvp
@@ -22,6 +24,7 @@ __all__ = [
     "InverseHvpResult",
     "InversionMethod",
     "InversionRegistry",
+    "Loss",
     "PerSampleGradient",
     "SampledFisher",
     "SharedModel",
@@ -30,6 +33,7 @@ __all__ = [
     "TwiceDifferentiable",
     "load",
     "make_quadratic_scorer",
+    "register_loss",
     "register_model",
     "solve_hvp",
 ]
