@@ -180,6 +180,7 @@ def test_shares_of_the_denominator_and_tensors_of_the_loss(batch_size, dtype):
     inverter = HessianInverter("direct", 9.0, loss=loss, batch_size=batch_size, dtype=dtype).fit(net, data)
     assert worst(inverter.curvature_.to_dense(), expected) <= (1e-13 if dtype == "float64" else 1e-5)
     assert loss.by_sign.dtype == torch.float64
+    assert loss.to(torch.float32, torch.device("cpu")).by_sign.dtype == torch.float32
 
 
 def test_a_loss_that_is_not_convex_has_no_ggn():
