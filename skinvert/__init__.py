@@ -4,10 +4,12 @@ from .curvature import SampledFisher
 from .gradients import PerSampleGradient
 from .inverter import HessianInverter, load
 from .models import (
+    Loss,
     SharedModel,
     SklearnTwiceDifferentiable,
     TorchTwiceDifferentiable,
     TwiceDifferentiable,
+    register_loss,
     register_model,
 )
 from .reasons import Reason
@@ -23,6 +25,7 @@ __all__ = [
     "InverseHvpResult",
     "InversionMethod",
     "InversionRegistry",
+    "Loss",
     "PerSampleGradient",
     "Reason",
     "SampledFisher",
@@ -32,6 +35,7 @@ __all__ = [
     "TwiceDifferentiable",
     "load",
     "make_quadratic_scorer",
+    "register_loss",
     "register_model",
     "solve_hvp",
 ]

@@ -71,11 +71,11 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         What ``fit(X, y)`` reads, the form that pipelines and searches call. Shared by clones, never copied. In a
         pipeline that ends in this inverter ``fit`` and ``score`` run through its steps; right-hand sides, which are no
         inputs, go to the last one: ``pipe[-1].transform(b)``.
-    loss : str, torch loss module or callable, default=None
+    loss : str, torch loss module, Loss or callable, default=None
         The loss of a bare module: ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, ``"nll"``, ``"huber"``,
-        ``"poisson_nll"``, a torch loss module, or a callable (output, target) that is a mean or a sum over rows, or
-        one value per row. None for a model that is given ``labels`` and returns its own ``loss`` beside ``logits``,
-        as Hugging Face's are.
+        ``"poisson_nll"``, ``"bce"``, ``"smooth_l1"``, a name of ``register_loss``, a torch loss module, a ``Loss``, or
+        a callable (output, target) that is a mean or a sum over rows, or one value per row. None for a model that is
+        given ``labels`` and returns its own ``loss`` beside ``logits``, as Hugging Face's are.
     weight_decay : float or mapping of str to float, default=0.0
         μ in ½ μ‖θ‖² of the training objective: part of H, not of λ. Or globs on parameter names and the μ of each, as
         an optimiser's parameter groups have them: ``{"*.weight": 1e-2}``. Where it is 0, a skorch net's optimiser

@@ -17,7 +17,7 @@ from .._progress import progress
 from .._state import TensorState
 from .._validation import check_number
 from ..data import Batches
-from ..models import DiagonalHessian, FactoredHessian, OutputHessian, leading_length
+from ..models import FactoredHessian, OutputHessian, leading_length
 from ..operators import KroneckerFactors, LinearOperator, LowRank, add_to_diagonal, symmetrise
 from .base import Curvature, Objective
 from .columns import Columns
@@ -86,24 +86,20 @@ class Fisher(GGN):
 
     def __init__(self, objective: Objective, n_labels: int | None = None, seed: int = 0) -> None:
         batch, _ = next(iter(objective.batches))
-        f = objective.model.forward(batch)
-        self.predictive = predictive_of(objective.model, f, batch)
+        predictive = predictive_of(objective.model, objective.model.forward(batch), batch)
         self.n_labels = n_labels
         if n_labels is not None:
-            objective = _with_draws(objective, (n_labels, self.predictive.draws_per_sample(f)), seed)
+            objective = _with_draws(objective, (n_labels, predictive.labels), seed)
         super().__init__(objective)
 
     def data_of(self, batch: Any) -> Any:
         """Return the model's part of a batch, which may carry its draws."""
         return batch if self.n_labels is None else batch[0]
 
-    def closed_hessian(self, outputs: torch.Tensor, batch: Any) -> OutputHessian | None:
-        """Return the Fisher in the outputs: columns of sampled labels, or the closed form; None is the loss's own."""
-        y = self.data_of(batch)[1]
-        if self.n_labels is not None:
-            return SampledHessian(self.predictive, outputs, y, batch[1])
-        diagonal = self.predictive.hessian_diagonal(outputs, y)
-        return super().closed_hessian(outputs, batch) if diagonal is None else DiagonalHessian(diagonal)
+    def closed_hessian(self, outputs: torch.Tensor, batch: Any) -> OutputHessian:
+        """Return the Fisher in the outputs: columns of sampled labels, or the closed form."""
+        predictive = predictive_of(self.objective.model, outputs, self.data_of(batch))
+        return predictive.fisher() if self.n_labels is None else SampledHessian(predictive, batch[1])
 
 
 @dataclass

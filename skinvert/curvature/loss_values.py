@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..models import TorchTwiceDifferentiable, map_tensors
@@ -26,9 +24,9 @@ class LossValues:
     def __init__(self, model: TorchTwiceDifferentiable) -> None:
         self.model = model
         # Outputs, targets and loss of one row.
-        self._before: Any = None
+        self._before: tuple[object, object, object] | None = None
 
-    def add(self, outputs: Any, batch: Any, losses: torch.Tensor) -> None:
+    def add(self, outputs: object, batch: object, losses: torch.Tensor) -> None:
         """Raise unless the loss of the batch is what these losses (m,) of its rows make."""
         if not isinstance(outputs, torch.Tensor) or not isinstance(batch, tuple) or not len(losses):
             return
@@ -41,18 +39,19 @@ class LossValues:
         self._before = row
 
 
-def _shapes(row: Any) -> list[torch.Size]:
+def _shapes(row: object) -> list[torch.Size]:
     shapes: list[torch.Size] = []
     map_tensors(lambda tensor: shapes.append(tensor.shape), row)
     return shapes
 
 
-def _joined(a: Any, b: Any) -> Any:
+def _joined(a: object, b: object) -> tuple[torch.Tensor, object, torch.Tensor]:
     """Return two rows of one structure as a batch; a scalar is shared, and so that of the first."""
     seconds: list[torch.Tensor] = []
     map_tensors(lambda tensor: seconds.append(tensor), b)
     rest = iter(seconds)
-    return map_tensors(lambda tensor: _both(tensor, next(rest)), a)
+    outputs, targets, losses = map_tensors(lambda tensor: _both(tensor, next(rest)), a)
+    return outputs, targets, losses
 
 
 def _both(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,19 @@ from .adapt import as_margin, as_model, describe, fixed_at, is_model, register_m
 from .affine import Affine
 from .base import TwiceDifferentiable
 from .batches import labels_key, leading_length, map_tensors, row_axes, with_row_axis
-from .losses import LOSSES, Loss, ModuleLoss, as_loss
-from .output_hessians import DiagonalHessian, FactoredHessian, OutputHessian
+from .losses import (
+    LOSSES,
+    DiagonalHessian,
+    FactoredHessian,
+    IndependentLabels,
+    Loss,
+    ModuleLoss,
+    OutputHessian,
+    Predictive,
+    as_loss,
+    names_with_predictive,
+    register_loss,
+)
 from .shared import SharedModel
 from .sklearn import SklearnTwiceDifferentiable
 from .sparse_rows import SparseRows
@@ -16,15 +27,17 @@ __all__ = [
     "Affine",
     "DiagonalHessian",
     "FactoredHessian",
+    "IndependentLabels",
     "Loss",
     "ModuleLoss",
-    "as_loss",
     "OutputHessian",
+    "Predictive",
     "SharedModel",
     "SklearnTwiceDifferentiable",
     "SparseRows",
     "TorchTwiceDifferentiable",
     "TwiceDifferentiable",
+    "as_loss",
     "as_margin",
     "as_model",
     "describe",
@@ -33,6 +46,8 @@ __all__ = [
     "labels_key",
     "leading_length",
     "map_tensors",
+    "names_with_predictive",
+    "register_loss",
     "register_model",
     "row_axes",
     "with_row_axis",

@@ -19,7 +19,7 @@ from torch import nn
 
 from .._validation import must_be
 from .base import TwiceDifferentiable
-from .margin import Margin
+from .losses import Margin
 from .shared import UNFITTED, SharedModel
 from .sklearn import SklearnTwiceDifferentiable
 from .skorch import SkorchTwiceDifferentiable
@@ -105,7 +105,7 @@ def as_margin(model: Any) -> TwiceDifferentiable:
     estimator = getattr(adapted, "estimator", None)
     if not isinstance(adapted, TorchTwiceDifferentiable) or (estimator is not None and not is_classifier(estimator)):
         raise TypeError(must_be("The model for the margin", "a classifier", type(model).__name__))
-    adapted.loss = Margin.in_place_of(adapted.loss, isinstance(adapted, SkorchTwiceDifferentiable))
+    adapted.loss = Margin() if adapted.loss is None else Margin(adapted.loss.takes)
     return adapted
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from .._telling import warn
 from .._validation import must_be
 from .batches import binds, call, map_tensors, split_labels, takes
+from .losses import CrossEntropy
 
 __all__ = ["Reading", "gives_its_loss", "logits_of", "reading_of"]
 
@@ -194,7 +195,7 @@ def _layout_for(logits: Any, labels: Any, label: str | None, batch: Any, own: to
 
 def _warn_of_a_shift(logits: Any, labels: Any, own: torch.Tensor | None, loss: Any) -> None:
     """Warn where a cross-entropy is given to a model whose own is that of the next position's label."""
-    if own is None or not isinstance(getattr(loss, "module", None), nn.CrossEntropyLoss) or labels.ndim < 2:
+    if own is None or not isinstance(loss, CrossEntropy) or labels.ndim < 2:
         return
     plain, shifted = (Reading("classes_last", flag, "cross_entropy") for flag in (False, True))
     if _equals(shifted, logits, labels, own) and not _equals(plain, logits, labels, own):

@@ -69,7 +69,7 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
         self.objective = _objective_of(model)
         self.totals: FitTotals | None = None
         # The loss may depend on the fit's totals: `adopt` puts it in its place.
-        super().__init__(self.objective.module(), Loss())
+        super().__init__(self.objective.module(), _Unsettled())
         if y is not None:
             targets = self.objective.targets(_plain(y))
             weights = check_sample_weight(sample_weight, len(targets))
@@ -95,7 +95,7 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
     def adopt(self, totals: Any) -> None:
         """Use the totals of a fit."""
         self.totals = totals
-        if totals is not None and type(self.loss) is Loss:
+        if totals is not None and isinstance(self.loss, _Unsettled):
             self.loss = self.objective.loss(totals).to(self.dtype, self.device)
 
     @ordinary
@@ -131,6 +131,16 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
 
     def _totals_of(self, targets: np.ndarray, weights: np.ndarray) -> FitTotals:
         return FitTotals.of(weights, self.objective.labels(targets), self.objective.n_classes)
+
+
+class _Unsettled(Loss):
+    """Stands for the loss until the fit's totals are known."""
+
+    def per_sample(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        raise ValueError(must_be("The model's fit", "known for its loss", "no data yet", "Call `settle`."))
+
+    def verify(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Leave it to the loss to come."""
 
 
 def _objective_of(model: Any) -> FittedObjective:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .loss_base import Loss
-from .output_hessians import DiagonalHessian, OutputHessian
+from .losses import DiagonalHessian, Loss, OutputHessian
 
 __all__ = ["HalfGamma", "HalfSquaredError", "WeightedLogits"]
 
@@ -48,13 +46,9 @@ class WeightedLogits(Loss):
         Whether the weights are part of the denominator of L, as in a weighted mean.
     """
 
-    def __init__(self, negative: Any, positive: Any, weights_count: bool) -> None:
+    def __init__(self, negative: np.ndarray, positive: np.ndarray, weights_count: bool) -> None:
         self.negative, self.positive = torch.as_tensor(negative, device="cpu"), torch.as_tensor(positive, device="cpu")
         self.weights_count = weights_count
-
-    def to(self, dtype: torch.dtype, device: torch.device) -> WeightedLogits:
-        """Return the loss with its weights in ``dtype`` on ``device``."""
-        return WeightedLogits(self.negative.to(device, dtype), self.positive.to(device, dtype), self.weights_count)
 
     def per_sample(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Return s (m,)."""

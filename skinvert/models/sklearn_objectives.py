@@ -24,7 +24,7 @@ from torch import nn
 
 from .._validation import must_be, to_plain_array
 from .affine import Affine, Layers
-from .losses import Loss, ModuleLoss
+from .losses import BCEWithLogits, CrossEntropy, Loss, PoissonNLL
 from .sklearn_losses import HalfGamma, HalfSquaredError, WeightedLogits
 
 __all__ = ["OBJECTIVES", "FitTotals", "FittedObjective"]
@@ -203,7 +203,7 @@ class Logistic(Classification):
         """Return the cross-entropy with class weights, which count in its mean."""
         c = self._class_weight(totals)
         if self.is_softmax:
-            return ModuleLoss(nn.CrossEntropyLoss(weight=None if (c == 1).all() else torch.from_numpy(c)))
+            return CrossEntropy(nn.CrossEntropyLoss(weight=None if (c == 1).all() else torch.from_numpy(c)))
         return _logits(c[:1], c[1:], weights_count=True)
 
     def ridge(self, totals: FitTotals) -> Any:
@@ -276,7 +276,7 @@ class Perceptron(FittedObjective):
         """Return the cross-entropy, the logistic loss, the half squared error or half the Poisson deviance."""
         ones = np.ones(self.model.n_outputs_)
         return {
-            "softmax": lambda: ModuleLoss(nn.CrossEntropyLoss()),
+            "softmax": CrossEntropy,
             "logistic": lambda: _logits(ones, ones, weights_count=False),
             "identity": HalfSquaredError,
             "exp": _poisson,
@@ -318,9 +318,9 @@ def encode(y: Any, classes: np.ndarray) -> np.ndarray:
 
 def _logits(negative: np.ndarray, positive: np.ndarray, weights_count: bool) -> Loss:
     if (negative == 1).all() and (positive == 1).all():
-        return ModuleLoss(nn.BCEWithLogitsLoss(reduction="sum"))
+        return BCEWithLogits(nn.BCEWithLogitsLoss(reduction="sum"))
     return WeightedLogits(negative, positive, weights_count)
 
 
 def _poisson() -> Loss:
-    return ModuleLoss(nn.PoissonNLLLoss(log_input=True, full=False, reduction="sum"))
+    return PoissonNLL(nn.PoissonNLLLoss(log_input=True, full=False, reduction="sum"))

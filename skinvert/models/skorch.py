@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,20 @@ from torch import nn
 
 from .._telling import warn
 from .._validation import must_be
-from .callable_loss import CallableLoss
 from .compiled import unwrapped
-from .losses import ModuleLoss, is_torch_loss
+from .losses import (
+    NLL,
+    CallableLoss,
+    Loss,
+    OutputHessian,
+    Outputs,
+    Predictive,
+    Probabilities,
+    TorchLoss,
+    explains,
+    is_torch_loss,
+    torch_loss,
+)
 from .structural_copy import structural_copy
 from .torch import TorchTwiceDifferentiable
 
@@ -51,7 +63,7 @@ class SkorchTwiceDifferentiable(TorchTwiceDifferentiable):
     def __init__(self, net: Any, weight_decay: float = 0.0) -> None:
         self.net = net
         criterion = unwrapped(net.criterion_)
-        loss = (SkorchLoss if is_torch_loss(criterion) else SkorchCallable)(net, criterion)
+        loss = SkorchLoss(net, criterion) if is_torch_loss(criterion) else SkorchCallable(net, criterion)
         super().__init__(net.module_, loss, weight_decay if weight_decay != 0 else _decay_of(net))
 
     def outputs(self, module: nn.Module, batch: Any) -> Any:
@@ -97,31 +109,93 @@ class SkorchTwiceDifferentiable(TorchTwiceDifferentiable):
         return torch.cat(parts).to(self.device, self.dtype)
 
 
-class SkorchLoss(ModuleLoss):
+class SkorchLoss(Loss):
     """``net.get_loss`` with an unreduced criterion, over a module of its own: no gradient runs through a penalty."""
 
-    def __init__(self, net: Any, criterion: nn.Module, dtype: Any = None, device: Any = None) -> None:
-        super().__init__(copy.deepcopy(criterion))
-        self.net, self.module_ = net, _with_leaves(net.module_, dtype, device)
+    def __init__(self, net: Any, criterion: TorchLoss, dtype: Any = None, device: Any = None) -> None:
+        self.net, self.get_loss = net, GetLoss(net, _with_leaves(net.module_, dtype, device))
+        # The criterion alone, and the one that `get_loss` asks.
+        self.criterion = torch_loss(copy.deepcopy(criterion))
+        self.asked = torch_loss(self.criterion.module, self.get_loss)
         # μ of the ½ μ‖θ‖² that `get_loss` adds, by the names of the parameters.
         self.ridge: dict[str, float] = {}
 
+    @property
+    def takes(self) -> Outputs:
+        """What the outputs are: probabilities, where ``get_loss`` takes their logarithm for the criterion."""
+        logarithm = isinstance(self.criterion, NLL) and self._takes_logarithms(self.criterion.module)
+        return "probabilities" if logarithm else self.criterion.takes
+
     def to(self, dtype: torch.dtype, device: torch.device) -> SkorchLoss:
         """Return the loss with its criterion's tensors in ``dtype`` on ``device``."""
-        return SkorchLoss(self.net, copy.deepcopy(self.module).to(device, dtype), dtype, device)
+        return SkorchLoss(self.net, copy.deepcopy(self.criterion.module).to(device, dtype), dtype, device)
+
+    def per_sample(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return ``get_loss`` with the unreduced criterion, a value per row."""
+        return self.asked.per_sample(output, target)
+
+    def mass(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return the criterion's."""
+        return self.asked.mass(output, target)
+
+    def check(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Raise for targets that the criterion does not take."""
+        self.criterion.check(output, target)
 
     def verify(self, output: torch.Tensor, target: torch.Tensor) -> None:
         """Find the penalty in ``get_loss``, then hold the parts against its whole value."""
         self._check_elements(output, target)
         self.ridge = self._find_penalty(output, target)
-        super().verify(output, target)
+        self.asked.verify(output, target)
+        y = self.criterion.targets(output, target)
         with torch.no_grad():
-            still, trained = (self._get_loss(self.module, output, target, training=t).mean() for t in (False, True))
-        _check_same_in_training(still, trained)
+            values = [self.get_loss(self.criterion.module, output, y, training=flag).mean() for flag in (False, True)]
+        _check_same_in_training(*values)
+
+    def verify_values(self, output: torch.Tensor, target: torch.Tensor, losses: torch.Tensor) -> None:
+        """Raise unless ``get_loss`` of the batch is what these losses make."""
+        self.asked.verify_values(output, target, losses)
+
+    def output_hessian(self, output: torch.Tensor, target: torch.Tensor) -> OutputHessian | None:
+        """Return the criterion's closed form where it is that of ``get_loss``: it may do more."""
+        closed = self.criterion.output_hessian(output, target)
+        if closed is None or explains(closed, self.per_sample, output, target):
+            return closed
+        return None
+
+    def predictive(self, output: torch.Tensor, target: torch.Tensor) -> Predictive | None:
+        """Return the labels that the criterion predicts of the outputs, or of the logarithms that skorch takes."""
+        if not self.criterion.has_predictive():
+            return None
+        # First: of a batch whose labels are all ignored both are zero, and log-probabilities are below zero.
+        if isinstance(self.criterion, NLL) and bool((output >= 0).all()):
+            logarithm = (output + torch.finfo(output.dtype).eps).log()
+            if self._is_criterion_of(logarithm, output, target):
+                return Probabilities(output, self.criterion.label_weight(output, target.long()))
+        if self._is_criterion_of(output, output, target):
+            return self.criterion.predictive(output, target)
+        must, got = "that of its criterion alone", f"{self.criterion} with more to it"
+        raise ValueError(must_be("get_loss for the Fisher", must, got, 'Try curvature="ggn".'))
+
+    def __str__(self) -> str:
+        return f"get_loss of {self.criterion}"
+
+    def _is_criterion_of(self, seen: torch.Tensor, output: torch.Tensor, target: torch.Tensor) -> bool:
+        with torch.no_grad():
+            received, expected = self.asked.elements(output, target), self.criterion.elements(seen, target)
+        return received.shape == expected.shape and torch.allclose(received, expected, rtol=1e-3, atol=1e-4)
+
+    def _takes_logarithms(self, criterion: nn.NLLLoss) -> bool:
+        """Return whether −log p of probabilities comes out, above zero, where the criterion alone gives −p."""
+        c = 2 if criterion.weight is None else len(criterion.weight)
+        y = torch.arange(c, device=None if criterion.weight is None else criterion.weight.device)
+        p = torch.full((c, c), 0.5, dtype=None if criterion.weight is None else criterion.weight.dtype, device=y.device)
+        with torch.no_grad():
+            return bool(self.asked.elements(p, y).sum() > 0)
 
     def _check_elements(self, output: torch.Tensor, target: torch.Tensor) -> None:
         with torch.no_grad():
-            elements = self._elements(output, target)
+            elements = self.asked.elements(output, target)
         if len(output) > 1 and (elements.ndim == 0 or len(elements) != len(output)):
             got = f"shape {tuple(elements.shape)} for {len(output)} rows"
             hint = "It reduces by itself. Try `net.module_`, with `loss=` a callable (output, target)."
@@ -129,14 +203,14 @@ class SkorchLoss(ModuleLoss):
 
     def _find_penalty(self, output: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
         """Return μ of the ½ μ‖θ‖² in ``get_loss``, by name; raise for what else depends on the parameters in it."""
-        probe = _with_leaves(self.module_, output.dtype, output.device, probe=True)
+        probe = _with_leaves(self.get_loss.module, output.dtype, output.device, probe=True)
         first, second = (self._penalty_gradient(probe, output, target, seed) for seed in (0, 1))
         ridge = {name: float((g * t).sum() / t.square().sum()) for name, (t, g) in first.items()}
         for name, (t, g) in second.items():
             if (g - ridge[name] * t).norm() > 1e-4 * g.norm():
                 self._refuse_penalty(f"another function of {name}")
         ridge = {name: mu for name, mu in ridge.items() if mu}
-        if ridge and (self.module.reduction == "sum" or min(ridge.values()) < 0):
+        if ridge and (self.criterion.module.reduction == "sum" or min(ridge.values()) < 0):
             self._refuse_penalty('one beside reduction="sum"' if min(ridge.values()) > 0 else "a negative one")
         return ridge
 
@@ -147,7 +221,8 @@ class SkorchLoss(ModuleLoss):
         with torch.enable_grad():
             for tensor in named.values():
                 tensor.data.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu"))
-            value = self._get_loss(self.module, output.detach(), target, probe).mean()
+            y = self.criterion.targets(output, target)
+            value = self.get_loss(self.criterion.module, output.detach(), y, probe).mean()
             if not value.requires_grad:
                 return {}
             grads = torch.autograd.grad(value, list(named.values()), allow_unused=True)
@@ -159,56 +234,61 @@ class SkorchLoss(ModuleLoss):
         hint = "Try it without the penalty, and give that as `weight_decay=`."
         raise ValueError(must_be("A penalty in get_loss", "½ μ‖θ‖² beside a mean", got, hint))
 
-    def _elements(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return self._get_loss(self.unreduced, output, target)
 
-    def _whole(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return self._get_loss(self.module, output, target)
+class GetLoss:
+    """``net.get_loss`` of a criterion, as a function of outputs and targets.
 
-    def _get_loss(
+    Parameters
+    ----------
+    net : skorch.NeuralNet
+        Initialised; a stand-in is asked.
+    module : nn.Module
+        The stand-in's.
+    """
+
+    def __init__(self, net: Any, module: nn.Module) -> None:
+        self.net, self.module = net, module
+
+    def __call__(
         self,
-        criterion: nn.Module,
+        criterion: object,
         output: torch.Tensor,
-        target: torch.Tensor,
+        target: object,
         module: nn.Module | None = None,
         training: bool = False,
     ) -> torch.Tensor:
-        net = _shadow(self.net, criterion_=criterion, module_=module or self.module_, device=None)
-        return net.get_loss(output, self._as_float(output, target), X=_NoInputs(), training=training)
+        """Return the loss, with another ``module`` where one is given."""
+        net = _shadow(self.net, criterion_=criterion, module_=module or self.module, device=None)
+        value: torch.Tensor = net.get_loss(output, target, X=_NoInputs(), training=training)
+        return value
 
 
 class SkorchCallable(CallableLoss):
     """``net.get_loss`` with a criterion of the user's own kind, as a callable of outputs and targets."""
 
     def __init__(self, net: Any, criterion: nn.Module, dtype: Any = None, device: Any = None) -> None:
-        super().__init__(self._get_loss)
+        self.get_loss = GetLoss(net, _with_leaves(net.module_, dtype, device))
+        super().__init__(partial(self.get_loss, criterion))
         self.net, self.criterion = net, criterion
-        self.module_ = _with_leaves(net.module_, dtype, device)
 
     def to(self, dtype: torch.dtype, device: torch.device) -> SkorchCallable:
         """Return an unclassified copy with the criterion's tensors in ``dtype`` on ``device``."""
         return SkorchCallable(self.net, copy.deepcopy(self.criterion).to(device, dtype), dtype, device)
 
-    def verify(self, output: torch.Tensor, target: Any) -> None:
+    def verify(self, output: torch.Tensor, target: object) -> None:
         """Classify it; raise where it depends on the parameters, or is another one in training."""
-        probe = _with_leaves(self.module_, output.dtype, output.device, probe=True)
+        probe = _with_leaves(self.get_loss.module, output.dtype, output.device, probe=True)
         with torch.enable_grad():
-            value = self._get_loss(output.detach(), target, probe).mean()
+            value = self.function(output.detach(), target, probe).mean()
         if value.requires_grad and any(
             part is not None for part in torch.autograd.grad(value, list(probe.parameters()), allow_unused=True)
         ):
             hint = "Give a penalty as `weight_decay=`, and leave it out of `get_loss`."
             raise ValueError(must_be("get_loss", "a function of outputs and targets", "one of the parameters", hint))
         with torch.no_grad():
-            still, trained = (self._get_loss(output, target, training=flag).mean() for flag in (False, True))
+            still, trained = (self.function(output, target, training=flag).mean() for flag in (False, True))
         _check_same_in_training(still, trained)
         super().verify(output, target)
-
-    def _get_loss(
-        self, output: torch.Tensor, target: Any, module: nn.Module | None = None, training: bool = False
-    ) -> torch.Tensor:
-        net = _shadow(self.net, criterion_=self.criterion, module_=module or self.module_, device=None)
-        return net.get_loss(output, target, X=_NoInputs(), training=training)
 
 
 class _NoInputs:

@@ -22,8 +22,7 @@ from .compiled import eager
 from .conversion import Conversion
 from .labelled import Reading, gives_its_loss, logits_of, reading_of
 from .leaks import Watch
-from .losses import Loss, as_loss
-from .output_hessians import OutputHessian
+from .losses import Loss, OutputHessian, Predictive, as_loss
 from .plain_functions import PlainFunctions
 from .second_derivative import check_loss_derivative, check_second_derivative, in_float64
 from .structural_copy import structural_copy
@@ -45,12 +44,13 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     ----------
     model : torch.nn.Module
         A trained model.
-    loss : str, torch loss module, callable or None
-        ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, ``"nll"``, ``"huber"``, ``"poisson_nll"``; a torch loss
-        module with its own ``reduction``; a callable (output, target): a mean or a sum over rows, or one value per
-        row. None in a subclass that overrides ``per_sample_loss``, and for a model that takes ``labels`` and returns
-        its own ``loss`` beside ``logits``: the cross-entropy (ignoring labels of -100, shifted by a position or not),
-        squared error or binary cross-entropy that it is on every batch is found; ValueError where it is none of them.
+    loss : str, torch loss module, Loss, callable or None
+        ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, ``"nll"``, ``"huber"``, ``"poisson_nll"``, ``"bce"``,
+        ``"smooth_l1"``, or a name of ``register_loss``; a torch loss module with its own ``reduction``; a ``Loss``; a
+        callable (output, target): a mean or a sum over rows, or one value per row. None in a subclass that overrides
+        ``per_sample_loss``, and for a model that takes ``labels`` and returns its own ``loss`` beside ``logits``: the
+        cross-entropy (ignoring labels of -100, shifted by a position or not), squared error or binary cross-entropy
+        that it is on every batch is found; ValueError where it is none of them.
     weight_decay : float or mapping of str to float, default=0.0
         μ ≥ 0 of ½ μ‖θ‖²; or, as an optimiser's parameter groups have it, globs on parameter names and the μ of each:
         ``{"*.weight": 1e-2}`` leaves all other parameters without.
@@ -362,6 +362,10 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     def output_hessian(self, outputs: torch.Tensor, batch: Any) -> OutputHessian | None:
         """Return ∇²_f sᵢ in closed form, or None."""
         return None if self._own_loss() else self._loss().output_hessian(outputs, batch[1])
+
+    def predictive(self, outputs: torch.Tensor, batch: Any) -> Predictive | None:
+        """Return the labels that outputs predict, where the loss is their negative log-likelihood; else None."""
+        return None if self._own_loss() else self._loss().predictive(outputs.detach(), batch[1])
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 

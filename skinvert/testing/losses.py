@@ -59,9 +59,15 @@ def check_loss(loss: object, outputs: torch.Tensor, targets: torch.Tensor) -> No
     >>> check_loss("mse", torch.tensor([[1.0], [2.0]], dtype=torch.float64), torch.zeros(2, 1))
     """
     known = as_loss(loss)
-    known.check(outputs, targets)
-    known.verify(outputs, targets)
     raise_faults(_Sample(known, outputs.detach(), targets), type(known).__name__, LOSS_CHECKS)
+
+
+def check_fit_takes_it(sample: _Sample) -> None:
+    """Hold the loss to what ``fit`` asks of it on every batch."""
+    loss, outputs, targets = sample.loss, sample.outputs, sample.targets
+    loss.check(outputs, targets)
+    loss.verify(outputs, targets)
+    loss.verify_values(outputs, targets, loss.per_sample(outputs, targets))
 
 
 def check_rows_are_alone(sample: _Sample) -> None:
@@ -118,6 +124,7 @@ def check_conversion(sample: _Sample) -> None:
 
 
 LOSS_CHECKS: list[Callable[[_Sample], None]] = [
+    check_fit_takes_it,
     check_rows_are_alone,
     check_gradient,
     check_output_hessian,

@@ -14,6 +14,7 @@ from torch import nn
 import skinvert
 from skinvert import HessianInverter, TorchTwiceDifferentiable, solve_hvp
 from skinvert.curvature import SampledFisher
+from skinvert.models import as_loss
 
 N, D = 11, 3
 
@@ -388,3 +389,31 @@ def test_the_empirical_fisher_of_mse_has_the_scale_that_the_readme_says(c):
     )
     torch.testing.assert_close(hessian, torch.eye(c).double() * 2 / c)
     torch.testing.assert_close(empirical, hessian)
+
+
+@pytest.mark.parametrize("curvature", ["fisher", SampledFisher(3)])
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 2.0, 1.0]).double()])
+def test_bce_of_probabilities_has_the_fisher_of_logits(curvature, weight):
+    X, y = torch.randn(N, D, dtype=torch.float64), torch.rand(N, 3, dtype=torch.float64)
+    expected, _ = matrix(mlp(3), (X, y), nn.BCEWithLogitsLoss(weight=weight), curvature)
+    net = nn.Sequential(*mlp(3), nn.Sigmoid())
+    assert relative(matrix(net, (X, y), nn.BCELoss(weight=weight), curvature)[0], expected) <= 1e-12
+
+
+def test_a_label_that_is_never_drawn_adds_nothing():
+    f = torch.tensor([[0.0, 1.0, 0.25]], dtype=torch.float64)
+    labels = as_loss("bce").predictive(f, f)
+    assert torch.allclose(labels.fisher().values, torch.tensor([[1.0, 1.0, 16 / 3]]).double())
+    scores = labels.scores(torch.full((1, 1, 3), 0.5).double())
+    assert torch.allclose(scores, torch.tensor([[[1.0, -1.0, 4 / 3]]]).double())
+
+
+def test_batches_whose_labels_are_all_ignored():
+    # A skorch classifier's losses of them are zero, whatever it takes the logarithm of.
+    skorch = pytest.importorskip("skorch")
+    X, y = torch.randn(N, D), torch.tensor([1, 1, 1, 0, 2, 0, 1, 1, 1, 2, 0])
+    settings = {"criterion__ignore_index": 1, "train_split": None}
+    net = skorch.NeuralNetClassifier(nn.Sequential(*mlp(3), nn.Softmax(1)).float(), **settings).initialize()
+    expected, _ = matrix(mlp(3).float(), (X, y), nn.CrossEntropyLoss(ignore_index=1), "fisher", dtype="float64")
+    received, _ = matrix(net, (X, y), None, "fisher", dtype="float64", batch_size=3)
+    assert relative(received, expected) <= 1e-8

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from skinvert import HessianInverter, PerSampleGradient
-from skinvert.models.callable_loss import CallableLoss
+from skinvert.models.losses import CallableLoss
 
 N = 24
 CURVATURES = ["hessian", "ggn", "empirical_fisher"]

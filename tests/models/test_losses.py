@@ -7,8 +7,8 @@ from oracles import matrix_error, oracle_matrix
 from problems import problem
 from torch import nn
 
-from skinvert import HessianInverter
-from skinvert.models.margin import Margin
+from skinvert import HessianInverter, PerSampleGradient
+from skinvert.models.losses import Margin
 
 
 def fitted(case, loss, batch_size=5):
@@ -210,3 +210,16 @@ def test_weights_of_flat_outputs_are_of_rows():
     loss, net = nn.BCEWithLogitsLoss(pos_weight=torch.ones(4)), nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)).double()
     with pytest.raises(ValueError, match="the same for every row"):
         HessianInverter("direct", 1.0, loss=loss).fit(net, (torch.randn(4, 3).double(), torch.ones(4).double()))
+
+
+def test_the_margin_of_a_net_that_gives_log_probabilities_and_of_one_probability():
+    skorch = pytest.importorskip("skorch")
+    X, y = torch.randn(7, 3), torch.tensor([0, 1, 2, 1, 0, 2, 2])
+    linear = nn.Linear(3, 3)
+    expected = PerSampleGradient(linear, loss="margin").fit_transform(X, y)
+    net = skorch.NeuralNet(nn.Sequential(linear, nn.LogSoftmax(1)), criterion=nn.NLLLoss, train_split=None).initialize()
+    assert torch.allclose(PerSampleGradient(net, loss="margin").fit_transform(X, y), expected, atol=1e-5)
+    one, labels = nn.Linear(3, 1), (y > 0).float()[:, None]
+    expected = PerSampleGradient(one, loss="margin").fit_transform(X, labels)
+    net = skorch.NeuralNet(nn.Sequential(one, nn.Sigmoid()), criterion=nn.BCELoss, train_split=None).initialize()
+    assert torch.allclose(PerSampleGradient(net, loss="margin").fit_transform(X, labels), expected, atol=1e-5)

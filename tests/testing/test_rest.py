@@ -6,8 +6,7 @@ from torch import nn
 
 from skinvert import HessianInverter
 from skinvert.curvature import CURVATURES
-from skinvert.models import Loss
-from skinvert.models.output_hessians import DiagonalHessian
+from skinvert.models import DiagonalHessian, Loss
 from skinvert.operators import Dense, DiagonalMatrix, LowRank
 from skinvert.testing import check_curvature, check_inverter, check_loss, check_operator, registered_methods
 

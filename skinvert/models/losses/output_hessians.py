@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import nn
 
-__all__ = ["DiagonalHessian", "FactoredHessian", "OutputHessian", "SoftmaxHessian", "closed_form"]
+__all__ = ["DiagonalHessian", "FactoredHessian", "OutputHessian", "SoftmaxHessian", "explains", "explains_differences"]
 
 
 class OutputHessian(ABC):
@@ -167,65 +165,40 @@ class FactoredHessian(OutputHessian):
         return self.factor @ a
 
 
-def closed_form(module: nn.Module, f: torch.Tensor, y: torch.Tensor) -> OutputHessian | None:
-    """Return ∇²_f of the unreduced loss of a torch module, or None where there is no closed form.
-
-    ``y`` is as the module takes it: class indices as int64, all else in the dtype of the outputs f (m, ...).
-    """
-    # Exactly these: a user's subclass may mean something else.
-    form = _FORMS.get(type(module))
-    return None if form is None else form(module, f.detach(), y)
+PerSample = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _squared_error(_: nn.MSELoss, f: torch.Tensor, __: torch.Tensor) -> OutputHessian:
-    return DiagonalHessian(torch.full_like(f, 2.0))
+def explains(closed: OutputHessian, per_sample: PerSample, f: torch.Tensor, y: torch.Tensor) -> bool:
+    """Return whether products with a closed form are those of autograd's ∇²_f sᵢ, along one random direction."""
+    v = _direction(f)
+    free = f.detach().requires_grad_(True)
+    gradient = _gradient(per_sample, free, y, create_graph=True)
+    expected = torch.zeros_like(v)
+    if gradient.requires_grad:
+        (expected,) = torch.autograd.grad(gradient, free, v, materialize_grads=True)
+    return _are_products(closed, v, expected)
 
 
-def _logistic(module: nn.BCEWithLogitsLoss, f: torch.Tensor, y: torch.Tensor) -> OutputHessian:
-    values = f.sigmoid() * (-f).sigmoid()
-    if module.pos_weight is not None:
-        values = values * (1 + (module.pos_weight - 1) * y)
-    return DiagonalHessian(values if module.weight is None else values * module.weight)
+def explains_differences(closed: OutputHessian, per_sample: PerSample, f: torch.Tensor, y: torch.Tensor) -> bool:
+    """Return the same of differences of the gradient, for float64: a loss may have first derivatives alone."""
+    v = _direction(f)
+    step = 1e-5 * (1 + f.abs().max())
+    ahead, behind = (_gradient(per_sample, (f + e * v).detach().requires_grad_(True), y) for e in (step, -step))
+    return _are_products(closed, v, (ahead - behind) / (2 * step))
 
 
-def _cross_entropy(module: nn.CrossEntropyLoss, f: torch.Tensor, y: torch.Tensor) -> OutputHessian:
-    """Return the form for the mass Σ_v q_v of the target's weighted distribution q, which is all that counts."""
-    K, smoothing = f.shape[1], module.label_smoothing
-    w = f.new_ones(K) if module.weight is None else module.weight.to(f.dtype)
-    if y.is_floating_point():
-        mass = torch.einsum("k,mk...->m...", w, y * (1 - smoothing) + smoothing / K)
-    else:
-        valid = y != module.ignore_index
-        own = w[y.where(valid, 0)]
-        mass = ((1 - smoothing) * own + smoothing / K * w.sum()) * valid
-    return SoftmaxHessian(f, mass)
+def _direction(f: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator(f.device).manual_seed(0)
+    return torch.randn(f.shape, generator=generator, dtype=f.dtype, device=f.device)
 
 
-def _huber(module: nn.HuberLoss, f: torch.Tensor, y: torch.Tensor) -> OutputHessian:
-    return DiagonalHessian(((f - y).abs() < module.delta).to(f.dtype))
+def _gradient(per_sample: PerSample, f: torch.Tensor, y: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(per_sample(f, y).sum(), f, create_graph=create_graph)
+    return gradient
 
 
-def _smooth_l1(module: nn.SmoothL1Loss, f: torch.Tensor, y: torch.Tensor) -> OutputHessian | None:
-    if not module.beta > 0:
-        return None
-    return DiagonalHessian(((f - y).abs() < module.beta).to(f.dtype) / module.beta)
-
-
-def _poisson(module: nn.PoissonNLLLoss, f: torch.Tensor, y: torch.Tensor) -> OutputHessian:
-    return DiagonalHessian(f.exp() if module.log_input else y / (f + module.eps).square())
-
-
-def _linear(_: nn.Module, f: torch.Tensor, __: torch.Tensor) -> OutputHessian:
-    return DiagonalHessian(torch.zeros_like(f))
-
-
-_FORMS: dict[type, Callable[[Any, torch.Tensor, torch.Tensor], OutputHessian | None]] = {
-    nn.MSELoss: _squared_error,
-    nn.BCEWithLogitsLoss: _logistic,
-    nn.CrossEntropyLoss: _cross_entropy,
-    nn.HuberLoss: _huber,
-    nn.SmoothL1Loss: _smooth_l1,
-    nn.PoissonNLLLoss: _poisson,
-    nn.NLLLoss: _linear,
-    nn.KLDivLoss: _linear,
-}
+def _are_products(closed: OutputHessian, v: torch.Tensor, expected: torch.Tensor) -> bool:
+    received = closed.products(v.reshape(1, len(v), -1)).reshape(v.shape)
+    rounding = 100 * torch.finfo(v.dtype).eps * v.norm()
+    return bool((received - expected).norm() <= 1e-4 * expected.norm() + rounding)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from .._validation import must_be
-from .loss_base import Loss
+from ..._validation import must_be
+from ..batches import map_tensors
+from .base import Loss
 
 __all__ = ["CallableLoss"]
 
@@ -31,7 +31,7 @@ class CallableLoss(Loss):
         Maps outputs and targets of rows to a scalar, or to one value (or row of values) per row.
     """
 
-    def __init__(self, function: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
         self.function = function
         self.kind: str | None = None
         self._takes_vmap = False
@@ -45,7 +45,7 @@ class CallableLoss(Loss):
             function = copy.deepcopy(function).to(device, dtype)
         return CallableLoss(function)
 
-    def check(self, output: torch.Tensor, target: Any) -> None:
+    def check(self, output: torch.Tensor, target: object) -> None:
         """Raise unless every tensor of the targets has one entry a row; scalars are shared by all rows."""
         tensors = _tensors(target)
         if not tensors:
@@ -55,7 +55,7 @@ class CallableLoss(Loss):
             got = f"outputs of shape {tuple(output.shape)} and y of shape {_shapes(target)}"
             raise ValueError(must_be("The outputs and y", "of the same length", got))
 
-    def per_sample(self, output: torch.Tensor, target: Any) -> torch.Tensor:
+    def per_sample(self, output: torch.Tensor, target: object) -> torch.Tensor:
         """Return the callable's value on each sample alone."""
         if self.kind == "none":
             return self._each(output, target).reshape(len(output), -1).sum(1)
@@ -63,15 +63,15 @@ class CallableLoss(Loss):
             return torch.vmap(self._alone)(output, target)
         return torch.stack([self._scalar(output[i : i + 1], _row(target, i)) for i in range(len(output))])
 
-    def mass(self, output: torch.Tensor, target: Any) -> torch.Tensor:
+    def mass(self, output: torch.Tensor, target: object) -> torch.Tensor:
         """Return 1 for each sample; the number of elements where the callable returns them all."""
-        mass = super().mass(output, target)
+        mass = torch.ones(len(output), dtype=output.dtype, device=output.device)
         if self.kind == "none":
             with torch.no_grad():
                 mass *= self._each(output[:1], _row(target, 0)).numel()
         return mass
 
-    def verify(self, output: torch.Tensor, target: Any) -> None:
+    def verify(self, output: torch.Tensor, target: object) -> None:
         """Classify the callable by a batch and the same batch doubled; raise where it is neither mean nor sum."""
         self._check_differentiable(output, target)
         with torch.no_grad():
@@ -95,7 +95,10 @@ class CallableLoss(Loss):
                 return
         self._refuse(output, target, once, twice, alone)
 
-    def verify_values(self, output: torch.Tensor, target: Any, losses: torch.Tensor) -> None:
+    def __str__(self) -> str:
+        return "a callable"
+
+    def verify_values(self, output: torch.Tensor, target: object, losses: torch.Tensor) -> None:
         """Raise unless the callable's own value on the batch is the mean or sum of these."""
         with torch.no_grad():
             if self.kind == "none":
@@ -107,7 +110,7 @@ class CallableLoss(Loss):
             got = f"a {self.kind} of {own:.6g} a row on {len(output)} rows, {losses.mean():.6g} over single rows"
             raise ValueError(must_be("The loss callable", f"{_PARTS}, on every batch", got, _HINT))
 
-    def _verify_rows(self, output: torch.Tensor, target: Any) -> None:
+    def _verify_rows(self, output: torch.Tensor, target: object) -> None:
         """Hold the first and the last row of the values against those of the row alone."""
         values = self._each(output, target)
         for i in {0, len(output) - 1}:
@@ -118,7 +121,7 @@ class CallableLoss(Loss):
                 hint = f"y of shape {_shapes(target)} against outputs {tuple(output.shape)} may have been broadcast."
                 raise ValueError(must_be("The loss callable", must, got, hint))
 
-    def _check_differentiable(self, output: torch.Tensor, target: Any) -> None:
+    def _check_differentiable(self, output: torch.Tensor, target: object) -> None:
         kept = [tensor.clone() for tensor in _tensors(target)]
         with torch.enable_grad():
             value = self._call(output.detach().requires_grad_(True), target)
@@ -132,7 +135,7 @@ class CallableLoss(Loss):
             raise ValueError(must_be("The loss callable", "differentiable in the outputs", "a constant", hint))
 
     def _refuse(
-        self, output: torch.Tensor, target: Any, once: torch.Tensor, twice: torch.Tensor, alone: torch.Tensor
+        self, output: torch.Tensor, target: object, once: torch.Tensor, twice: torch.Tensor, alone: torch.Tensor
     ) -> None:
         with torch.no_grad():
             thrice = self._repeated(output, target, 3).reshape(())
@@ -152,7 +155,7 @@ class CallableLoss(Loss):
             hint = f"{_HINT} y of shape {_shapes(target)} against outputs {tuple(output.shape)}: is one broadcast?"
         raise ValueError(must_be("The loss callable", _PARTS, got, hint))
 
-    def _call(self, output: torch.Tensor, target: Any) -> torch.Tensor:
+    def _call(self, output: torch.Tensor, target: object) -> torch.Tensor:
         try:
             value = self.function(output, target)
         except torch.OutOfMemoryError:
@@ -164,7 +167,7 @@ class CallableLoss(Loss):
             raise TypeError(must_be("The loss callable's result", "a tensor", type(value).__name__))
         return value
 
-    def _value(self, output: torch.Tensor, target: Any) -> torch.Tensor:
+    def _value(self, output: torch.Tensor, target: object) -> torch.Tensor:
         """Return the callable's value; that of one row by two copies of it where it needs them."""
         if len(output) > 1 or self._copies == 1:
             return self._call(output, target)
@@ -173,7 +176,7 @@ class CallableLoss(Loss):
             return value[:1]
         return value / self._copies if self.kind == "sum" else value
 
-    def _copies_of_a_row(self, output: torch.Tensor, target: Any) -> int:
+    def _copies_of_a_row(self, output: torch.Tensor, target: object) -> int:
         if len(output) == 1:
             return 1
         row = output[:1].detach().requires_grad_(True)
@@ -186,7 +189,7 @@ class CallableLoss(Loss):
                 return 2
         return 2 if told else 1
 
-    def _each(self, output: torch.Tensor, target: Any) -> torch.Tensor:
+    def _each(self, output: torch.Tensor, target: object) -> torch.Tensor:
         values = self._value(output, target)
         if not values.ndim or len(values) != len(output):
             must = "one value per row on every batch, as on the first"
@@ -194,7 +197,7 @@ class CallableLoss(Loss):
             raise ValueError(must_be("The loss callable's result", must, got))
         return values
 
-    def _scalar(self, output: torch.Tensor, target: Any) -> torch.Tensor:
+    def _scalar(self, output: torch.Tensor, target: object) -> torch.Tensor:
         value = self._value(output, target)
         if value.numel() != 1:
             must = "a scalar on every batch, as on the first"
@@ -202,14 +205,14 @@ class CallableLoss(Loss):
             raise ValueError(must_be("The loss callable's result", must, got))
         return value.reshape(())
 
-    def _alone(self, output: torch.Tensor, target: Any) -> torch.Tensor:
-        return self._scalar(output[None], _mapped(lambda tensor: tensor[None], target))
+    def _alone(self, output: torch.Tensor, target: object) -> torch.Tensor:
+        return self._scalar(output[None], map_tensors(lambda tensor: tensor[None], target))
 
-    def _repeated(self, output: torch.Tensor, target: Any, times: int) -> torch.Tensor:
-        again = _mapped(lambda tensor: torch.cat([tensor] * times) if tensor.ndim else tensor, target)
+    def _repeated(self, output: torch.Tensor, target: object, times: int) -> torch.Tensor:
+        again = map_tensors(lambda tensor: torch.cat([tensor] * times) if tensor.ndim else tensor, target)
         return self._call(torch.cat([output] * times), again)
 
-    def _try_vmap(self, output: torch.Tensor, target: Any, alone: torch.Tensor) -> bool:
+    def _try_vmap(self, output: torch.Tensor, target: object, alone: torch.Tensor) -> bool:
         # A callable may branch on values or call `.item()`: then row by row, which always works. So does what torch
         # has no batched rule for, and it warns of each call that it takes apart.
         with warnings.catch_warnings(record=True) as told:
@@ -241,28 +244,15 @@ def _tolerances(value: torch.Tensor) -> tuple[float, float]:
     return (1e-6, 1e-12) if value.dtype == torch.float64 else (1e-4, 1e-6)
 
 
-def _mapped(function: Callable[[torch.Tensor], torch.Tensor], target: Any) -> Any:
-    """Return targets (a tensor, or mappings and tuples of them) with ``function`` applied to every tensor."""
-    if isinstance(target, torch.Tensor):
-        return function(target)
-    if isinstance(target, Mapping):
-        return {key: _mapped(function, value) for key, value in target.items()}
-    if isinstance(target, tuple) and type(target) is not tuple:
-        return type(target)(*(_mapped(function, value) for value in target))
-    if isinstance(target, tuple | list):
-        return type(target)(_mapped(function, value) for value in target)
-    return target
-
-
-def _tensors(target: Any) -> list[torch.Tensor]:
+def _tensors(target: object) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
-    _mapped(lambda tensor: found.append(tensor) or tensor, target)  # type: ignore[func-returns-value]
+    map_tensors(found.append, target)
     return found
 
 
-def _row(target: Any, i: int) -> Any:
-    return _mapped(lambda tensor: tensor[i : i + 1] if tensor.ndim else tensor, target)
+def _row(target: object, i: int) -> object:
+    return map_tensors(lambda tensor: tensor[i : i + 1] if tensor.ndim else tensor, target)
 
 
-def _shapes(target: Any) -> str:
+def _shapes(target: object) -> str:
     return ", ".join(str(tuple(tensor.shape)) for tensor in _tensors(target))

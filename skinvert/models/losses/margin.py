@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
-from .._validation import must_be
-from .losses import Loss, ModuleLoss
+from ..._validation import must_be
+from .base import Loss, Outputs
 
 __all__ = ["Margin"]
 
@@ -26,21 +25,15 @@ class Margin(Loss):
     Park, Georgiev, Ilyas, Leclerc & Madry (2023), "TRAK: Attributing model behavior at scale", eq. 4.
     """
 
-    def __init__(self, of: str = "logits") -> None:
+    def __init__(self, of: Outputs = "logits") -> None:
         self.of = of
-
-    @classmethod
-    def in_place_of(cls, loss: Loss | None, takes_logarithm: bool) -> Margin:
-        """Return the margin of the outputs that ``loss`` takes; a skorch classifier takes their logarithm."""
-        if isinstance(loss, ModuleLoss) and isinstance(loss.module, nn.NLLLoss):
-            return cls("probabilities" if takes_logarithm else "log_probabilities")
-        return cls()
 
     def per_sample(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Return s (m,)."""
         if _is_one_logit(output):
             # In the dtype of the outputs: 2·0 − 1 of an unsigned label is 255.
-            return ((2 * target.to(output.dtype) - 1) * output).reshape(len(output))
+            f = output.logit() if self.of == "probabilities" else output
+            return ((2 * target.to(f.dtype) - 1) * f).reshape(len(f))
         # log p up to a constant of the row, which cancels; another class's alone is exact where p is close to 1.
         f = output.log() if self.of == "probabilities" else output
         label = target.long()[:, None]
