@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized, ValuesView
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import scipy.sparse
@@ -12,7 +12,27 @@ from sklearn.base import BaseEstimator, TransformerMixin
 
 from ._validation import must_be
 
-__all__ = ["RowTransformer", "check_columns", "has_columns", "refuse_parameters", "rows_of"]
+__all__ = ["Frame", "RowTransformer", "check_columns", "has_columns", "refuse_parameters", "rows_of"]
+
+
+@runtime_checkable
+class Frame(Protocol):
+    """What pandas' frames and columns have, and those of libraries after its model: labels of rows, and their places.
+
+    A protocol, since none of these libraries need be installed.
+    """
+
+    index: Any
+    iloc: Any
+
+    def __len__(self) -> int: ...
+
+
+@runtime_checkable
+class _Named(Protocol):
+    """What frames of any library have: names of columns."""
+
+    columns: Any
 
 
 class RowTransformer(TransformerMixin, BaseEstimator):
@@ -31,12 +51,12 @@ def rows_of(data: Any) -> Any:
     """Return the part of ``(X, y)`` or of a mapping that has the rows' index, or ``data``."""
     parts: Iterable[Any] = data.values() if isinstance(data, Mapping) else data if isinstance(data, tuple) else ()
     found = (rows_of(part) for part in parts)
-    return next((part for part in found if hasattr(part, "index") and hasattr(part, "iloc")), data)
+    return next((part for part in found if isinstance(part, Frame)), data)
 
 
 def has_columns(b: Any) -> bool:
     """Return whether ``b`` is a frame whose columns have names."""
-    columns = getattr(b, "columns", ())
+    columns = b.columns if isinstance(b, _Named) else ()
     return len(columns) > 0 and all(isinstance(name, str) for name in columns)
 
 
@@ -61,7 +81,7 @@ def refuse_parameters(b: Any) -> None:
     parts = list(b.values()) if isinstance(b, Mapping) else b
     listed = isinstance(parts, list | tuple) and any(isinstance(part, torch.Tensor | np.ndarray) for part in parts)
     if isinstance(b, Mapping | Iterator | ValuesView | torch.nn.Module) or (listed and not _is_matrix(parts)):
-        got = f"a {type(b).__name__}" + (f" of {len(parts)}" if hasattr(parts, "__len__") else "")
+        got = f"a {type(b).__name__}" + (f" of {len(parts)}" if isinstance(parts, Sized) else "")
         hint = "Try `inverter.flatten(...)` of a gradient by parameters, `torch.stack(...)` of whole rows (p,)."
         raise TypeError(must_be("b", "an array or tensor of shape (k, p)", got, hint))
 

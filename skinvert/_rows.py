@@ -10,6 +10,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from ._scaling import far_exponents, lost_rows, times_powers
+from ._state import DTYPES
 from ._telling import warn
 from ._validation import check_rows, must_be, to_plain_array
 from .results import InverseHvpResult
@@ -103,7 +104,8 @@ class Rows:
         """Return the torch dtype of the answer: b's own where it is a floating one."""
         if isinstance(self.source, torch.Tensor):
             return self.source.dtype if self.source.is_floating_point() else x.dtype
-        return getattr(torch, self._numpy_dtype(x).name, torch.float64)
+        # A long double has no counterpart.
+        return DTYPES.get(self._numpy_dtype(x).name, torch.float64)
 
     def _numpy_dtype(self, x: torch.Tensor) -> np.dtype:
         return (

@@ -29,10 +29,9 @@ def check_fields(owner: str, fields: Mapping[str, str], state: Mapping[str, Any]
     fields : mapping of str to str
         Each attribute's type: ``"float"`` (finite), ``"int"`` (≥ 0), ``"bool"``, ``"str"``, ``"dtype"``, ``"device"``,
         ``"names"`` (strings), ``"array"`` (1-d, floating), ``"plain"`` (these in lists, tuples and dicts),
-        ``"tensor[p,p]"`` (floating), ``"index[p]"`` (int64) and ``"mask[p]"`` (bool), whose letters stand for one
-        length each, the name of a class of ours, ``"list[Name]"`` of such. Alternatives are separated by ``|``;
-        ``None`` is one, and
-        ``missing`` lets the attribute be left out.
+        ``"state"`` (a mapping of names, checked on its own), ``"tensor[p,p]"`` (floating), ``"index[p]"`` (int64) and
+        ``"mask[p]"`` (bool), whose letters stand for one length each, the name of a class of ours, ``"list[Name]"`` of
+        such. Alternatives are separated by ``|``; ``None`` is one, and ``missing`` lets the attribute be left out.
     state : mapping
         The attributes.
     optional : frozenset of str
@@ -121,6 +120,7 @@ _SIMPLE: dict[str, Callable[[Any], bool]] = {
     "names": _is_names,
     "array": lambda value: isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind == "f",
     "plain": _is_plain,
+    "state": lambda value: type(value) is dict and all(type(key) is str for key in value),
 }
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ._validation import must_be
 
-__all__ = ["Packed", "TensorState", "pack", "unpack"]
+__all__ = ["DTYPES", "Packed", "TensorState", "pack", "unpack"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Packed:
 
 
 # The dtypes that a state may name. A closed list: a name from a file is never looked up anywhere else.
-_DTYPES = {
+DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -61,9 +61,9 @@ _DTYPES = {
 
 
 def _dtype(name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise ValueError(must_be("A dtype's name", f"one of {sorted(_DTYPES)}", repr(name)))
-    return _DTYPES[name]
+    if name not in DTYPES:
+        raise ValueError(must_be("A dtype's name", f"one of {sorted(DTYPES)}", repr(name)))
+    return DTYPES[name]
 
 
 def _numpy_dtype(name: str) -> np.dtype:

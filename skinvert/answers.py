@@ -11,7 +11,7 @@ import torch
 from ._validation import must_be
 from .methods.base import InverseOperator
 
-__all__ = ["OPTIONAL", "answer", "check_answer", "file_fields"]
+__all__ = ["OPTIONAL", "answer", "check_answer", "check_container", "file_fields", "setting_fields"]
 
 FITTED = {
     "n_features_in_": "int",
@@ -37,8 +37,12 @@ TOLERANCE = {torch.float32: 5e-2, torch.float64: 1e-3}
 
 def file_fields(cls: type) -> dict[str, str]:
     """Return the types of all that a file of ``cls`` may hold: its settings, which ``fit`` checks, and FITTED."""
-    settings = dict.fromkeys(inspect.signature(cls).parameters, "plain|Method|SampledFisher|LeftOut")
-    return {**settings, **FITTED}
+    return {**setting_fields(cls), **FITTED}
+
+
+def setting_fields(cls: type) -> dict[str, str]:
+    """Return the types of the settings of ``cls`` in a file."""
+    return dict.fromkeys(inspect.signature(cls).parameters, "plain|Method|SampledFisher|LeftOut")
 
 
 def answer(inverse: InverseOperator) -> torch.Tensor:
@@ -84,13 +88,18 @@ def _check_layout(layout: Any, size: int) -> None:
 
 
 def _check_twice_kept(state: dict[str, Any], inverse: InverseOperator, layout: Any) -> None:
-    """Raise where what a file holds in two places differs between them, and for a container that no output has."""
+    """Raise where what a file holds in two places differs between them."""
     names = state.get("parameter_names_")
     if layout is not None and names is not None and list(names) != list(layout.names):
         raise ValueError(must_be("The names of the parameters", "those of the layout", repr(names)[:80]))
     if inverse.hessian_perturbation != state["hessian_perturbation_"]:
         got = f"{inverse.hessian_perturbation:g}"
         raise ValueError(must_be("λ of the inverse", f"{state['hessian_perturbation_']:g}", got))
+    check_container(state)
+
+
+def check_container(state: dict[str, Any]) -> None:
+    """Raise for a container that no output has."""
     container = state.get("_sklearn_output_config", {})
     if type(container) is not dict or container not in [{}, *({"transform": name} for name in CONTAINERS)]:
         raise ValueError(must_be("_sklearn_output_config", f"one of {CONTAINERS}", repr(container)[:80]))

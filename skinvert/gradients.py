@@ -5,24 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 import torch
 from sklearn.utils.validation import check_is_fitted
-from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ._autograd import ordinary
-from ._fitting import clone_sharing, fit_whole
-from ._frames import RowTransformer, rows_of
+from ._fitting import SharesModel, fit_whole
+from ._frames import Frame, RowTransformer, rows_of
 from ._memory import check_memory, rows_within
 from ._progress import progress
 from ._validation import check_number, must_be
 from .curvature import Objective, gradient_rows, split_batch, warn_of_unreached
-from .data import as_batches
-from .models import TorchTwiceDifferentiable, as_margin, as_model, describe, is_model, map_tensors
+from .data import Batches, batches_of, holds_tensors
+from .models import TorchTwiceDifferentiable, as_margin, as_model, is_model
 
 __all__ = ["PerSampleGradient"]
 
 
-class PerSampleGradient(RowTransformer):
+class PerSampleGradient(SharesModel, RowTransformer):
     r"""Map rows (X, y) to their loss gradients gᵢ = ∇ℓᵢ(θ), one per row; the penalty is left out.
 
     ``fit`` records the scale κ = Σ w / Σ w m of the training loss (1/c for ``mse``, the mean class weight for weighted
@@ -137,7 +137,7 @@ class PerSampleGradient(RowTransformer):
             for rows, part in split_batch(batch, weights, chunk):
                 gradients[start : start + len(part)] = self.loss_scale_ * gradient_rows(model, rows)
                 start += len(part)
-        return gradients if _holds_tensors(X) else gradients.cpu().numpy()
+        return gradients if holds_tensors(X) else gradients.cpu().numpy()
 
     @ordinary
     def fit_transform(self, X: Any, y: Any = None, **fit_params: Any) -> Any:
@@ -148,10 +148,6 @@ class PerSampleGradient(RowTransformer):
         """Return the p names of the columns: ``"fc1.weight[0,3]"``."""
         check_is_fitted(self, "loss_scale_")
         return np.asarray(self._layout.feature_names(), dtype=object)
-
-    def __sklearn_clone__(self) -> PerSampleGradient:
-        """Share the model and the loss."""
-        return clone_sharing(self)
 
     def __sklearn_tags__(self) -> Any:
         """Say that a target is needed."""
@@ -168,18 +164,19 @@ class PerSampleGradient(RowTransformer):
             raise TypeError(must_be("model", must, type(model).__name__, "Subclass TorchTwiceDifferentiable."))
         return model.at_point(self.params, self.dtype, self.device)
 
-    def _batches(self, model: TorchTwiceDifferentiable, X: Any, y: Any, sample_weight: Any, hold: bool = True) -> Any:
+    def _batches(
+        self, model: TorchTwiceDifferentiable, X: Any, y: Any, sample_weight: Any, hold: bool = True
+    ) -> Batches:
         if self.batch_size is not None:
             check_number(self.batch_size, "batch_size", owner="PerSampleGradient", low=1, integer=True)
-        data = model.read((X, y) if y is not None else X)
-        return as_batches(
-            data,
+        return batches_of(
+            model,
+            (X, y) if y is not None else X,
             batch_size=self.batch_size,
             sample_weight=sample_weight,
             needs_row_order=True,
             # `fit` takes sums of one pass: a stream that is drawn anew has them too.
             hold=hold,
-            **describe(model),
         )
 
 
@@ -189,27 +186,9 @@ def _check_pair(X: Any, y: Any) -> None:
         X = X if is_model(X) else y
         hint = "The model is a setting: try `PerSampleGradient(model, loss=...).fit(X, y)`."
         raise TypeError(must_be("What PerSampleGradient is given", "(X, y)", f"a {type(X).__name__}", hint))
-    frame = isinstance(X, np.ndarray | torch.Tensor) or hasattr(X, "iloc") or hasattr(X, "toarray")
-    if y is None and frame:
+    if y is None and (isinstance(X, np.ndarray | torch.Tensor | Frame) or scipy.sparse.issparse(X)):
         hint = (
             "A gradient needs the target: try `transform((X, y))`. `Pipeline.transform` and `Pipeline.score` pass X "
             "alone: try `pipe.transform((X, y))`, and `make_quadratic_scorer()` to score, in a search as `scoring=`."
         )
         raise TypeError(must_be("PerSampleGradient's data", "(X, y)", f"X of shape {tuple(X.shape)} alone", hint))
-
-
-def _holds_tensors(data: Any) -> bool:
-    """Return whether the inputs are tensors as the user holds them."""
-    if isinstance(data, tuple):
-        return _any_tensor(data[0])
-    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
-        return _any_tensor(data.collate_fn([data.dataset[0]]))
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        return _any_tensor(data[0])
-    return _any_tensor(next(iter(data)))
-
-
-def _any_tensor(batch: Any) -> bool:
-    found: list[torch.Tensor] = []
-    map_tensors(found.append, batch[0] if isinstance(batch, tuple | list) and batch else batch)
-    return bool(found)

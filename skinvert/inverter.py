@@ -2,57 +2,44 @@
 
 from __future__ import annotations
 
-import copyreg
 import numbers
-import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import scipy.sparse.linalg
 import torch
-from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, clone
-from sklearn.utils import check_array, check_random_state
+from sklearn.base import OneToOneFeatureMixin, TransformerMixin, clone
+from sklearn.utils import check_array
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from ._arguments import check_fit_arguments, check_method
+from ._arguments import check_fit_arguments, check_fits_rows, check_method, refuse_model_settings
 from ._autograd import ordinary
-from ._fitting import clone_sharing, fit_whole
+from ._fitting import SharesModel, fit_whole
 from ._frames import check_columns, has_columns, refuse_parameters
 from ._linear_map import apply_linear, solve_linear
 from ._rows import Rows
 from ._scaling import times_powers
-from ._state import pack, unpack
-from ._validation import (
-    check_choice,
-    check_hessian_perturbation,
-    check_number,
-    check_sample_weight,
-    check_shift,
-    must_be,
-    resolve_device,
-    resolve_dtype,
-)
+from ._validation import check_choice, check_hessian_perturbation, check_number, check_shift, must_be
 from .answers import OPTIONAL, answer, check_answer, file_fields
-from .block_operators import BlockDiagonal
-from .curvature import Gram, build_blocks, build_curvature, curvature_name, held_out_curvature, seeded_curvature
-from .data import as_batches
+from .data import as_data
+from .files import UNSAVED, Saved, savable
 from .methods.base import InverseOperator, Method, relative_residual
-from .methods.blocks import invert_blocks
 from .methods.spectrum import has_spectrum, spectrum
-from .models import TorchTwiceDifferentiable, as_model, describe, fixed_at, is_model
+from .models import TorchTwiceDifferentiable, TwiceDifferentiable, as_model, is_model
 from .operators import LinearOperator, Shifted, as_scipy
-from .parameters import ParameterLayout, split_blocks
-from .persistence import left_out, load_state, refusing_damage, require_present, save_state
-from .registry import InversionRegistry, check_requirements, is_method
+from .parameters import ParameterLayout
+from .persistence import require_present
+from .registry import InversionRegistry, is_method
 from .results import InverseHvpResult, Spectrum
-from .scores import HeldOut, quadratic_score
-from .sources import Samples
+from .scores import HeldOut, held_out, held_out_rows, quadratic_score
+from .system import Function, System, assemble, random_seed, seeded_method
 
-__all__ = ["HessianInverter", "load"]
+__all__ = ["HessianInverter"]
 
 
-class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
+@savable
+class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved):
     r"""Solve (H + λI) x = b for a trained model's curvature H, one right-hand side per row.
 
     ``fit(model, data)``, ``fit(X, y)`` with ``model`` set, or ``fit(X)`` on plain rows, whose curvature is that of
@@ -140,6 +127,9 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     tensor([[1., 2.]])
     """
 
+    method_: Method | Function
+    inverse_: InverseOperator | None
+
     def __init__(
         self,
         method: Any = "auto",
@@ -200,108 +190,85 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         shift = check_hessian_perturbation(self.hessian_perturbation, "HessianInverter")
         return fit_whole(self, lambda fresh: fresh._fit_at(X, y, sample_weight, shift))
 
-    @ordinary
-    def _fit_at(self, X: Any, y: Any, sample_weight: Any, shift: float) -> Any:
+    def _fit_at(self, X: Any, y: Any, sample_weight: Any, shift: float) -> None:
         """Fit at λ = ``shift``."""
         if self.batch_size is not None:
             check_number(self.batch_size, "batch_size", owner="HessianInverter", low=1, integer=True)
         check_choice(self.check_residual, "check_residual", [True, False])
         if is_model(X):
-            A, blocks = self._model_curvature(X, y, sample_weight)
+            system = self._model_system(X, y, sample_weight)
         elif self.model is not None:
-            A, blocks = self._model_curvature(self.model, as_data(X, y), sample_weight)
+            system = self._model_system(self.model, as_data(X, y), sample_weight)
         else:
-            A, blocks = self._rows_curvature(X, y, sample_weight), None
-        self._invert(A, blocks, shift)
-        return self
+            system = self._rows_system(X, y, sample_weight)
+        self._keep(system, shift)
 
-    def _model_curvature(self, model: Any, data: Any, sample_weight: Any) -> Any:
+    def _keep(self, system: System, shift: float) -> None:
+        """Invert a system at λ = ``shift``, and keep both."""
+        self._layout, self._model = system.layout, system.model
+        if system.layout is not None and system.gradient_norm is not None:
+            self.parameter_names_, self.gradient_norm_ = list(system.layout.names), system.gradient_norm
+        self.n_samples_, self.curvature_name_ = system.n_samples, system.curvature_name
+        self.curvature_, self.n_features_in_ = system.curvature, system.curvature.size
+        self.hessian_perturbation_ = check_shift(shift, system.curvature.dtype)
+        self.inverse_ = None
+        if isinstance(self.method_, Method):
+            self.method_, self.inverse_ = system.invert(self.method_, shift, self.verbose)
+            eigenvalues = getattr(self.inverse_, "eigenvalues", None)
+            if eigenvalues is not None:
+                self.eigenvalues_ = eigenvalues.cpu().numpy()
+
+    def _model_system(self, model: Any, data: Any, sample_weight: Any) -> System:
         if data is None:
             raise ValueError(must_be("fit(model, data)'s data", "given", "None", "Try fit(model, (X, y))."))
         model, loss = require_present(model, "model"), require_present(self.loss, "loss")
-        adapted: Any = as_model(model, loss, self.weight_decay)
-        adapted = fixed_at(adapted, self.params, self.dtype, self.device)
-        if isinstance(adapted, TorchTwiceDifferentiable):
-            self._layout: ParameterLayout | None = adapted.layout
-        else:
-            shapes = tuple(tuple(parameter.shape) for parameter in adapted.parameters)
-            self._layout = ParameterLayout(tuple(f"parameter{i}" for i in range(len(shapes))), shapes)
-        method = self._method(type(adapted))
-        default = getattr(method, "default_curvature", "hessian")
-        chosen = default if self.curvature == "auto" else self.curvature
-        chosen = seeded_curvature(chosen, self.random_state)
-        self.curvature_name_ = curvature_name(chosen)
-        batches = self._batches(adapted, data, sample_weight)
-        A: Any = build_curvature(chosen, adapted, batches, self.verbose)
-        self.gradient_norm_ = A.gradient_norm
-        self.method_, self.n_samples_ = method, batches.n_samples
-        self._model, self._data = adapted, data
-        self.parameter_names_, self.n_features_in_ = list(self._layout.names), A.size
-        if self.blocks is None:
-            return A, None
-        if not isinstance(method, Method):
-            raise ValueError(must_be("blocks", "None for a method that is a function", repr(self.blocks)))
-        members = split_blocks(self._layout.names, self.blocks)
-        return A, build_blocks(chosen, adapted, batches, members, self.verbose)
+        adapted = as_model(model, loss, self.weight_decay)
+        self.method_, self._data = self._method(type(adapted)), data
+        return self._assembled(adapted, data, sample_weight)
 
-    def _batches(self, adapted: Any, data: Any, sample_weight: Any) -> Any:
-        read = adapted.read(data) if hasattr(adapted, "read") else data
-        return as_batches(read, batch_size=self.batch_size, sample_weight=sample_weight, **describe(adapted))
-
-    def _rows_curvature(self, X: Any, y: Any, sample_weight: Any) -> LinearOperator:
+    def _rows_system(self, X: Any, y: Any, sample_weight: Any) -> System:
         home = X.device if isinstance(X, torch.Tensor) else torch.device("cpu")
         if isinstance(X, torch.Tensor):
             X = X.detach().cpu().numpy()
         X = validate_data(self, X, dtype=[np.float64, np.float32])
-        weights = check_sample_weight(sample_weight, len(X))
-        method = self._method(None)
-        if self.blocks is not None:
-            raise ValueError(must_be("blocks for plain rows", "None", repr(self.blocks), "They have no layers."))
-        for name, default in (("loss", None), ("weight_decay", 0.0), ("params", None)):
-            if y is not None and (given := getattr(self, name)) is not None and given != default:
-                hint = "They have no model: is `model=` missing?"
-                raise ValueError(must_be(f"{name} for plain rows", repr(default), repr(given), hint))
-        if self.curvature not in ("auto", "gram"):
-            hint = "Plain rows have one curvature, XᵀX/n. For a model's, give a model."
-            raise ValueError(must_be("curvature for plain rows", "'auto'", repr(self.curvature), hint))
-        rows = torch.from_numpy(np.array(X, order="C", copy=True))
-        device = resolve_device(self.device, home)
-        rows = rows.to(device, resolve_dtype(self.dtype, rows.dtype))
-        self.method_, self.n_samples_, self.curvature_name_ = method, len(X), "gram"
-        self._layout, self._model, self._data = None, None, None
-        return Gram(rows, None if weights is None else torch.from_numpy(weights).to(rows))
+        self.method_, self._data = self._method(None), None
+        if y is not None:
+            refuse_model_settings(self.loss, self.weight_decay, self.params)
+        return self._assembled(torch.from_numpy(np.array(X, order="C", copy=True)), None, sample_weight, home)
 
-    def _method(self, model_type: type | None) -> Any:
+    def _assembled(
+        self,
+        model_or_rows: TwiceDifferentiable | torch.Tensor,
+        data: object,
+        sample_weight: object,
+        home: torch.device | None = None,
+    ) -> System:
+        return assemble(
+            model_or_rows,
+            data,
+            method=self.method_,
+            curvature=self.curvature,
+            params=self.params,
+            blocks=self.blocks,
+            batch_size=self.batch_size,
+            device=home if self.device is None else self.device,
+            dtype=self.dtype,
+            sample_weight=sample_weight,
+            random_state=self.random_state,
+            verbose=self.verbose,
+        )
+
+    def _method(self, model_type: type | None) -> Method | Function:
         """Return a configured method, or a registered function."""
         if isinstance(self.method, Method):
-            return self._seeded(clone(self.method))
+            return seeded_method(clone(self.method), self.random_state)
         found = InversionRegistry.get(model_type or TorchTwiceDifferentiable, self.method)
         if is_method(found):
-            return self._seeded(found())
+            return seeded_method(found(), self.random_state)
         if model_type is None:
             must = "a Method for plain arrays"
             raise ValueError(must_be("method", must, f"the function {self.method!r}, which wants a model"))
         return found
-
-    def _seeded(self, method: Method) -> Method:
-        """Pass the estimator's random state on to a stochastic method that has none of its own."""
-        if self.random_state is not None and method.get_params().get("random_state", 0) is None:
-            seed = check_random_state(self.random_state).randint(2**31 - 1)
-            method.set_params(random_state=self.random_state if isinstance(self.random_state, int) else seed)
-        return method
-
-    def _invert(self, A: LinearOperator, blocks: BlockDiagonal | None, shift: float) -> None:
-        self.curvature_, self.hessian_perturbation_ = A, check_shift(shift, A.dtype)
-        self.inverse_: Any = None
-        if isinstance(self.method_, Method):
-            check_requirements(self.method_, A)
-            if blocks is not None:
-                self.inverse_ = invert_blocks(self.method_, blocks, shift, self.verbose).judged_by(A)
-                return
-            self.method_ = self.method_.choose(A, shift)
-            self.inverse_ = self.method_.invert(A, shift, self.verbose)
-            if getattr(self.inverse_, "eigenvalues", None) is not None:
-                self.eigenvalues_ = self.inverse_.eigenvalues.cpu().numpy()
 
     # -- solve -----------------------------------------------------------------------------------------------------
 
@@ -328,9 +295,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
         With a model the inputs are no right-hand sides: transform gradients instead.
         """
-        if self.model is not None or is_model(X):
-            hint = "Try `fit(X, y)`, then `transform(PerSampleGradient(model, loss=...).fit_transform(X, y))`."
-            raise TypeError(must_be("fit_transform", "called on plain rows", "a model", hint))
+        check_fits_rows(X, self.model)
         return self.fit(X, y, **fit_params).transform(X)
 
     def solve(self, b: Any) -> InverseHvpResult:
@@ -352,11 +317,9 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     @ordinary
     def _solve(self, b: Any) -> InverseHvpResult:
         rows = self._rows(b)
-        if self.inverse_ is None:
-            self._need("_model", "solve")
-            return self.method_(self._model, self._data, rows.source, self.hessian_perturbation_)
-        x, info = rows.through(self._judged()).solve(rows.tensor)
-        return rows.result(x, info)
+        if not isinstance(self.method_, Method):
+            return self.method_(self._at_hand("_model", "solve"), self._data, rows.source, self.hessian_perturbation_)
+        return rows.result(*rows.through(self._judged("solve")).solve(rows.tensor))
 
     def path(self, b: Any, hessian_perturbations: Any) -> Any:
         """Return the solutions at many λ, for the price of about one solve where the method allows it.
@@ -389,8 +352,8 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         rows = self._rows(b)
         for shift in shifts:
             check_shift(shift, rows.tensor.dtype)
-        self._factorised("path", "Call `solve` for each λ.")
-        return rows.back(rows.through(self._judged()).path(rows.tensor, shifts))
+        inverse = self._judged("path", "Call `solve` for each λ.")
+        return rows.back(rows.through(inverse).path(rows.tensor, shifts))
 
     @ordinary
     def spectrum(self, *, n_probes: int = 10, steps: int = 60) -> Spectrum:
@@ -408,10 +371,9 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self, "n_features_in_")
         if not has_spectrum(self.inverse_):
-            self._need("curvature_", "spectrum")
-        seed = None if self.random_state is None else int(check_random_state(self.random_state).randint(2**31))
-        curvature = getattr(self, "curvature_", None)
-        return spectrum(curvature, self.inverse_, n_probes=n_probes, steps=steps, random_state=seed)
+            self._at_hand("curvature_", "spectrum")
+        seed = None if self.random_state is None else random_seed(self.random_state)
+        return spectrum(vars(self).get("curvature_"), self.inverse_, n_probes=n_probes, steps=steps, random_state=seed)
 
     def inverse_transform(self, X: Any) -> Any:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
@@ -469,40 +431,35 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         check_is_fitted(self, "n_features_in_")
         if self._layout is None:
             X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-            given = check_sample_weight(sample_weight, len(X))
-            rows = Rows.of(X, self.inverse_, scale=False).tensor
-            return HeldOut(rows, rows.new_ones(len(rows)) if given is None else torch.from_numpy(given).to(rows))
-        self._need("_model", "score")
+            return held_out_rows(Rows.of(X, self._factorised("score"), scale=False).tensor, sample_weight)
         # fit(model, data) knows batches in a list; a search over `model=` passes samples in one.
         data = X if self.model is None and y is None else as_data(X, y)
-        batches = self._batches(self._model, data, sample_weight)
-        curvature, gradients, weights = held_out_curvature(self.curvature_name_, self._model, batches)
-        return HeldOut(gradients, weights, curvature.penalty, curvature.sample_factors)
+        model = self._at_hand("_model", "score")
+        return held_out(model, self.curvature_name_, data, self.batch_size, sample_weight)
 
-    def _judged(self) -> Any:
+    def _judged(self, what: str, hint: str = "Call `solve`.") -> InverseOperator:
         """Return the inverse, its solutions judged against the exact curvature where that is at hand and asked for."""
-        if check_choice(self.check_residual, "check_residual", [True, False]):
-            return self.inverse_.judged_by(getattr(self, "curvature_", None))
-        return self.inverse_.unjudged()
+        inverse = self._factorised(what, hint)
+        judges = check_choice(self.check_residual, "check_residual", [True, False])
+        return inverse.judged_by(vars(self).get("curvature_")) if judges else inverse.unjudged()
 
-    def _factorised(self, what: str, hint: str = "Call `solve`.") -> Any:
+    def _factorised(self, what: str, hint: str = "Call `solve`.") -> InverseOperator:
         check_is_fitted(self, "n_features_in_")
         if self.inverse_ is None:
             raise TypeError(must_be("method", f"a Method for {what}", "a function", hint))
         return self.inverse_
 
-    def _at(self, shift: float) -> Any:
+    def _at(self, shift: float) -> HessianInverter:
         """Return this inverter at another λ, over the same curvature: its factorisation is reused where it can be."""
-        inverse, method = self._factorised("another λ"), self.method_
+        inverse: Any = self._factorised("another λ")
         check_shift(shift, inverse.dtype)
-        found = (
-            inverse.at(shift)
-            if type(inverse).at is not InverseOperator.at
-            else method.invert(self.curvature_, shift, self.verbose)
-        )
+        if type(inverse).at is not InverseOperator.at:
+            inverse = inverse.at(shift)
+        elif isinstance(self.method_, Method):
+            inverse = self.method_.invert(self.curvature_, shift, self.verbose)
         # Not `copy.copy`, which goes by the state of a pickle: without the curvature.
         other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, hessian_perturbation=shift, hessian_perturbation_=shift, inverse_=found)
+        other.__dict__.update(self.__dict__, hessian_perturbation=shift, hessian_perturbation_=shift, inverse_=inverse)
         return other
 
     # -- names, shapes, faces --------------------------------------------------------------------------------------
@@ -531,10 +488,6 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """Return (H + λI)⁻¹ as a ``scipy.sparse.linalg.LinearOperator``."""
         return as_scipy(self._factorised("aslinearoperator", "Use `transform`."))
 
-    def __sklearn_clone__(self) -> HessianInverter:
-        """Share the model and the loss: a trained model is data, not a setting."""
-        return clone_sharing(self)
-
     def __sklearn_tags__(self) -> Any:
         """Say that float32 stays float32 and that no target is needed."""
         tags = super().__sklearn_tags__()
@@ -544,80 +497,32 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     # -- files -----------------------------------------------------------------------------------------------------
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the curvature, and with it model, loss and data, where the factorisation serves without it.
+    def _serves_alone(self) -> bool:
+        inverse = vars(self).get("inverse_")
+        return inverse is not None and not inverse.keeps_operator
 
-        An inverter that is not fitted, or solves with the model, keeps them all.
-        """
-        state = dict(super().__getstate__())
-        if getattr(state.get("inverse_"), "keeps_operator", True) is False:
-            for name in ("curvature_", "_model", "_data"):
-                state.pop(name, None)
-            state.update({name: left_out(state[name]) for name in ("model", "loss")})
-        return {name: pack(value) if name in ("device", "dtype") else value for name, value in state.items()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the attributes."""
-        super().__setstate__(
-            {name: unpack(state[name]) if name in ("device", "dtype") else state[name] for name in state}
-        )
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Return what pickle, joblib and copy rebuild the inverter from."""
-        return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]
-
-    def __reduce__(self) -> Any:
-        """Refuse a model by name where skops, which alone calls this, would stumble over its tensors."""
-        state = self.__getstate__()
-        if state.get("_model") is not None or isinstance(state["model"], torch.nn.Module):
-            got = "a torch model, which an inverter needs to be fitted, and some methods to solve"
-            raise ValueError(must_be("What skops writes", "without torch models", got, "Try pickle or joblib."))
-        return super().__reduce__()
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the fitted inverse to a safetensors file, which ``skinvert.load`` reads anywhere.
-
-        The file holds the factorisation, the settings and the names of the parameters, under a checksum. It holds no
-        model, no data, no code, and no device; metadata requests are left out too. It takes the place of ``path`` once
-        it is complete, so that an interrupted save loses nothing.
-
-        Parameters
-        ----------
-        path : str or Path
-            Overwritten where it exists.
-
-        Raises
-        ------
-        ValueError
-            For a method that solves with the model, such as ``"cg"``, and for settings that are not plain.
-
-        Examples
-        --------
-        >>> import tempfile
-        >>> X = np.array([[2.0, 0.0], [0.0, 2.0]])
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     HessianInverter("direct", 2.0).fit(X).save(f"{folder}/inverse.safetensors")
-        ...     load(f"{folder}/inverse.safetensors").transform(np.array([[4.0, 8.0]]))
-        array([[1., 2.]])
-        """
-        check_is_fitted(self, "n_features_in_")
-        if type(self) is not HessianInverter:
-            raise TypeError(must_be("save", "called on a HessianInverter itself", type(self).__name__, "Try pickle."))
-        if self.inverse_ is None or self.inverse_.keeps_operator:
+    def _file_state(self) -> dict[str, Any]:
+        if not self._serves_alone():
             hint = "It solves with model and data, which a file of arrays cannot hold. Try pickle or joblib."
             raise ValueError(must_be("method for save", "one that factorises, such as 'direct'", self.method_, hint))
-        state = self.__getstate__()
-        for private in ("_metadata_request", "_skl_callbacks"):
-            state.pop(private, None)
-        state["answer"] = answer(self.inverse_)
-        save_state(path, type(self).__name__, state, file_fields(HessianInverter), OPTIONAL)
+        state = {name: value for name, value in self.__getstate__().items() if name not in UNSAVED}
+        return {**state, "answer": answer(self._factorised("save"))}
+
+    @classmethod
+    def _file_fields(cls) -> tuple[Mapping[str, str], frozenset[str]]:
+        return file_fields(cls), OPTIONAL
+
+    @classmethod
+    def _restored(cls, state: dict[str, Any]) -> Self:
+        check_answer(state)
+        return super()._restored(state)
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
     def _rows(self, b: Any) -> Rows:
         check_is_fitted(self, "n_features_in_")
-        if isinstance(self.__dict__.get("_model"), TorchTwiceDifferentiable):
-            self._model.check_unchanged()
+        if (model := vars(self).get("_model")) is not None:
+            model.check_unchanged()
         refuse_parameters(b)
         target = self.curvature_ if self.inverse_ is None else self.inverse_
         if self.model is not None and len(np.shape(b)) == 2 and np.shape(b)[1] != target.size:
@@ -629,7 +534,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def _by_name(self, b: Any) -> Any:
         """Return ``b``; as an array where it is a frame whose columns are the parameters', which fit has not seen."""
-        if not has_columns(b) or hasattr(self, "feature_names_in_"):
+        if not has_columns(b) or "feature_names_in_" in vars(self):
             return b
         names = self.get_feature_names_out().tolist()
         if self._layout is not None:
@@ -639,55 +544,18 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return check_array(b, dtype=[np.float64, np.float32])
 
     def _exact(self) -> LinearOperator:
-        self._need("curvature_", "residual")
-        return Shifted(self.curvature_, self.hessian_perturbation_)
+        return Shifted(self._at_hand("curvature_", "residual"), self.hessian_perturbation_)
 
-    def _need(self, name: str, what: str) -> None:
-        if getattr(self, name, None) is None:
+    def _at_hand(self, name: str, what: str) -> Any:
+        """Return a fitted attribute that pickles and files leave out; raise where it was."""
+        found = vars(self).get(name)
+        if found is None:
             hint = "A saved or pickled factorisation leaves out model and data: call `fit` again."
             raise ValueError(must_be(f"{what}'s model and data", "at hand", "a loaded inverter", hint))
+        return found
 
     def _named(self) -> ParameterLayout:
         check_is_fitted(self, "n_features_in_")
         if self._layout is None:
             raise TypeError(must_be("flatten and unflatten", "called after a fit on a model", "a fit on plain rows"))
         return self._layout
-
-
-def load(path: str | os.PathLike[str], device: Any = None) -> HessianInverter:
-    """Return the inverter that ``HessianInverter.save`` wrote: it transforms as the one saved, to the last bit.
-
-    No code in the file is run: it holds numbers, plain values and names of skinvert's own classes. To fit again, give
-    model and loss again.
-
-    Parameters
-    ----------
-    path : str or Path
-        The file.
-    device : str or torch.device, default=None
-        Where it solves: None is the CPU, wherever it was fitted; "auto" a GPU when there is one.
-
-    Returns
-    -------
-    HessianInverter
-        Fitted.
-
-    Raises
-    ------
-    ValueError
-        For a file that is truncated, altered, of a newer format, or none of ``save``'s.
-    """
-    where = resolve_device(device, torch.device("cpu"))
-    state = load_state(path, HessianInverter.__name__, where, file_fields(HessianInverter), OPTIONAL)
-    with refusing_damage(path, "one whose inverse gives another answer than it was saved with"):
-        check_answer(state)
-    inverter = object.__new__(HessianInverter)
-    inverter.__setstate__(state)
-    return inverter
-
-
-def as_data(X: Any, y: Any) -> Any:
-    """Return what ``fit(X, y)`` with a model means: a pair, or a list of samples where a search indexed a data set."""
-    if y is not None:
-        return (X, y)
-    return Samples(X) if isinstance(X, list) else X

@@ -24,7 +24,7 @@ from ._state import unpack
 from ._validation import must_be
 from .encoding import LeftOut, Writer, decode_state
 
-__all__ = ["left_out", "load_state", "require_present", "save_state"]
+__all__ = ["left_out", "load_state", "refusing_damage", "require_present", "save_state"]
 
 FORMAT, VERSION = "skinvert", 2
 HEADER = ("format", "version", "kind", "state", "sha256")
@@ -103,13 +103,11 @@ def save_state(
 
 
 def load_state(
-    path: str | os.PathLike[str],
-    kind: str,
-    device: torch.device,
-    fields: Mapping[str, str],
-    optional: frozenset[str] = frozenset(),
-) -> dict[str, Any]:
-    """Return the state that ``save_state`` wrote, checked entry by entry, with its operators on ``device``.
+    path: str | os.PathLike[str], kinds: Mapping[str, tuple[Mapping[str, str], frozenset[str]]], device: torch.device
+) -> tuple[str, dict[str, Any]]:
+    """Return which of ``kinds`` a file is of, and the state that ``save_state`` wrote, its operators on ``device``.
+
+    It is checked entry by entry against the fields of its kind, of which some may be missing.
 
     Raises
     ------
@@ -122,12 +120,13 @@ def load_state(
     header, arrays = _read(path)
     if header["sha256"] != _checksum(header, arrays):
         raise ValueError(_damaged(path, "contents that do not fit their checksum"))
-    if header["kind"] != kind:
-        raise ValueError(must_be(f"{os.fspath(path)!r}", f"the file of a {kind}", f"one of a {header['kind']}"))
+    kind = header["kind"]
+    if kind not in kinds:
+        raise ValueError(must_be(f"{os.fspath(path)!r}", f"the file of a {' or '.join(kinds)}", f"one of a {kind}"))
     with refusing_damage(path, "a state that cannot be read"):
         state = decode_state(json.loads(header["state"]), arrays, device)
-        check_fields(kind, fields, state, optional)
-        return state
+        check_fields(kind, kinds[kind][0], state, kinds[kind][1])
+        return kind, state
 
 
 def _check_path(path: Any) -> None:

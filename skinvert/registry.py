@@ -12,12 +12,11 @@ from ._frames import check_columns, refuse_parameters
 from ._linear_map import solve_linear
 from ._rows import Rows
 from ._telling import warn
-from ._validation import check_hessian_perturbation, check_number, check_shift, must_be
-from .curvature import CURVATURES, build_curvature, seeded_curvature
-from .data import as_batches
+from ._validation import check_hessian_perturbation, must_be
 from .methods.base import Method
-from .models import TorchTwiceDifferentiable, TwiceDifferentiable, as_model, describe, fixed_at
+from .models import TwiceDifferentiable, as_model
 from .results import InverseHvpResult, InversionMethod
+from .system import assemble, seeded_method
 
 __all__ = ["InversionRegistry", "solve_hvp"]
 
@@ -25,6 +24,7 @@ SIGNATURE = ("model", "training_data", "b", "hessian_perturbation")
 # What `solve_hvp` takes beside a method's own settings.
 OWN = (
     "batch_size",
+    "blocks",
     "curvature",
     "device",
     "dtype",
@@ -138,21 +138,21 @@ class InversionRegistry:
         if not is_method(found):
             return solve_linear(b, lambda rows: found(model, training_data, rows, hessian_perturbation, **settings))
         shift = check_hessian_perturbation(hessian_perturbation)
-        method, verbose = found(**settings), own.pop("verbose", 0)
-        # A method that draws has it among its settings too.
-        own["curvature"] = seeded_curvature(own.get("curvature", "auto"), own.pop("random_state", None))
-        A, names = _curvature(method, model, training_data, verbose=verbose, **own)
+        # Of the method and of the curvature alike, as the estimator's.
+        random_state = own.pop("random_state", None)
+        if "random_state" in settings:
+            random_state, settings["random_state"] = settings["random_state"], None
+        method = seeded_method(found(**settings), random_state)
         refuse_parameters(b)
-        check_columns(b, names)
-        Rows.of(b, A)
-        check_requirements(method, A)
-        inverse = ordinary(method.invert)(A, check_shift(shift, A.dtype), verbose)
+        system = assemble(model, training_data, method=method, random_state=random_state, **own)
+        check_columns(b, system.layout.feature_names() if system.layout else ())
+        Rows.of(b, system.curvature)
+        _, inverse = system.invert(method, shift, own.get("verbose", 0))
 
         @ordinary
         def solve(b: Any) -> InverseHvpResult:
-            rows = Rows.of(b, A)
-            x, info = rows.through(inverse).solve(rows.tensor)
-            return rows.result(x, info)
+            rows = Rows.of(b, inverse)
+            return rows.result(*rows.through(inverse).solve(rows.tensor))
 
         return solve_linear(b, solve)
 
@@ -182,8 +182,8 @@ def solve_hvp(
         λ ≥ 0.
     **kwargs
         The method's settings, and of ``HessianInverter``'s ``curvature``, ``loss``, ``weight_decay``, ``params``,
-        ``batch_size`` (``"lissa"``'s own is its minibatch), ``device``, ``dtype``, ``random_state``, ``verbose``, and
-        ``sample_weight``. A registered function takes what its signature has.
+        ``blocks``, ``batch_size`` (``"lissa"``'s own is its minibatch), ``device``, ``dtype``, ``random_state``,
+        ``verbose``, and ``sample_weight``. A registered function takes what its signature has.
 
     Returns
     -------
@@ -218,43 +218,9 @@ def _split_settings(found: Any, name: Any, kwargs: dict[str, Any]) -> tuple[dict
     return {key: value for key, value in kwargs.items() if key in known}, own
 
 
-@ordinary
-def _curvature(
-    method: Method,
-    model: Any,
-    data: Any,
-    *,
-    curvature: Any = "auto",
-    params: Any = None,
-    batch_size: int | None = None,
-    device: Any = None,
-    dtype: Any = None,
-    sample_weight: Any = None,
-    verbose: int = 0,
-) -> tuple[Any, list[str]]:
-    """Return the curvature that the method inverts, and the names of its columns."""
-    if batch_size is not None:
-        check_number(batch_size, "batch_size", low=1, integer=True)
-    fixed = fixed_at(model, params, dtype, device)
-    read = fixed.read(data) if hasattr(fixed, "read") else data
-    batches = as_batches(read, batch_size=batch_size, sample_weight=sample_weight, **describe(fixed))
-    A = build_curvature(method.default_curvature if curvature == "auto" else curvature, fixed, batches, verbose)
-    return A, fixed.layout.feature_names() if isinstance(fixed, TorchTwiceDifferentiable) else []
-
-
 def is_method(value: Any) -> bool:
     """Return whether a registered value is a ``Method`` class, rather than a function."""
     return isinstance(value, type) and issubclass(value, Method)
-
-
-def check_requirements(method: Method, A: Any) -> None:
-    """Raise where an operator lacks what a method declares; the error names the curvatures that have it."""
-    for needed in method.requires:
-        if not hasattr(A, needed):
-            names = [name for name, kind in CURVATURES.items() if hasattr(kind, needed)]
-            hint = f"Try curvature= one of {names}." if names else ""
-            got = f"{type(A).__name__}, which has none"
-            raise ValueError(must_be(f"The curvature for {method.name}", f"one with `{needed}`", got, hint))
 
 
 def _check_type(model_type: Any) -> type:
@@ -281,4 +247,5 @@ def _check_signature(inverter: Any) -> None:
 
 
 for _name in methods.__all__:
-    InversionRegistry.register(TwiceDifferentiable, getattr(methods, _name).name)(getattr(methods, _name))
+    _method = vars(methods)[_name]
+    InversionRegistry.register(TwiceDifferentiable, _method.name)(_method)

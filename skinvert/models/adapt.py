@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from sklearn.base import BaseEstimator, is_classifier
 from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
@@ -25,7 +23,7 @@ from .sklearn import SklearnTwiceDifferentiable
 from .skorch import SkorchTwiceDifferentiable
 from .torch import TorchTwiceDifferentiable
 
-__all__ = ["as_margin", "as_model", "describe", "fixed_at", "is_model", "register_model"]
+__all__ = ["as_margin", "as_model", "is_model", "register_model"]
 
 ACCEPTED = "a torch.nn.Module, an initialised skorch net, a fitted scikit-learn model or a TwiceDifferentiable"
 
@@ -68,6 +66,7 @@ def is_model(value: Any) -> bool:
     """Return whether ``value`` is something that was trained, rather than data."""
     # A class is no model either, but an attempt at one: `as_model` says so.
     adapted = isinstance(value, nn.Module | TwiceDifferentiable | type) or _is_skorch(value)
+    # Estimators of other libraries keep scikit-learn's contract without its base class.
     return adapted or hasattr(value, "get_params") or _adapter_of(value) is not None
 
 
@@ -102,32 +101,11 @@ def as_margin(model: Any) -> TwiceDifferentiable:
     if isinstance(model, nn.Module):
         return TorchTwiceDifferentiable(model, Margin())
     adapted = copy.copy(as_model(model))
-    estimator = getattr(adapted, "estimator", None)
-    if not isinstance(adapted, TorchTwiceDifferentiable) or (estimator is not None and not is_classifier(estimator)):
+    regressor = isinstance(adapted, SklearnTwiceDifferentiable) and not is_classifier(adapted.estimator)
+    if not isinstance(adapted, TorchTwiceDifferentiable) or regressor:
         raise TypeError(must_be("The model for the margin", "a classifier", type(model).__name__))
     adapted.loss = Margin.in_place_of(adapted.loss, isinstance(adapted, SkorchTwiceDifferentiable))
     return adapted
-
-
-def describe(model: TwiceDifferentiable) -> dict[str, Any]:
-    """Return the dtype and device that a model computes with, and what reads its batches."""
-    if isinstance(model, TorchTwiceDifferentiable):
-        return {"dtype": model.dtype, "device": model.device, "model": model}
-    first = model.parameters[0]
-    if isinstance(first, torch.Tensor):
-        return {"dtype": first.dtype, "device": first.device}
-    return {"dtype": getattr(torch, np.asarray(first).dtype.name), "device": torch.device("cpu")}
-
-
-def fixed_at(model: TwiceDifferentiable, params: Any, dtype: Any, device: Any) -> Any:
-    """Return ``model`` at today's θ, of these parameters; ValueError for settings that a model of one's own lacks."""
-    if isinstance(model, TorchTwiceDifferentiable):
-        return model.at_point(params, dtype, device)
-    for name, value in (("params", params), ("dtype", dtype), ("device", device)):
-        if value is not None and value != "auto":
-            hint = "Its own θ says where and what it is. Subclass TorchTwiceDifferentiable for the choice."
-            raise ValueError(must_be(name, f"None for a {type(model).__name__}", repr(value), hint))
-    return model
 
 
 def _unwrap(model: Any) -> Any:
@@ -181,7 +159,7 @@ def _adapt_skorch(net: Any, loss: Any, weight_decay: Any) -> TwiceDifferentiable
     if loss is not None:
         hint = "A skorch net brings its criterion; for another loss, pass `net.module_`."
         raise ValueError(must_be("loss", "None for a skorch net", repr(loss), hint))
-    if not getattr(net, "initialized_", False):
+    if not net.initialized_:
         hint = f"Call `net.initialize()` or `net.fit(X, y)` first; {UNFITTED}"
         raise NotFittedError(must_be(f"The {type(net).__name__}", "initialised", "an uninitialised net", hint))
     return SkorchTwiceDifferentiable(net, weight_decay)
