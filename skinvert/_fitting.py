@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from sklearn.base import clone
 
@@ -31,7 +31,7 @@ class SharesModel:
 
     _shared: ClassVar[tuple[str, ...]] = ("model", "loss")
 
-    def __sklearn_clone__(self) -> Any:
+    def __sklearn_clone__(self) -> Self:
         """Return an unfitted clone over the same model and loss."""
         estimator: Any = self
         params = estimator.get_params(deep=False)

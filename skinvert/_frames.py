@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized, ValuesView
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import scipy.sparse
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin
 
+from ._types import Array
 from ._validation import must_be
 
 __all__ = ["Frame", "RowTransformer", "check_columns", "has_columns", "refuse_parameters", "rows_of"]
@@ -22,7 +23,8 @@ class Frame(Protocol):
     A protocol, since none of these libraries need be installed.
     """
 
-    index: Any
+    index: object
+    # Rows by place; what a key gives is the library's own.
     iloc: Any
 
     def __len__(self) -> int: ...
@@ -32,7 +34,7 @@ class Frame(Protocol):
 class _Named(Protocol):
     """What frames of any library have: names of columns."""
 
-    columns: Any
+    columns: Sequence[object]
 
 
 class RowTransformer(TransformerMixin, BaseEstimator):
@@ -42,25 +44,25 @@ class RowTransformer(TransformerMixin, BaseEstimator):
     is wrapped by it as if the rows alone had been the input.
     """
 
-    def transform(self, rows: Any, output: Any) -> Any:
+    def transform(self, rows: Array, output: Array) -> Array:
         """Return ``output``, in a container where one is set, with the index of ``rows``."""
         return output
 
 
-def rows_of(data: Any) -> Any:
+def rows_of(data: object) -> object:
     """Return the part of ``(X, y)`` or of a mapping that has the rows' index, or ``data``."""
-    parts: Iterable[Any] = data.values() if isinstance(data, Mapping) else data if isinstance(data, tuple) else ()
+    parts: Iterable[object] = data.values() if isinstance(data, Mapping) else data if isinstance(data, tuple) else ()
     found = (rows_of(part) for part in parts)
     return next((part for part in found if isinstance(part, Frame)), data)
 
 
-def has_columns(b: Any) -> bool:
+def has_columns(b: object) -> TypeGuard[_Named]:
     """Return whether ``b`` is a frame whose columns have names."""
     columns = b.columns if isinstance(b, _Named) else ()
     return len(columns) > 0 and all(isinstance(name, str) for name in columns)
 
 
-def check_columns(b: Any, names: Sequence[str]) -> None:
+def check_columns(b: object, names: Sequence[str]) -> None:
     """Raise where ``b`` is a frame whose named columns are not ``names`` in their order; their number is told apart."""
     if not has_columns(b) or len(b.columns) != len(names):
         return
@@ -73,19 +75,21 @@ def check_columns(b: Any, names: Sequence[str]) -> None:
             raise ValueError(must_be("The columns of b", must, f"{column!r} for {name!r} at {place}", hint))
 
 
-def refuse_parameters(b: Any) -> None:
+def refuse_parameters(b: object) -> None:
     """Raise for a gradient parameter by parameter, as ``torch.autograd.grad`` returns it, in place of rows (k, p)."""
     if scipy.sparse.issparse(b):
         # Told apart later; by keys, it is a mapping too.
         return
     parts = list(b.values()) if isinstance(b, Mapping) else b
-    listed = isinstance(parts, list | tuple) and any(isinstance(part, torch.Tensor | np.ndarray) for part in parts)
-    if isinstance(b, Mapping | Iterator | ValuesView | torch.nn.Module) or (listed and not _is_matrix(parts)):
+    several = parts if isinstance(parts, list | tuple) else ()
+    listed = any(isinstance(part, torch.Tensor | np.ndarray) for part in several)
+    if isinstance(b, Mapping | Iterator | ValuesView | torch.nn.Module) or (listed and not _is_matrix(several)):
         got = f"a {type(b).__name__}" + (f" of {len(parts)}" if isinstance(parts, Sized) else "")
         hint = "Try `inverter.flatten(...)` of a gradient by parameters, `torch.stack(...)` of whole rows (p,)."
         raise TypeError(must_be("b", "an array or tensor of shape (k, p)", got, hint))
 
 
-def _is_matrix(parts: Sequence[Any]) -> bool:
+def _is_matrix(parts: Sequence[object]) -> bool:
     """Return whether the parts are arrays (p,) of one length, which scikit-learn takes for rows."""
-    return all(isinstance(part, np.ndarray) and part.ndim == 1 and part.shape == parts[0].shape for part in parts)
+    shapes = [part.shape for part in parts if isinstance(part, np.ndarray) and part.ndim == 1]
+    return len(shapes) == len(parts) and len(set(shapes)) == 1

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import Any
 
 import torch
 
+from ._types import State
 from ._validation import must_be
 from .methods.base import InverseOperator
+from .parameters import ParameterLayout
 
 __all__ = ["OPTIONAL", "answer", "check_answer", "check_container", "file_fields", "setting_fields"]
 
@@ -60,7 +61,7 @@ def answer(inverse: InverseOperator) -> torch.Tensor:
         return torch.cat(rows).cpu()
 
 
-def check_answer(state: dict[str, Any]) -> None:
+def check_answer(state: State) -> None:
     """Raise ValueError unless the inverse of a decoded state is of its size, and gives the answer kept."""
     inverse, expected, layout = state["inverse_"], state.pop("answer"), state["_layout"]
     _check_layout(layout, state["n_features_in_"])
@@ -78,7 +79,7 @@ def check_answer(state: dict[str, Any]) -> None:
         raise ValueError(must_be("The inverse's answer", "the one that it was saved with", got))
 
 
-def _check_layout(layout: Any, size: int) -> None:
+def _check_layout(layout: ParameterLayout | None, size: int) -> None:
     if layout is None:
         return
     sound = type(layout.names) is tuple and type(layout.shapes) is tuple and len(layout.names) == len(layout.shapes)
@@ -87,7 +88,7 @@ def _check_layout(layout: Any, size: int) -> None:
         raise ValueError(must_be("The layout", f"of {size} parameters, one shape a name", repr(layout)[:200]))
 
 
-def _check_twice_kept(state: dict[str, Any], inverse: InverseOperator, layout: Any) -> None:
+def _check_twice_kept(state: State, inverse: InverseOperator, layout: ParameterLayout | None) -> None:
     """Raise where what a file holds in two places differs between them."""
     names = state.get("parameter_names_")
     if layout is not None and names is not None and list(names) != list(layout.names):
@@ -98,7 +99,7 @@ def _check_twice_kept(state: dict[str, Any], inverse: InverseOperator, layout: A
     check_container(state)
 
 
-def check_container(state: dict[str, Any]) -> None:
+def check_container(state: State) -> None:
     """Raise for a container that no output has."""
     container = state.get("_sklearn_output_config", {})
     if type(container) is not dict or container not in [{}, *({"transform": name} for name in CONTAINERS)]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copyreg
 import os
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Self, SupportsIndex
 
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from ._state import pack, unpack
+from ._types import Device, State
 from ._validation import must_be, resolve_device
 from .persistence import left_out, load_state, refusing_damage, save_state
 
@@ -37,7 +38,7 @@ class Saved(BaseEstimator):
         """Return whether it is fitted, and its factorisation serves without the curvature."""
         raise NotImplementedError
 
-    def _file_state(self) -> dict[str, Any]:
+    def _file_state(self) -> State:
         """Return what a file holds; raise where a file of arrays cannot hold what the solves need."""
         raise NotImplementedError
 
@@ -47,13 +48,13 @@ class Saved(BaseEstimator):
         raise NotImplementedError
 
     @classmethod
-    def _restored(cls, state: dict[str, Any]) -> Self:
+    def _restored(cls, state: State) -> Self:
         """Return the estimator of a decoded state; ValueError where that contradicts itself."""
         restored = object.__new__(cls)
         restored.__setstate__(state)
         return restored
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> State:
         """Leave out the curvature, and with it model, loss and data, where the factorisation serves without it.
 
         An inverter that is not fitted, or solves with the model, keeps them all.
@@ -65,17 +66,17 @@ class Saved(BaseEstimator):
             state.update({name: left_out(state[name]) for name in ("model", "loss")})
         return {name: pack(value) if name in ("device", "dtype") else value for name, value in state.items()}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: State) -> None:
         """Restore the attributes."""
         super().__setstate__(
             {name: unpack(state[name]) if name in ("device", "dtype") else state[name] for name in state}
         )
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         """Return what pickle, joblib and copy rebuild the inverter from."""
         return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...] | str:
         """Refuse a model by name where skops, which alone calls this, would stumble over its tensors."""
         state = self.__getstate__()
         if state.get("_model") is not None or isinstance(state["model"], torch.nn.Module):
@@ -118,7 +119,7 @@ class Saved(BaseEstimator):
         save_state(path, name, self._file_state(), *self._file_fields())
 
 
-def load(path: str | os.PathLike[str], device: Any = None) -> Any:
+def load(path: str | os.PathLike[str], device: Device = None) -> Saved:
     """Return the inverter that ``save`` wrote: it transforms as the one saved, to the last bit.
 
     No code in the file is run: it holds numbers, plain values and names of skinvert's own classes. To fit again, give

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import scipy.sparse
 import torch
+from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
 from ._autograd import ordinary
@@ -14,6 +13,7 @@ from ._fitting import SharesModel, fit_whole
 from ._frames import Frame, RowTransformer, rows_of
 from ._memory import check_memory, rows_within
 from ._progress import progress
+from ._types import Array, Device, Globs
 from ._validation import check_number, must_be
 from .curvature import Objective, gradient_rows, split_batch, warn_of_unreached
 from .data import Batches, batches_of, holds_tensors
@@ -80,13 +80,13 @@ class PerSampleGradient(SharesModel, RowTransformer):
 
     def __init__(
         self,
-        model: Any = None,
+        model: object = None,
         *,
-        loss: Any = None,
-        params: Any = None,
+        loss: object = None,
+        params: Globs = None,
         batch_size: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: object = None,
         verbose: int = 0,
     ) -> None:
         self.model = model
@@ -98,12 +98,12 @@ class PerSampleGradient(SharesModel, RowTransformer):
         self.verbose = verbose
 
     @ordinary
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> PerSampleGradient:
+    def fit(self, X: object, y: object = None, sample_weight: object = None) -> PerSampleGradient:
         """Record the scale of the training loss; ``X, y`` as ``HessianInverter.fit`` takes them."""
         _check_pair(X, y)
         return fit_whole(self, lambda fresh: fresh._fit(X, y, sample_weight))
 
-    def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:
+    def _fit(self, X: object, y: object, sample_weight: object) -> None:
         model = self._at_point()
         objective = Objective(model, self._batches(model, X, y, sample_weight, hold=False), self.verbose)
         warn_of_unreached(objective.unreached)
@@ -112,7 +112,7 @@ class PerSampleGradient(SharesModel, RowTransformer):
         self._totals = model.totals
 
     @ordinary
-    def transform(self, X: Any, y: Any = None) -> Any:
+    def transform(self, X: object, y: object = None) -> Array:
         """Return the gradients (n, p) of ``(X, y)``, a tuple or two arguments (or a Dataset, a DataLoader, batches).
 
         Arrays give an array. Tensors, and data sets and loaders of tensors, give a tensor on the model's device. A
@@ -122,7 +122,7 @@ class PerSampleGradient(SharesModel, RowTransformer):
         data = X if y is None else (X, y)
         return super().transform(rows_of(data), self._gradients(data))
 
-    def _gradients(self, X: Any) -> Any:
+    def _gradients(self, X: object) -> Array:
         check_is_fitted(self, "loss_scale_")
         model = self._at_point()
         model.adopt(self._totals)
@@ -140,16 +140,16 @@ class PerSampleGradient(SharesModel, RowTransformer):
         return gradients if holds_tensors(X) else gradients.cpu().numpy()
 
     @ordinary
-    def fit_transform(self, X: Any, y: Any = None, **fit_params: Any) -> Any:
+    def fit_transform(self, X: object, y: object = None, **fit_params: object) -> Array:
         """Fit, and return the gradients of the same rows."""
         return self.fit(X, y, **fit_params).transform(X, y)
 
-    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+    def get_feature_names_out(self, input_features: object = None) -> np.ndarray:
         """Return the p names of the columns: ``"fc1.weight[0,3]"``."""
         check_is_fitted(self, "loss_scale_")
         return np.asarray(self._layout.feature_names(), dtype=object)
 
-    def __sklearn_tags__(self) -> Any:
+    def __sklearn_tags__(self) -> Tags:
         """Say that a target is needed."""
         tags = super().__sklearn_tags__()
         tags.target_tags.required = True
@@ -165,7 +165,7 @@ class PerSampleGradient(SharesModel, RowTransformer):
         return model.at_point(self.params, self.dtype, self.device)
 
     def _batches(
-        self, model: TorchTwiceDifferentiable, X: Any, y: Any, sample_weight: Any, hold: bool = True
+        self, model: TorchTwiceDifferentiable, X: object, y: object, sample_weight: object, hold: bool = True
     ) -> Batches:
         if self.batch_size is not None:
             check_number(self.batch_size, "batch_size", owner="PerSampleGradient", low=1, integer=True)
@@ -180,7 +180,7 @@ class PerSampleGradient(SharesModel, RowTransformer):
         )
 
 
-def _check_pair(X: Any, y: Any) -> None:
+def _check_pair(X: Array, y: object) -> None:
     """Raise where rows came without their targets, as ``Pipeline.score`` passes them, or another model with them."""
     if is_model(X) or is_model(y):
         X = X if is_model(X) else y

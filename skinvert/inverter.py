@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse.linalg
 import torch
 from sklearn.base import OneToOneFeatureMixin, TransformerMixin, clone
-from sklearn.utils import check_array
+from sklearn.utils import Tags, check_array
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ._arguments import check_fit_arguments, check_fits_rows, check_method, refuse_model_settings
@@ -20,8 +20,10 @@ from ._frames import check_columns, has_columns, refuse_parameters
 from ._linear_map import apply_linear, solve_linear
 from ._rows import Rows
 from ._scaling import times_powers
+from ._types import Array, Decay, Device, Globs, Partition, RandomState, State
 from ._validation import check_choice, check_hessian_perturbation, check_number, check_shift, must_be
 from .answers import OPTIONAL, answer, check_answer, file_fields
+from .curvature import SampledFisher
 from .data import as_data
 from .files import UNSAVED, Saved, savable
 from .methods.base import InverseOperator, Method, relative_residual
@@ -30,10 +32,10 @@ from .models import TorchTwiceDifferentiable, TwiceDifferentiable, as_model, is_
 from .operators import LinearOperator, Shifted, as_scipy
 from .parameters import ParameterLayout
 from .persistence import require_present
-from .registry import InversionRegistry, is_method
+from .registry import InversionRegistry
 from .results import InverseHvpResult, Spectrum
 from .scores import HeldOut, held_out, held_out_rows, quadratic_score
-from .system import Function, System, assemble, random_seed, seeded_method
+from .system import Function, System, assemble, is_method, random_seed, seeded_method
 
 __all__ = ["HessianInverter"]
 
@@ -132,19 +134,19 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
 
     def __init__(
         self,
-        method: Any = "auto",
+        method: str | Method = "auto",
         hessian_perturbation: float = 0.0,
         *,
-        curvature: Any = "auto",
-        model: Any = None,
-        loss: Any = None,
-        weight_decay: Any = 0.0,
-        params: Any = None,
-        blocks: Any = None,
+        curvature: str | SampledFisher = "auto",
+        model: object = None,
+        loss: object = None,
+        weight_decay: Decay = 0.0,
+        params: Globs = None,
+        blocks: Partition = None,
         batch_size: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
-        random_state: Any = None,
+        device: Device = None,
+        dtype: object = None,
+        random_state: RandomState = None,
         check_residual: bool = True,
         verbose: int = 0,
     ) -> None:
@@ -166,7 +168,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
     # -- fit -------------------------------------------------------------------------------------------------------
 
     @ordinary
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> HessianInverter:
+    def fit(self, X: object, y: object = None, sample_weight: object = None) -> HessianInverter:
         """Fit the inverse of a model's curvature over data, or of plain rows.
 
         Parameters
@@ -190,7 +192,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         shift = check_hessian_perturbation(self.hessian_perturbation, "HessianInverter")
         return fit_whole(self, lambda fresh: fresh._fit_at(X, y, sample_weight, shift))
 
-    def _fit_at(self, X: Any, y: Any, sample_weight: Any, shift: float) -> None:
+    def _fit_at(self, X: object, y: object, sample_weight: object, shift: float) -> None:
         """Fit at λ = ``shift``."""
         if self.batch_size is not None:
             check_number(self.batch_size, "batch_size", owner="HessianInverter", low=1, integer=True)
@@ -218,7 +220,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
             if eigenvalues is not None:
                 self.eigenvalues_ = eigenvalues.cpu().numpy()
 
-    def _model_system(self, model: Any, data: Any, sample_weight: Any) -> System:
+    def _model_system(self, model: object, data: object, sample_weight: object) -> System:
         if data is None:
             raise ValueError(must_be("fit(model, data)'s data", "given", "None", "Try fit(model, (X, y))."))
         model, loss = require_present(model, "model"), require_present(self.loss, "loss")
@@ -226,7 +228,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         self.method_, self._data = self._method(type(adapted)), data
         return self._assembled(adapted, data, sample_weight)
 
-    def _rows_system(self, X: Any, y: Any, sample_weight: Any) -> System:
+    def _rows_system(self, X: object, y: object, sample_weight: object) -> System:
         home = X.device if isinstance(X, torch.Tensor) else torch.device("cpu")
         if isinstance(X, torch.Tensor):
             X = X.detach().cpu().numpy()
@@ -272,7 +274,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
 
     # -- solve -----------------------------------------------------------------------------------------------------
 
-    def transform(self, X: Any) -> Any:
+    def transform(self, X: Array) -> Array:
         """Return the solutions of (H + λI) x = b.
 
         Parameters
@@ -290,7 +292,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         return self.solve(X).x
 
     @ordinary
-    def fit_transform(self, X: Any, y: Any = None, **fit_params: Any) -> Any:
+    def fit_transform(self, X: object, y: object = None, **fit_params: object) -> Array:
         """Fit plain rows and return the solutions for them.
 
         With a model the inputs are no right-hand sides: transform gradients instead.
@@ -298,7 +300,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         check_fits_rows(X, self.model)
         return self.fit(X, y, **fit_params).transform(X)
 
-    def solve(self, b: Any) -> InverseHvpResult:
+    def solve(self, b: Array) -> InverseHvpResult:
         """Return the solutions and what is known of them, ``x, info``.
 
         Parameters
@@ -315,13 +317,13 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         return solve_linear(b, self._solve)
 
     @ordinary
-    def _solve(self, b: Any) -> InverseHvpResult:
+    def _solve(self, b: Array) -> InverseHvpResult:
         rows = self._rows(b)
         if not isinstance(self.method_, Method):
             return self.method_(self._at_hand("_model", "solve"), self._data, rows.source, self.hessian_perturbation_)
         return rows.result(*rows.through(self._judged("solve")).solve(rows.tensor))
 
-    def path(self, b: Any, hessian_perturbations: Any) -> Any:
+    def path(self, b: Array, hessian_perturbations: Iterable[float]) -> Array:
         """Return the solutions at many λ, for the price of about one solve where the method allows it.
 
         Parameters
@@ -341,14 +343,14 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
             raise TypeError(must_be("hessian_perturbations", "several λ", repr(hessian_perturbations), hint))
         shifts = [check_hessian_perturbation(shift, "path") for shift in hessian_perturbations]
 
-        def adjoint(gradients: Any) -> Any:
+        def adjoint(gradients: torch.Tensor) -> Array:
             parts = [self._path(rows, [shift])[0] for rows, shift in zip(gradients, shifts, strict=True)]
             return sum(parts, start=gradients.new_zeros(gradients.shape[1:]))
 
         return apply_linear(b, lambda rows: self._path(rows, shifts), adjoint)
 
     @ordinary
-    def _path(self, b: Any, shifts: list[float]) -> Any:
+    def _path(self, b: Array, shifts: list[float]) -> Array:
         rows = self._rows(b)
         for shift in shifts:
             check_shift(shift, rows.tensor.dtype)
@@ -375,18 +377,18 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         seed = None if self.random_state is None else random_seed(self.random_state)
         return spectrum(vars(self).get("curvature_"), self.inverse_, n_probes=n_probes, steps=steps, random_state=seed)
 
-    def inverse_transform(self, X: Any) -> Any:
+    def inverse_transform(self, X: Array) -> Array:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
         return apply_linear(X, self._inverse_transform)
 
     @ordinary
-    def _inverse_transform(self, X: Any) -> Any:
+    def _inverse_transform(self, X: Array) -> Array:
         rows = self._rows(X)
         operator = self._exact() if self.inverse_ is None else self.inverse_.operator
         return rows.back(operator.apply(rows.tensor))
 
     @ordinary
-    def residual(self, b: Any, x: Any) -> Any:
+    def residual(self, b: Array, x: Array) -> Array:
         """Return ‖(H + λI)x − b‖ / ‖b‖ (k,) against the exact curvature, whatever the method inverts."""
         B, X = self._rows(b), self._rows(x)
         if B.tensor.shape != X.tensor.shape:
@@ -395,7 +397,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         return residual if isinstance(b, torch.Tensor) else residual.cpu().numpy()
 
     @ordinary
-    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+    def score(self, X: object, y: object = None, sample_weight: object = None) -> float:
         r"""Return the held-out quadratic of rows that were not fitted: larger is better; −inf where A is indefinite.
 
         mean_i[ gᵢᵀzᵢ − ½ (m zᵢᵀH̄zᵢ − zᵢᵀhᵢzᵢ)/(m−1) − ½ zᵢᵀRzᵢ ], with gᵢ the rows' gradients, zᵢ the fitted inverse
@@ -426,7 +428,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         """
         return quadratic_score(self._factorised("score"), self._held_out(X, y, sample_weight))
 
-    def _held_out(self, X: Any, y: Any, sample_weight: Any) -> HeldOut:
+    def _held_out(self, X: object, y: object, sample_weight: object) -> HeldOut:
         """Return what a score needs of rows that were not fitted."""
         check_is_fitted(self, "n_features_in_")
         if self._layout is None:
@@ -451,7 +453,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
 
     def _at(self, shift: float) -> HessianInverter:
         """Return this inverter at another λ, over the same curvature: its factorisation is reused where it can be."""
-        inverse: Any = self._factorised("another λ")
+        inverse = self._factorised("another λ")
         check_shift(shift, inverse.dtype)
         if type(inverse).at is not InverseOperator.at:
             inverse = inverse.at(shift)
@@ -464,21 +466,21 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
 
     # -- names, shapes, faces --------------------------------------------------------------------------------------
 
-    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+    def get_feature_names_out(self, input_features: object = None) -> np.ndarray:
         """Return the p names of the columns: ``"fc1.weight[0,3]"``, or the input's own for plain rows."""
         check_is_fitted(self, "n_features_in_")
         if self._layout is None:
             return super().get_feature_names_out(input_features)
         return np.asarray(self._layout.feature_names(), dtype=object)
 
-    def flatten(self, mapping: Mapping[str, Any] | Iterable[Any]) -> Any:
+    def flatten(self, mapping: Mapping[str, Array] | Iterable[Array]) -> Array:
         """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row.
 
         A sequence, such as ``torch.autograd.grad`` returns, is taken in the order of ``parameter_names_``.
         """
         return self._named().flatten(mapping)
 
-    def unflatten(self, x: Any) -> dict[str, Any]:
+    def unflatten(self, x: Array) -> State:
         """Return named tensors or arrays (k, *shape) of rows (k, p)."""
         layout = self._named()
         check_columns(x, layout.feature_names())
@@ -488,7 +490,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         """Return (H + λI)⁻¹ as a ``scipy.sparse.linalg.LinearOperator``."""
         return as_scipy(self._factorised("aslinearoperator", "Use `transform`."))
 
-    def __sklearn_tags__(self) -> Any:
+    def __sklearn_tags__(self) -> Tags:
         """Say that float32 stays float32 and that no target is needed."""
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
@@ -501,7 +503,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         inverse = vars(self).get("inverse_")
         return inverse is not None and not inverse.keeps_operator
 
-    def _file_state(self) -> dict[str, Any]:
+    def _file_state(self) -> State:
         if not self._serves_alone():
             hint = "It solves with model and data, which a file of arrays cannot hold. Try pickle or joblib."
             raise ValueError(must_be("method for save", "one that factorises, such as 'direct'", self.method_, hint))
@@ -513,13 +515,13 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         return file_fields(cls), OPTIONAL
 
     @classmethod
-    def _restored(cls, state: dict[str, Any]) -> Self:
+    def _restored(cls, state: State) -> Self:
         check_answer(state)
         return super()._restored(state)
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
-    def _rows(self, b: Any) -> Rows:
+    def _rows(self, b: Array) -> Rows:
         check_is_fitted(self, "n_features_in_")
         if (model := vars(self).get("_model")) is not None:
             model.check_unchanged()
@@ -532,7 +534,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
             b = validate_data(self, self._by_name(b), dtype=[np.float64, np.float32], reset=False)
         return Rows.of(b, target)
 
-    def _by_name(self, b: Any) -> Any:
+    def _by_name(self, b: Array) -> Array:
         """Return ``b``; as an array where it is a frame whose columns are the parameters', which fit has not seen."""
         if not has_columns(b) or "feature_names_in_" in vars(self):
             return b

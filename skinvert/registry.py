@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from . import methods
 from ._autograd import ordinary
@@ -12,11 +12,11 @@ from ._frames import check_columns, refuse_parameters
 from ._linear_map import solve_linear
 from ._rows import Rows
 from ._telling import warn
+from ._types import Array, State
 from ._validation import check_hessian_perturbation, must_be
-from .methods.base import Method
 from .models import TwiceDifferentiable, as_model
 from .results import InverseHvpResult, InversionMethod
-from .system import assemble, seeded_method
+from .system import Inverter, assemble, is_method, seeded_method
 
 __all__ = ["InversionRegistry", "solve_hvp"]
 
@@ -59,6 +59,7 @@ class InversionRegistry:
     --------
     A function of one's own, used by name:
 
+    >>> from skinvert import TorchTwiceDifferentiable
     >>> @InversionRegistry.register(TorchTwiceDifferentiable, "identity")
     ... def solve_identity(model, training_data, b, hessian_perturbation=0.0):
     ...     return InverseHvpResult(b, {})
@@ -66,12 +67,12 @@ class InversionRegistry:
     True
     """
 
-    registry: ClassVar[dict[tuple[type, str], Any]] = {}
+    registry: ClassVar[dict[tuple[type, str], Inverter]] = {}
 
     @classmethod
     def register(
         cls, model_type: type, inversion_method: InversionMethod | str, overwrite: bool = False
-    ) -> Callable[[Any], Any]:
+    ) -> Callable[[Inverter], Inverter]:
         """Decorate a function or a ``Method`` class that inverts for a type of model.
 
         Parameters
@@ -93,7 +94,7 @@ class InversionRegistry:
         """
         key = (_check_type(model_type), _check_name(inversion_method))
 
-        def decorate(inverter: Any) -> Any:
+        def decorate(inverter: Inverter) -> Inverter:
             _check_signature(inverter)
             if key in cls.registry and not overwrite:
                 warn(
@@ -108,7 +109,7 @@ class InversionRegistry:
         return decorate
 
     @classmethod
-    def get(cls, model_type: type, inversion_method: InversionMethod | str) -> Any:
+    def get(cls, model_type: type, inversion_method: InversionMethod | str) -> Inverter:
         """Return what is registered for a type of model or the nearest of its bases; ValueError where nothing is."""
         _check_type(model_type)
         name = _check_name(inversion_method)
@@ -122,11 +123,11 @@ class InversionRegistry:
     def call(
         cls,
         inversion_method: InversionMethod | str,
-        model: Any,
-        training_data: Any,
-        b: Any,
+        model: object,
+        training_data: object,
+        b: Array,
         hessian_perturbation: float = 0.0,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> InverseHvpResult:
         """Solve (H + λI) x = b for each row of b; see ``solve_hvp``."""
         if not isinstance(model, TwiceDifferentiable):
@@ -150,7 +151,7 @@ class InversionRegistry:
         _, inverse = system.invert(method, shift, own.get("verbose", 0))
 
         @ordinary
-        def solve(b: Any) -> InverseHvpResult:
+        def solve(b: Array) -> InverseHvpResult:
             rows = Rows.of(b, inverse)
             return rows.result(*rows.through(inverse).solve(rows.tensor))
 
@@ -160,11 +161,11 @@ class InversionRegistry:
 def solve_hvp(
     inversion_method: InversionMethod | str,
     model: TwiceDifferentiable,
-    training_data: Any,
-    b: Any,
+    training_data: object,
+    b: Array,
     *,
     hessian_perturbation: float = 0.0,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> InverseHvpResult:
     r"""Solve (H + λI) x = b for the curvature of a model and each row of b.
 
@@ -193,6 +194,7 @@ def solve_hvp(
     Examples
     --------
     >>> import torch
+    >>> from skinvert import TorchTwiceDifferentiable
     >>> model = TorchTwiceDifferentiable(torch.nn.Linear(2, 1, bias=False), "mse")
     >>> X, y = torch.eye(2), torch.zeros(2, 1)
     >>> x, info = solve_hvp("direct", model, (X, y), torch.tensor([[3.0, 6.0]]), hessian_perturbation=2.0)
@@ -202,7 +204,7 @@ def solve_hvp(
     return InversionRegistry.call(inversion_method, model, training_data, b, hessian_perturbation, **kwargs)
 
 
-def _split_settings(found: Any, name: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split_settings(found: Inverter, name: InversionMethod | str, kwargs: State) -> tuple[State, State]:
     """Return the settings that go to the method, and those of the curvature; TypeError for one that is neither."""
     parameters = inspect.signature(found).parameters
     known = [key for key in parameters if key not in (*SIGNATURE, "self")]
@@ -218,18 +220,13 @@ def _split_settings(found: Any, name: Any, kwargs: dict[str, Any]) -> tuple[dict
     return {key: value for key, value in kwargs.items() if key in known}, own
 
 
-def is_method(value: Any) -> bool:
-    """Return whether a registered value is a ``Method`` class, rather than a function."""
-    return isinstance(value, type) and issubclass(value, Method)
-
-
-def _check_type(model_type: Any) -> type:
+def _check_type(model_type: object) -> type:
     if not isinstance(model_type, type):
         raise TypeError(must_be("model_type", "a type", repr(model_type)))
     return model_type
 
 
-def _check_name(inversion_method: Any) -> str:
+def _check_name(inversion_method: object) -> str:
     if isinstance(inversion_method, InversionMethod):
         return inversion_method.value
     if not isinstance(inversion_method, str):
@@ -237,7 +234,7 @@ def _check_name(inversion_method: Any) -> str:
     return inversion_method
 
 
-def _check_signature(inverter: Any) -> None:
+def _check_signature(inverter: Inverter) -> None:
     if is_method(inverter):
         return
     names = tuple(inspect.signature(inverter).parameters)[: len(SIGNATURE)]

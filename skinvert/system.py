@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from sklearn.utils import check_random_state
 
 from ._autograd import ordinary
+from ._types import Device, Globs, Partition, RandomState
 from ._validation import check_number, check_sample_weight, check_shift, must_be, resolve_device, resolve_dtype
 from .block_operators import BlockDiagonal
 from .curvature import (
@@ -28,11 +29,20 @@ from .models import TwiceDifferentiable
 from .operators import LinearOperator
 from .parameters import ParameterLayout, split_blocks
 
-__all__ = ["Function", "RandomState", "System", "assemble", "check_requirements", "random_seed", "seeded_method"]
+__all__ = [
+    "Function",
+    "Inverter",
+    "System",
+    "assemble",
+    "check_requirements",
+    "is_method",
+    "random_seed",
+    "seeded_method",
+]
 
 # A user's own function, registered in place of a method: it takes the model and the data themselves.
 Function: TypeAlias = Callable[..., Any]
-RandomState: TypeAlias = Any
+Inverter: TypeAlias = type[Method] | Function
 
 
 @dataclass(frozen=True)
@@ -86,10 +96,10 @@ def assemble(
     *,
     method: Method | Function,
     curvature: str | SampledFisher = "auto",
-    params: object = None,
-    blocks: object = None,
+    params: Globs = None,
+    blocks: Partition = None,
     batch_size: int | None = None,
-    device: object = None,
+    device: Device = None,
     dtype: object = None,
     sample_weight: object = None,
     random_state: RandomState = None,
@@ -142,6 +152,11 @@ def seeded_method(method: Method, random_state: RandomState) -> Method:
 def random_seed(random_state: RandomState) -> int:
     """Return a seed that is drawn from a random state."""
     return int(check_random_state(random_state).randint(2**31 - 1))
+
+
+def is_method(value: object) -> TypeGuard[type[Method]]:
+    """Return whether a registered value is a ``Method`` class, rather than a function."""
+    return isinstance(value, type) and issubclass(value, Method)
 
 
 def check_requirements(method: Method, A: LinearOperator) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
+from .._types import Batch
 from .._validation import must_be, to_plain_array
 from ..models import SparseRows, labels_key
-from .loaders import Batch, Source
+from .loaders import Indexed, Source
 
 __all__ = ["array_source"]
 
@@ -60,7 +61,7 @@ def _whole(value: object, name: str) -> object:
     if isinstance(value, Mapping):
         return {key: _part(part, f"{name}[{key!r}]") for key, part in value.items()}
     if isinstance(value, Dataset) or (type(value).__module__.startswith("skorch") and isinstance(value, Sequence)):
-        rows: Any = value
+        rows = cast("Indexed", value)
         return default_collate([rows[i] for i in range(len(rows))])
     if isinstance(value, tuple) and any(isinstance(part, torch.Tensor | np.ndarray | Mapping) for part in value):
         return tuple(_part(part, f"{name}[{i}]") for i, part in enumerate(value))

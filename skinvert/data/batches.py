@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +11,10 @@ import torch
 from .._autograd import own_tensor
 from .._checksum import checksum
 from .._memory import working_memory
+from .._types import Batch
 from .._validation import check_sample_weight, must_be, to_plain_array
 from ..models import TwiceDifferentiable, labels_key, leading_length, map_tensors, rebuilt
-from .loaders import Batch, Source
+from .loaders import Source
 from .sources import is_numbers, source_of
 
 __all__ = ["Batches", "as_batches", "batches_of"]
@@ -162,7 +162,7 @@ class _SameEveryPass:
     dtype: torch.dtype
     device: torch.device
     hold: bool = True
-    seen: list[Any] | None = field(default=None, repr=False)
+    seen: list[list[object]] | None = field(default=None, repr=False)
 
     def __call__(self) -> Iterator[Batch]:
         """Yield the batches; ValueError where they are not those of the first pass."""
@@ -205,8 +205,8 @@ def _differs(got: str) -> str:
     return must_be("The data", must, got, hint)
 
 
-def _checksums(batch: Batch) -> list[Any]:
-    found: list[Any] = []
+def _checksums(batch: Batch) -> list[object]:
+    found: list[object] = []
     map_tensors(lambda tensor: found.append(checksum(tensor)), batch)
     return found
 

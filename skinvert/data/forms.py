@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from sklearn.utils import check_consistent_length
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from .._frames import Frame
+from .._types import Array, Batch
 from .._validation import must_be
 from ..models import map_tensors
 
@@ -20,13 +20,13 @@ __all__ = ["as_data", "as_pair", "count", "holds_tensors", "is_data", "take"]
 class _Samples(Dataset):
     """A list of samples, as a search over a data set leaves it."""
 
-    def __init__(self, samples: list[Any]) -> None:
+    def __init__(self, samples: list[Batch]) -> None:
         self.samples = samples
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Batch:
         return self.samples[index]
 
 
@@ -37,7 +37,7 @@ def as_data(X: object, y: object) -> object:
     return _Samples(X) if isinstance(X, list) else X
 
 
-def as_pair(data: object) -> tuple[Any, Any]:
+def as_pair(data: object) -> tuple[object, object]:
     """Return data as the two arguments X and y of ``fit``."""
     if isinstance(data, tuple) and len(data) == 2:
         return data
@@ -51,7 +51,7 @@ def is_data(value: object) -> bool:
     return isinstance(value, DataLoader | Dataset | Iterator)
 
 
-def count(data: object) -> tuple[int, Any]:
+def count(data: object) -> tuple[int, Array]:
     """Return how many rows there are to split, and the targets where they are at hand."""
     if isinstance(data, np.ndarray | Frame):
         return len(data), None
@@ -69,7 +69,7 @@ def count(data: object) -> tuple[int, Any]:
     raise TypeError(must_be("Data to split into folds", must, type(data).__name__, "Batches hide their rows."))
 
 
-def take(data: Any, rows: np.ndarray) -> Any:
+def take(data: object, rows: np.ndarray) -> object:
     """Return the ``rows`` of data in the form that it has: a tuple, a Dataset, a DataLoader or one array."""
     if isinstance(data, tuple):
         return tuple(_taken(part, rows) for part in data)
@@ -83,7 +83,7 @@ def take(data: Any, rows: np.ndarray) -> Any:
     return Subset(data, rows.tolist()) if isinstance(data, Dataset) else _taken(data, rows)
 
 
-def _taken(values: Any, rows: np.ndarray) -> Any:
+def _taken(values: Array, rows: np.ndarray) -> Array:
     if isinstance(values, Mapping):
         return {key: _taken(part, rows) for key, part in values.items()}
     if isinstance(values, tuple):
@@ -95,7 +95,7 @@ def _taken(values: Any, rows: np.ndarray) -> Any:
     return [values[i] for i in rows] if isinstance(values, list) else values[rows]
 
 
-def holds_tensors(data: Any) -> bool:
+def holds_tensors(data: Batch) -> bool:
     """Return whether the inputs are tensors as the user holds them."""
     if isinstance(data, tuple):
         return _any_tensor(data[0])
@@ -106,7 +106,7 @@ def holds_tensors(data: Any) -> bool:
     return _any_tensor(next(iter(data)))
 
 
-def _any_tensor(batch: Any) -> bool:
+def _any_tensor(batch: Batch) -> bool:
     found: list[torch.Tensor] = []
     map_tensors(found.append, batch[0] if isinstance(batch, tuple | list) and batch else batch)
     return bool(found)

@@ -18,12 +18,11 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from .._types import Batch
 from .._validation import must_be
 
-__all__ = ["Batch", "Indexed", "Reiterable", "Source", "loader_source", "rebatched"]
+__all__ = ["Indexed", "Reiterable", "Source", "loader_source", "rebatched"]
 
-# Tensors or what becomes them, in tuples, lists and mappings as deep as the user's own.
-Batch: TypeAlias = Any
 Source: TypeAlias = Callable[[], Iterable[Batch]]
 
 
@@ -31,7 +30,7 @@ Source: TypeAlias = Callable[[], Iterable[Batch]]
 class Indexed(Protocol):
     """Samples by their index: a map-style Dataset, or what only quacks like one."""
 
-    def __getitem__(self, index: Any, /) -> Any: ...
+    def __getitem__(self, index: int, /) -> Batch: ...
 
     def __len__(self) -> int: ...
 
@@ -63,7 +62,7 @@ class _Rebatched:
 
     dataset: Indexed
     batches: Sequence[Sequence[int]] | None
-    collate: Callable[[Any], Batch]
+    collate: Callable[[list[Batch]], Batch]
     workers: int = 0
     at_once: bool = False
 
@@ -72,12 +71,16 @@ class _Rebatched:
         if self.at_once:
             order = {"batch_size": None, "sampler": self.batches}
         return iter(
-            DataLoader(cast("Dataset[Any]", self.dataset), collate_fn=self.collate, num_workers=self.workers, **order)
+            DataLoader(cast("Dataset[Batch]", self.dataset), collate_fn=self.collate, num_workers=self.workers, **order)
         )
 
 
 def rebatched(
-    dataset: Indexed, indices: Sequence[int], size: int | None, collate: Callable[[list[Any]], Batch], workers: int = 0
+    dataset: Indexed,
+    indices: Sequence[int],
+    size: int | None,
+    collate: Callable[[list[Batch]], Batch],
+    workers: int = 0,
 ) -> _Rebatched:
     """Return batches of these rows of a map-style data set, in this order."""
     if len(indices) == 0:
@@ -85,7 +88,7 @@ def rebatched(
     return _Rebatched(dataset, _chunks(indices, size or 1024), collate, workers)
 
 
-def loader_source(loader: DataLoader[Any], batch_size: int | None, needs_row_order: bool) -> Source:
+def loader_source(loader: DataLoader[Batch], batch_size: int | None, needs_row_order: bool) -> Source:
     """Read a map-style loader in data set order, whatever it shuffles or drops."""
     if isinstance(loader.dataset, IterableDataset):
         _refuse_a_dropped_rest(loader)
@@ -150,7 +153,7 @@ def _drawn_batches(sampler: Iterable[Iterable[int]], n: int, needs_row_order: bo
     return batches
 
 
-def _refuse_a_dropped_rest(loader: DataLoader[Any]) -> None:
+def _refuse_a_dropped_rest(loader: DataLoader[Batch]) -> None:
     if loader.drop_last:
         hint = "The rows that it drops belong to L. Try drop_last=False."
         raise ValueError(must_be("A DataLoader of a stream", "one that keeps its last batch", "drop_last=True", hint))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from .._types import Batch
 from .._validation import must_be
 from ..models import labels_key
 from .arrays import array_source
-from .loaders import Batch, Indexed, Reiterable, Source, loader_source, rebatched
+from .loaders import Indexed, Reiterable, Source, loader_source, rebatched
 
 __all__ = ["is_numbers", "is_sample", "source_of"]
 
@@ -75,7 +76,7 @@ def is_sample(item: object, mapping: bool = False) -> bool:
     return len(x) != len(y) and torch.as_tensor(y).is_floating_point()
 
 
-def _collate(samples: list[Any]) -> Batch:
+def _collate(samples: list[Batch]) -> Batch:
     """Return samples as a batch as torch does, but their lists of numbers as rows."""
     try:
         return default_collate([_with_arrays(sample) for sample in samples])

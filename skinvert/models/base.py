@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._types import Array, Batch, Device, Globs
 from .._validation import must_be
 from ..parameters import ParameterLayout
 
@@ -18,10 +19,10 @@ __all__ = ["TwiceDifferentiable"]
 class _FromTheta:
     """What θ says of a model, read anew at each look; a subclass or an object may set its own in its place."""
 
-    def __init__(self, look: Callable[[TwiceDifferentiable], Any]) -> None:
+    def __init__(self, look: Callable[[TwiceDifferentiable], object]) -> None:
         self.look = look
 
-    def __get__(self, model: TwiceDifferentiable | None, owner: type) -> Any:
+    def __get__(self, model: TwiceDifferentiable | None, owner: type) -> object:
         return self if model is None else self.look(model)
 
 
@@ -41,7 +42,7 @@ def _device(model: TwiceDifferentiable) -> torch.device:
     return first.device if isinstance(first, torch.Tensor) else torch.device("cpu")
 
 
-def _from_theta(look: Callable[[TwiceDifferentiable], Any]) -> Any:
+def _from_theta(look: Callable[[TwiceDifferentiable], object]) -> Any:
     """Return the descriptor as anything: each attribute below declares the type that it gives."""
     return _FromTheta(look)
 
@@ -74,20 +75,20 @@ class TwiceDifferentiable(ABC):
 
     @property
     @abstractmethod
-    def parameters(self) -> list[Any]:
+    def parameters(self) -> list[Array]:
         """The parameters θ, as a list of tensors."""
 
     @abstractmethod
-    def grad(self, x: Any, y: Any, create_graph: bool = False) -> Any:
+    def grad(self, x: Batch, y: Batch, create_graph: bool = False) -> Array:
         """Return the gradient (p,) of the mean loss on a batch; differentiable once more with ``create_graph``."""
 
     @abstractmethod
-    def hessian(self, x: Any, y: Any) -> Any:
+    def hessian(self, x: Batch, y: Batch) -> Array:
         """Return the Hessian (p, p) of the mean loss on a batch."""
 
     @staticmethod
     @abstractmethod
-    def mvp(grad_xy: Any, v: Any, backprop_on: Any, *, progress: bool = False) -> Any:
+    def mvp(grad_xy: Array, v: Array, backprop_on: Array | Iterable[Array], *, progress: bool = False) -> Array:
         """Return rows (d, m): the derivative of ``grad_xy`` (p,) along each row of ``v`` (d, p).
 
         ``backprop_on`` is the tensor (or list of tensors) of m entries that is differentiated for: the parameters
@@ -101,7 +102,7 @@ class TwiceDifferentiable(ABC):
 
     # -- what a subclass may leave as it is ------------------------------------------------------------------------
 
-    def at_point(self, params: Any = None, dtype: Any = None, device: Any = None) -> TwiceDifferentiable:
+    def at_point(self, params: Globs = None, dtype: object = None, device: Device = None) -> TwiceDifferentiable:
         """Return the model at today's θ, of chosen parameters, in a dtype and on a device: here it is as it is.
 
         Raises ValueError for a choice: a subclass of only the abstract members has none to offer.
@@ -112,14 +113,14 @@ class TwiceDifferentiable(ABC):
                 raise ValueError(must_be(name, f"None for a {type(self).__name__}", repr(value), hint))
         return self
 
-    def read(self, data: Any) -> Any:
+    def read(self, data: object) -> object:
         """Return the user's data as this model reads it."""
         return data
 
-    def learn_labels(self, batches: Callable[[], Iterable[Any]]) -> None:  # noqa: B027 (a default)
+    def learn_labels(self, batches: Callable[[], Iterable[Batch]]) -> None:  # noqa: B027 (a default)
         """Learn from the training data, once, how labels are read: nothing here."""
 
-    def pair(self, batch: Any) -> Any:
+    def pair(self, batch: Batch) -> Batch:
         """Return a raw batch as the pair (inputs, targets) that it stands for: here it is one."""
         return batch
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 import scipy.sparse.linalg
 from sklearn.base import TransformerMixin
+from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
 from .._arguments import check_fits_rows
 from .._fitting import SharesModel
+from .._types import Array, State
 from ..files import Saved
 from ..inverter import HessianInverter
 from ..methods.base import InverseOperator, Method
@@ -85,20 +86,20 @@ class ChosenInverter(SharesModel, TransformerMixin, Saved):
         """Eigenvalues of H, ascending, where the method computed a spectrum."""
         return self.inverter_.eigenvalues_
 
-    def transform(self, X: Any) -> Any:
+    def transform(self, X: Array) -> Array:
         """Return the solutions of (H + λI) x = b, as ``HessianInverter.transform``."""
         return self._chosen().solve(X).x
 
-    def fit_transform(self, X: Any, y: Any = None, **fit_params: Any) -> Any:
+    def fit_transform(self, X: object, y: object = None, **fit_params: object) -> Array:
         """Fit plain rows and return the solutions for them."""
         check_fits_rows(X, self.model)
         return self.fit(X, y, **fit_params).transform(X)
 
-    def solve(self, b: Any) -> InverseHvpResult:
+    def solve(self, b: Array) -> InverseHvpResult:
         """Return the solutions and what is known of them, as ``HessianInverter.solve``."""
         return self._chosen().solve(b)
 
-    def path(self, b: Any, hessian_perturbations: Any) -> Any:
+    def path(self, b: Array, hessian_perturbations: Iterable[float]) -> Array:
         """Return the solutions at many λ, as ``HessianInverter.path``."""
         return self._chosen().path(b, hessian_perturbations)
 
@@ -106,27 +107,27 @@ class ChosenInverter(SharesModel, TransformerMixin, Saved):
         """Return the eigenvalues of H or their density, as ``HessianInverter.spectrum``."""
         return self._chosen().spectrum(n_probes=n_probes, steps=steps)
 
-    def inverse_transform(self, X: Any) -> Any:
+    def inverse_transform(self, X: Array) -> Array:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
         return self._chosen().inverse_transform(X)
 
-    def residual(self, b: Any, x: Any) -> Any:
+    def residual(self, b: Array, x: Array) -> Array:
         """Return ‖(H + λI)x − b‖ / ‖b‖ (k,) against the exact curvature."""
         return self._chosen().residual(b, x)
 
-    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+    def score(self, X: object, y: object = None, sample_weight: object = None) -> float:
         """Return the held-out quadratic of rows that were not fitted, as ``HessianInverter.score``."""
         return self._chosen().score(X, y, sample_weight)
 
-    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+    def get_feature_names_out(self, input_features: object = None) -> np.ndarray:
         """Return the p names of the columns, as ``HessianInverter.get_feature_names_out``."""
         return self._chosen().get_feature_names_out(input_features)
 
-    def flatten(self, mapping: Mapping[str, Any] | Iterable[Any]) -> Any:
+    def flatten(self, mapping: Mapping[str, Array] | Iterable[Array]) -> Array:
         """Return rows (k, p) of named tensors or arrays, as ``HessianInverter.flatten``."""
         return self._chosen().flatten(mapping)
 
-    def unflatten(self, x: Any) -> dict[str, Any]:
+    def unflatten(self, x: Array) -> State:
         """Return named tensors or arrays (k, *shape) of rows (k, p)."""
         return self._chosen().unflatten(x)
 
@@ -134,7 +135,7 @@ class ChosenInverter(SharesModel, TransformerMixin, Saved):
         """Return (H + λI)⁻¹ as a ``scipy.sparse.linalg.LinearOperator``."""
         return self._chosen().aslinearoperator()
 
-    def __sklearn_tags__(self) -> Any:
+    def __sklearn_tags__(self) -> Tags:
         """Say what ``HessianInverter`` says."""
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import sklearn
+from sklearn.base import BaseEstimator
 from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import Pipeline
 from sklearn.utils.metadata_routing import MetadataRequest
 
 from .._autograd import ordinary
+from .._types import Array
 from .._validation import must_be
 from ..gradients import PerSampleGradient
 from ..inverter import HessianInverter
@@ -32,13 +34,13 @@ class _Shaped(Protocol):
 class _Search(Protocol):
     """A fitted search: scikit-learn's, or another library's."""
 
-    best_estimator_: Any
+    best_estimator_: BaseEstimator
 
 
 class QuadraticScorer:
     """The held-out quadratic of right-hand sides B; a class, so that it can be pickled."""
 
-    def __init__(self, rhs: Any) -> None:
+    def __init__(self, rhs: Array) -> None:
         self.rhs = rhs
         self._request = MetadataRequest(owner=repr(self))
         self._request.score.add_request(param="sample_weight", alias=None)
@@ -60,7 +62,7 @@ class QuadraticScorer:
         return True
 
     @ordinary
-    def __call__(self, estimator: Any, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+    def __call__(self, estimator: BaseEstimator, X: object, y: object = None, sample_weight: object = None) -> float:
         """Return the score of an inverter, or of what ends in one, on held-out data."""
         if isinstance(estimator, _Search):
             # A search inside another.
@@ -78,7 +80,9 @@ class QuadraticScorer:
         return quadratic_score(inverse, estimator._held_out(X, y, sample_weight), estimator._rows(self.rhs).tensor)
 
     @ordinary
-    def path(self, inverter: HessianInverter, shifts: Sequence[float], test: tuple[Any, ...]) -> list[float]:
+    def path(
+        self, inverter: HessianInverter, shifts: Sequence[float], test: tuple[object, object, object]
+    ) -> list[float]:
         """Return the score at each λ, on the held-out ``(X, y, sample_weight)``, from one factorisation."""
         rhs = None if self.rhs is None else inverter._rows(self.rhs).tensor
         held, inverse = inverter._held_out(*test), inverter._factorised("score")
@@ -91,7 +95,7 @@ class QuadraticScorer:
         return f"make_quadratic_scorer({got})"
 
 
-def make_quadratic_scorer(rhs: Any = None) -> Any:
+def make_quadratic_scorer(rhs: Array = None) -> QuadraticScorer:
     r"""Return a scorer of inverters by the held-out quadratic of one's own right-hand sides, test gradients say.
 
     mean_b[ bᵀz − ½ zᵀ(H̄ + R)z ], with z the fitted inverse applied to b, H̄ the held-out rows' mean GGN (or the
@@ -115,6 +119,7 @@ def make_quadratic_scorer(rhs: Any = None) -> Any:
     --------
     At the exact inverse it is ½ bᵀA⁻¹b.
 
+    >>> import numpy as np
     >>> inverter = HessianInverter("direct").fit(np.eye(2))
     >>> make_quadratic_scorer(np.array([[1.0, 2.0]]))(inverter, np.eye(2))
     5.0
@@ -126,7 +131,7 @@ def make_quadratic_scorer(rhs: Any = None) -> Any:
     return QuadraticScorer(rhs)
 
 
-def _through(steps: Pipeline, X: Any, y: Any) -> tuple[Any, Any]:
+def _through(steps: Pipeline, X: object, y: object) -> tuple[object, object]:
     """Return ``(X, y)`` after the steps of a pipeline, of which one may make gradients, which have no targets."""
     for _, step in steps.steps:
         inner = step

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Mapping
+from typing import Self
 
 import numpy as np
 import scipy.linalg
@@ -20,11 +20,14 @@ from .._fitting import fit_whole
 from .._frames import Frame
 from .._progress import progress
 from .._schema import check_fields
+from .._types import Decay, Device, Globs, Partition, RandomState, State
 from .._validation import check_hessian_perturbation, check_sample_weight, check_shift, must_be
 from ..answers import check_container, setting_fields
+from ..curvature import SampledFisher
 from ..data import as_data, as_pair, batches_of, count, take
 from ..files import UNSAVED, savable
 from ..inverter import HessianInverter
+from ..methods.base import Method
 from ..models import SklearnTwiceDifferentiable, as_model, is_model
 from ..persistence import left_out, require_present
 from .chosen import ChosenInverter
@@ -99,21 +102,21 @@ class HessianInverterCV(ChosenInverter):
 
     def __init__(
         self,
-        hessian_perturbations: Any = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2),
+        hessian_perturbations: Iterable[float] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2),
         *,
-        cv: Any = 5,
-        scoring: Any = None,
-        method: Any = "auto",
-        curvature: Any = "auto",
-        model: Any = None,
-        loss: Any = None,
-        weight_decay: Any = 0.0,
-        params: Any = None,
-        blocks: Any = None,
+        cv: object = 5,
+        scoring: Callable[..., float] | None = None,
+        method: str | Method = "auto",
+        curvature: str | SampledFisher = "auto",
+        model: object = None,
+        loss: object = None,
+        weight_decay: Decay = 0.0,
+        params: Globs = None,
+        blocks: Partition = None,
         batch_size: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
-        random_state: Any = None,
+        device: Device = None,
+        dtype: object = None,
+        random_state: RandomState = None,
         check_residual: bool = True,
         verbose: int = 0,
     ) -> None:
@@ -135,7 +138,9 @@ class HessianInverterCV(ChosenInverter):
         self.verbose = verbose
 
     @ordinary
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None, groups: Any = None) -> HessianInverterCV:
+    def fit(
+        self, X: object, y: object = None, sample_weight: object = None, groups: object = None
+    ) -> HessianInverterCV:
         """Choose λ, and fit the inverse at it on all rows.
 
         Parameters
@@ -160,7 +165,7 @@ class HessianInverterCV(ChosenInverter):
         shifts = _check_shifts(self.hessian_perturbations)
         return fit_whole(self, lambda fresh: fresh._search(X, y, sample_weight, groups, shifts))
 
-    def _search(self, X: Any, y: Any, sample_weight: Any, groups: Any, shifts: list[float]) -> None:
+    def _search(self, X: object, y: object, sample_weight: object, groups: object, shifts: list[float]) -> None:
         model, data = self._model_and_data(X, y)
         n, targets = count(data)
         weights = check_sample_weight(sample_weight, n)
@@ -172,7 +177,7 @@ class HessianInverterCV(ChosenInverter):
         self._choose(shifts, scores)
         self.inverter_ = self._inverter(shifts[self.best_index_]).fit(X, y, sample_weight)
 
-    def _model_and_data(self, X: Any, y: Any) -> tuple[Any, Any]:
+    def _model_and_data(self, X: object, y: object) -> tuple[object, object]:
         """Return the model that ``fit`` is given before its data, and the data to split: rows where there is none."""
         if is_model(X):
             return X, y
@@ -183,7 +188,7 @@ class HessianInverterCV(ChosenInverter):
         # The folds of a frame are frames, and know its columns.
         return None, rows if isinstance(rows, Frame) else checked
 
-    def _settled(self, model: Any, data: Any, weights: Any) -> Any:
+    def _settled(self, model: object, data: object, weights: np.ndarray | None) -> object:
         """Return the model of the folds: scikit-learn's penalties are divided by the rows of the fit, not of a fold."""
         given = require_present(self.model if model is None else model, "model")
         loss = require_present(self.loss, "loss")
@@ -198,7 +203,13 @@ class HessianInverterCV(ChosenInverter):
         return HessianInverter(hessian_perturbation=shift, **settings)
 
     def _fold_scores(
-        self, model: Any, data: Any, weights: Any, shifts: list[float], train: np.ndarray, test: np.ndarray
+        self,
+        model: object,
+        data: object,
+        weights: np.ndarray | None,
+        shifts: list[float],
+        train: np.ndarray,
+        test: np.ndarray,
     ) -> list[float]:
         # λ = 0 may want another factorisation than λ > 0, which is at hand then for every λ.
         inverter = self._inverter(0.0 if 0.0 in shifts else max(shifts))
@@ -231,7 +242,7 @@ class HessianInverterCV(ChosenInverter):
         with np.errstate(invalid="ignore"):
             std = scores.std(1)
         rank = scipy.stats.rankdata(-mean, method="min").astype(np.int32)
-        self.cv_results_: dict[str, Any] = {
+        self.cv_results_: State = {
             "params": [{"hessian_perturbation": shift} for shift in shifts],
             "param_hessian_perturbation": np.ma.array(shifts),
             **{f"split{i}_test_score": column for i, column in enumerate(scores.T)},
@@ -244,7 +255,7 @@ class HessianInverterCV(ChosenInverter):
 
     # -- files -----------------------------------------------------------------------------------------------------
 
-    def _file_state(self) -> dict[str, Any]:
+    def _file_state(self) -> State:
         state = {name: value for name, value in self.__getstate__().items() if name not in UNSAVED}
         # Splitters and scorers are code; shifts may be any iterable.
         state["cv"] = self.cv if self.cv is None or isinstance(self.cv, int) else left_out(self.cv)
@@ -257,7 +268,7 @@ class HessianInverterCV(ChosenInverter):
         return {**setting_fields(cls), **FITTED}, frozenset({"_sklearn_output_config"})
 
     @classmethod
-    def _restored(cls, state: dict[str, Any]) -> Self:
+    def _restored(cls, state: State) -> Self:
         inner, results = state["inverter_"], state["cv_results_"]
         check_fields(
             HessianInverter.__name__, HessianInverter._file_fields()[0], inner, HessianInverter._file_fields()[1]
@@ -274,7 +285,7 @@ class HessianInverterCV(ChosenInverter):
         return super()._restored(state)
 
 
-def _check_shifts(values: Iterable[Any]) -> list[float]:
+def _check_shifts(values: object) -> list[float]:
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(must_be("hessian_perturbations", "an iterable of λ ≥ 0", repr(values)))
     shifts = [check_hessian_perturbation(value, "HessianInverterCV") for value in values]
