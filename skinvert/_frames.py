@@ -9,11 +9,21 @@ import numpy as np
 import scipy.sparse
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils import check_array
 
 from ._types import Array
 from ._validation import must_be
 
-__all__ = ["Frame", "RowTransformer", "check_columns", "has_columns", "refuse_parameters", "rows_of"]
+__all__ = [
+    "Frame",
+    "RowTransformer",
+    "check_columns",
+    "has_columns",
+    "refuse_inputs",
+    "refuse_parameters",
+    "rows_of",
+    "without_names",
+]
 
 
 @runtime_checkable
@@ -73,6 +83,23 @@ def check_columns(b: object, names: Sequence[str]) -> None:
             hint = "Try `b[list(inverter.get_feature_names_out())]`, or `b.to_numpy()` to go by position."
             must = f"`get_feature_names_out()`{order}"
             raise ValueError(must_be("The columns of b", must, f"{column!r} for {name!r} at {place}", hint))
+
+
+def without_names(b: _Named, names: Sequence[str], *, strict: bool) -> Array:
+    """Return a frame of the columns ``names`` as an array; one of others is refused where ``strict``, else returned."""
+    if strict:
+        check_columns(b, names)
+    elif list(b.columns) != list(names):
+        return b
+    return check_array(b, dtype=[np.float64, np.float32])
+
+
+def refuse_inputs(b: Array, size: int) -> None:
+    """Raise for rows of another width than the parameters', with the way out of a pipeline, which passes inputs."""
+    shape = tuple(np.shape(b))
+    if len(shape) == 2 and shape[1] != size:
+        hint = "Rows are gradients, no inputs. In a pipeline they go to its last step: `pipe[-1].transform(b)`."
+        raise ValueError(must_be("b", f"of shape (k, {size})", f"shape {shape}", hint))
 
 
 def refuse_parameters(b: object) -> None:

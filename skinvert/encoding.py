@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,9 @@ def _name_of(cls: type) -> str:
 
 def _is_ours(cls: type) -> bool:
     package = __name__.partition(".")[0]
-    ours = cls.__module__.partition(".")[0] == package
-    return ours and getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls and not inspect.isabstract(cls)
+    if cls.__module__.partition(".")[0] != package or cls.__module__ not in sys.modules:
+        return False
+    return vars(sys.modules[cls.__module__]).get(cls.__name__) is cls and not inspect.isabstract(cls)
 
 
 class Writer:
@@ -130,7 +131,7 @@ class Writer:
             entry = [self._names[type(value)], None]
             self.objects.append(entry)
             # What is rebuilt when needed stands as None in a pickle, and not at all in a file.
-            transient = getattr(value, "_transient", ())
+            transient = value._transient if isinstance(value, TensorState) else ()
             state = {name: part for name, part in value.__getstate__().items() if name not in transient}
             fields: Any = _fields_of(type(value))
             check_fields(type(value).__name__, fields, unpack(state), frozenset())
@@ -185,7 +186,7 @@ class _Reader:
             return value
         if type(value) is not list or depth > DEPTH or not value or type(value[0]) is not str:
             raise ValueError(must_be("An entry of the state", "a plain value or a tagged list", repr(value)[:80]))
-        return getattr(self, _TAGS[value[0]])(*value[1:], depth=depth + 1)
+        return _TAGS[value[0]](self, *value[1:], depth=depth + 1)
 
     def _packed(self, kind: str, value: Any, axes: Any, depth: int) -> Any:
         if kind != "tensor":
@@ -244,17 +245,17 @@ class _Reader:
         check_fields(cls.__name__, fields, values, frozenset())
         built: Any = object.__new__(cls)
         moved = {key: self.device if isinstance(value, torch.device) else value for key, value in values.items()}
-        built.__dict__.update(moved, **dict.fromkeys(getattr(cls, "_transient", ())))
+        built.__dict__.update(moved, **dict.fromkeys(cls._transient if issubclass(cls, TensorState) else ()))
         return built
 
 
-# The methods that a tag may name: a closed list.
-_TAGS = {
-    "packed": "_packed",
-    "array": "_array",
-    "object array": "_object_array",
-    "dict": "_dict",
-    "list": "_list",
-    "tuple": "_tuple",
-    "object": "_object",
+# What reads each tag: a closed list.
+_TAGS: dict[str, Callable[..., Any]] = {
+    "packed": _Reader._packed,
+    "array": _Reader._array,
+    "object array": _Reader._object_array,
+    "dict": _Reader._dict,
+    "list": _Reader._list,
+    "tuple": _Reader._tuple,
+    "object": _Reader._object,
 }

@@ -9,14 +9,14 @@ from typing import Any, Self
 import numpy as np
 import scipy.sparse.linalg
 import torch
-from sklearn.base import OneToOneFeatureMixin, TransformerMixin, clone
-from sklearn.utils import Tags, check_array
+from sklearn.base import OneToOneFeatureMixin, TransformerMixin
+from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ._arguments import check_fit_arguments, check_fits_rows, check_method, refuse_model_settings
 from ._autograd import ordinary
 from ._fitting import SharesModel, fit_whole
-from ._frames import check_columns, has_columns, refuse_parameters
+from ._frames import check_columns, has_columns, refuse_inputs, refuse_parameters, without_names
 from ._linear_map import apply_linear, solve_linear
 from ._rows import Rows
 from ._scaling import times_powers
@@ -28,14 +28,14 @@ from .data import as_data
 from .files import UNSAVED, Saved, savable
 from .methods.base import InverseOperator, Method, relative_residual
 from .methods.spectrum import has_spectrum, spectrum
-from .models import TorchTwiceDifferentiable, TwiceDifferentiable, as_model, is_model
+from .models import TwiceDifferentiable, as_model, is_model
 from .operators import LinearOperator, Shifted, as_scipy
 from .parameters import ParameterLayout
 from .persistence import require_present
-from .registry import InversionRegistry
+from .registry import find_method
 from .results import InverseHvpResult, Spectrum
 from .scores import HeldOut, held_out, held_out_rows, quadratic_score
-from .system import Function, System, assemble, is_method, random_seed, seeded_method
+from .system import Function, System, assemble, random_seed
 
 __all__ = ["HessianInverter"]
 
@@ -225,7 +225,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
             raise ValueError(must_be("fit(model, data)'s data", "given", "None", "Try fit(model, (X, y))."))
         model, loss = require_present(model, "model"), require_present(self.loss, "loss")
         adapted = as_model(model, loss, self.weight_decay)
-        self.method_, self._data = self._method(type(adapted)), data
+        self.method_, self._data = find_method(self.method, type(adapted), self.random_state), data
         return self._assembled(adapted, data, sample_weight)
 
     def _rows_system(self, X: object, y: object, sample_weight: object) -> System:
@@ -233,7 +233,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         if isinstance(X, torch.Tensor):
             X = X.detach().cpu().numpy()
         X = validate_data(self, X, dtype=[np.float64, np.float32])
-        self.method_, self._data = self._method(None), None
+        self.method_, self._data = find_method(self.method, None, self.random_state), None
         if y is not None:
             refuse_model_settings(self.loss, self.weight_decay, self.params)
         return self._assembled(torch.from_numpy(np.array(X, order="C", copy=True)), None, sample_weight, home)
@@ -259,18 +259,6 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
             random_state=self.random_state,
             verbose=self.verbose,
         )
-
-    def _method(self, model_type: type | None) -> Method | Function:
-        """Return a configured method, or a registered function."""
-        if isinstance(self.method, Method):
-            return seeded_method(clone(self.method), self.random_state)
-        found = InversionRegistry.get(model_type or TorchTwiceDifferentiable, self.method)
-        if is_method(found):
-            return seeded_method(found(), self.random_state)
-        if model_type is None:
-            must = "a Method for plain arrays"
-            raise ValueError(must_be("method", must, f"the function {self.method!r}, which wants a model"))
-        return found
 
     # -- solve -----------------------------------------------------------------------------------------------------
 
@@ -527,23 +515,14 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
             model.check_unchanged()
         refuse_parameters(b)
         target = self.curvature_ if self.inverse_ is None else self.inverse_
-        if self.model is not None and len(np.shape(b)) == 2 and np.shape(b)[1] != target.size:
-            hint = "Rows are gradients, no inputs. In a pipeline they go to its last step: `pipe[-1].transform(b)`."
-            raise ValueError(must_be("b", f"of shape (k, {target.size})", f"shape {tuple(np.shape(b))}", hint))
+        if self.model is not None:
+            refuse_inputs(b, target.size)
         if not isinstance(b, torch.Tensor):
-            b = validate_data(self, self._by_name(b), dtype=[np.float64, np.float32], reset=False)
+            if has_columns(b) and "feature_names_in_" not in vars(self):
+                # Columns that are the parameters', which fit has not seen.
+                b = without_names(b, self.get_feature_names_out().tolist(), strict=self._layout is not None)
+            b = validate_data(self, b, dtype=[np.float64, np.float32], reset=False)
         return Rows.of(b, target)
-
-    def _by_name(self, b: Array) -> Array:
-        """Return ``b``; as an array where it is a frame whose columns are the parameters', which fit has not seen."""
-        if not has_columns(b) or "feature_names_in_" in vars(self):
-            return b
-        names = self.get_feature_names_out().tolist()
-        if self._layout is not None:
-            check_columns(b, names)
-        elif list(b.columns) != names:
-            return b
-        return check_array(b, dtype=[np.float64, np.float32])
 
     def _exact(self) -> LinearOperator:
         return Shifted(self._at_hand("curvature_", "residual"), self.hessian_perturbation_)

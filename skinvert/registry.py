@@ -6,19 +6,22 @@ import inspect
 from collections.abc import Callable
 from typing import ClassVar
 
+from sklearn.base import clone
+
 from . import methods
 from ._autograd import ordinary
 from ._frames import check_columns, refuse_parameters
 from ._linear_map import solve_linear
 from ._rows import Rows
 from ._telling import warn
-from ._types import Array, State
+from ._types import Array, RandomState, State
 from ._validation import check_hessian_perturbation, must_be
-from .models import TwiceDifferentiable, as_model
+from .methods.base import Method
+from .models import TorchTwiceDifferentiable, TwiceDifferentiable, as_model
 from .results import InverseHvpResult, InversionMethod
-from .system import Inverter, assemble, is_method, seeded_method
+from .system import Function, Inverter, assemble, is_method, seeded_method
 
-__all__ = ["InversionRegistry", "solve_hvp"]
+__all__ = ["InversionRegistry", "find_method", "solve_hvp"]
 
 SIGNATURE = ("model", "training_data", "b", "hessian_perturbation")
 # What `solve_hvp` takes beside a method's own settings.
@@ -156,6 +159,31 @@ class InversionRegistry:
             return rows.result(*rows.through(inverse).solve(rows.tensor))
 
         return solve_linear(b, solve)
+
+
+def find_method(
+    method: str | InversionMethod | Method, model_type: type | None, random_state: RandomState
+) -> Method | Function:
+    """Return a configured method, seeded where it draws, or a user's function; for plain rows of no type no function.
+
+    Parameters
+    ----------
+    method : str, InversionMethod or Method
+        A registered name, or an instance, which is cloned.
+    model_type : type or None
+        Of the adapted model.
+    random_state : int, RandomState or None
+        See ``seeded_method``.
+    """
+    if isinstance(method, Method):
+        return seeded_method(clone(method), random_state)
+    found = InversionRegistry.get(model_type or TorchTwiceDifferentiable, method)
+    if is_method(found):
+        return seeded_method(found(), random_state)
+    if model_type is None:
+        must = "a Method for plain arrays"
+        raise ValueError(must_be("method", must, f"the function {method!r}, which wants a model"))
+    return found
 
 
 def solve_hvp(

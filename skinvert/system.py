@@ -105,7 +105,7 @@ def assemble(
     random_state: RandomState = None,
     verbose: int = 0,
 ) -> System:
-    """Return the system of an adapted model over its data, or of plain rows (n, p), which are copied.
+    """Return the system of an adapted model over its data, or of plain rows (n, p).
 
     The settings are those of ``HessianInverter``. A method that draws is seeded by ``seeded_method`` before, so that a
     generator is drawn from in one order whoever asks.
@@ -137,7 +137,7 @@ def _of_rows(
     if curvature not in ("auto", "gram"):
         hint = "Plain rows have one curvature, XᵀX/n. For a model's, give a model."
         raise ValueError(must_be("curvature for plain rows", "'auto'", repr(curvature), hint))
-    rows = rows.detach().to(resolve_device(device, rows.device), resolve_dtype(dtype, rows.dtype), copy=True)
+    rows = rows.detach().to(resolve_device(device, rows.device), resolve_dtype(dtype, rows.dtype))
     return System(Gram(rows, None if weights is None else torch.from_numpy(weights).to(rows)), "gram", len(rows))
 
 
