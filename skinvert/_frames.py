@@ -15,9 +15,12 @@ from ._types import Array
 from ._validation import must_be
 
 __all__ = [
+    "Columned",
     "Frame",
     "RowTransformer",
     "check_columns",
+    "check_inputs",
+    "columns_of",
     "has_columns",
     "refuse_inputs",
     "refuse_parameters",
@@ -41,8 +44,8 @@ class Frame(Protocol):
 
 
 @runtime_checkable
-class _Named(Protocol):
-    """What frames of any library have: names of columns."""
+class Columned(Protocol):
+    """What frames of any library have: columns."""
 
     columns: Sequence[object]
 
@@ -66,32 +69,62 @@ def rows_of(data: object) -> object:
     return next((part for part in found if isinstance(part, Frame)), data)
 
 
-def has_columns(b: object) -> TypeGuard[_Named]:
-    """Return whether ``b`` is a frame whose columns have names."""
-    columns = b.columns if isinstance(b, _Named) else ()
-    return len(columns) > 0 and all(isinstance(name, str) for name in columns)
+def has_columns(b: object) -> TypeGuard[Columned]:
+    """Return whether ``b`` is a frame whose columns have names, or some of them."""
+    return isinstance(b, Columned) and any(isinstance(name, str) for name in b.columns)
 
 
 def check_columns(b: object, names: Sequence[str]) -> None:
-    """Raise where ``b`` is a frame whose named columns are not ``names`` in their order; their number is told apart."""
-    if not has_columns(b) or len(b.columns) != len(names):
+    """Raise where ``b`` is a frame whose columns are not ``names`` in their order, or are 0 to p − 1 in another."""
+    columns = list(b.columns) if isinstance(b, Columned) else []
+    if not names or not columns:
         return
-    columns = list(b.columns)
+    hint = "Try `b[list(inverter.get_feature_names_out())]`, or `b.to_numpy()` to go by position."
+    if not has_columns(b):
+        if sorted(map(str, columns)) == sorted(map(str, range(len(names)))) and columns != list(range(len(names))):
+            hint = "Try `b[sorted(b)]` for the order of the numbers, `b.to_numpy()` for that of the frame."
+            raise ValueError(must_be("The columns of b", f"0 to {len(names) - 1} in order", columns[:10], hint))
+        return
+    if len(columns) != len(names):
+        beyond, missing = [c for c in columns if c not in set(names)], [n for n in names if n not in set(columns)]
+        got = f"{len(columns)} columns, with {beyond[:5]} beyond them and without {missing[:5]}"
+        raise ValueError(must_be("The columns of b", f"the {len(names)} of `get_feature_names_out()`", got, hint))
     for place, (column, name) in enumerate(zip(columns, names, strict=True)):
         if column != name:
             order = ", in this order" if set(columns) == set(names) else ""
-            hint = "Try `b[list(inverter.get_feature_names_out())]`, or `b.to_numpy()` to go by position."
             must = f"`get_feature_names_out()`{order}"
             raise ValueError(must_be("The columns of b", must, f"{column!r} for {name!r} at {place}", hint))
 
 
-def without_names(b: _Named, names: Sequence[str], *, strict: bool) -> Array:
+def without_names(b: Columned, names: Sequence[str], *, strict: bool) -> Array:
     """Return a frame of the columns ``names`` as an array; one of others is refused where ``strict``, else returned."""
     if strict:
         check_columns(b, names)
-    elif list(b.columns) != list(names):
+    if not has_columns(b) or list(b.columns) != list(names):
         return b
     return check_array(b, dtype=[np.float64, np.float32])
+
+
+def columns_of(data: object, place: str = "") -> dict[str, list[object]]:
+    """Return the columns of each frame of several named columns within data, by its place there."""
+    if isinstance(data, Mapping | tuple):
+        parts = data.items() if isinstance(data, Mapping) else enumerate(data)
+        return {where: found for key, part in parts for where, found in columns_of(part, f"{place}[{key!r}]").items()}
+    columns = list(data.columns) if isinstance(data, Frame) and has_columns(data) else []
+    return {place: columns} if len(columns) > 1 else {}
+
+
+def check_inputs(data: object, fitted: Mapping[str, list[object]]) -> None:
+    """Raise where a frame within data has other columns than ``fitted``, what ``columns_of`` returned at the fit.
+
+    A module takes its inputs by position, so that columns in another order would pass.
+    """
+    for place, columns in columns_of(data).items():
+        known = fitted.get(place, columns)
+        if columns != known:
+            order = ", in this order" if set(columns) == set(known) else ""
+            must = f"those of the fit, {known[:10]}{order}"
+            raise ValueError(must_be(f"The columns of data{place}", must, columns[:10], "Try `X[columns]`."))
 
 
 def refuse_inputs(b: Array, size: int) -> None:

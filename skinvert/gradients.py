@@ -10,7 +10,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from ._autograd import ordinary
 from ._fitting import SharesModel, fit_whole
-from ._frames import Frame, RowTransformer, rows_of
+from ._frames import Frame, RowTransformer, check_inputs, columns_of, rows_of
 from ._memory import check_memory, rows_within
 from ._progress import progress
 from ._types import Array, Device, Globs
@@ -109,7 +109,7 @@ class PerSampleGradient(SharesModel, RowTransformer):
         warn_of_unreached(objective.unreached)
         self.loss_scale_, self.n_features_out_ = objective.scale, model.num_params
         self.parameter_names_, self._layout = list(model.layout.names), model.layout
-        self._totals = model.totals
+        self._totals, self._columns = model.totals, columns_of(X if y is None else (X, y))
 
     @ordinary
     def transform(self, X: object, y: object = None) -> Array:
@@ -127,6 +127,7 @@ class PerSampleGradient(SharesModel, RowTransformer):
         model = self._at_point()
         model.adopt(self._totals)
         batches = self._batches(model, X, None, None)
+        check_inputs(X, self._columns)
         way_out = "Try fewer rows at a time, or fewer parameters with `params`."
         # Measured: what the passes leave to the allocator comes to some 0.4 of the rows.
         needed = int(1.4 * batches.n_samples * model.num_params * model.dtype.itemsize)

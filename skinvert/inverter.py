@@ -16,7 +16,15 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from ._arguments import check_fit_arguments, check_fits_rows, check_method, refuse_model_settings
 from ._autograd import ordinary
 from ._fitting import SharesModel, fit_whole
-from ._frames import check_columns, has_columns, refuse_inputs, refuse_parameters, without_names
+from ._frames import (
+    Columned,
+    check_columns,
+    check_inputs,
+    columns_of,
+    refuse_inputs,
+    refuse_parameters,
+    without_names,
+)
 from ._linear_map import apply_linear, solve_linear
 from ._rows import Rows
 from ._scaling import times_powers
@@ -425,6 +433,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         # fit(model, data) knows batches in a list; a search over `model=` passes samples in one.
         data = X if self.model is None and y is None else as_data(X, y)
         model = self._at_hand("_model", "score")
+        check_inputs(data, columns_of(self._data))
         return held_out(model, self.curvature_name_, data, self.batch_size, sample_weight)
 
     def _judged(self, what: str, hint: str = "Call `solve`.") -> InverseOperator:
@@ -518,7 +527,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         if self.model is not None:
             refuse_inputs(b, target.size)
         if not isinstance(b, torch.Tensor):
-            if has_columns(b) and "feature_names_in_" not in vars(self):
+            if isinstance(b, Columned) and "feature_names_in_" not in vars(self):
                 # Columns that are the parameters', which fit has not seen.
                 b = without_names(b, self.get_feature_names_out().tolist(), strict=self._layout is not None)
             b = validate_data(self, b, dtype=[np.float64, np.float32], reset=False)

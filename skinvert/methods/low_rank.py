@@ -117,6 +117,12 @@ class LowRankInverse(InverseOperator):
         other._set(hessian_perturbation)
         return other
 
+    def check(self) -> None:
+        """Raise ValueError where an attribute contradicts the eigenpairs."""
+        super().check()
+        if self.approximate != (self.rank < self.size):
+            raise ValueError(must_be("LowRankInverse.approximate", "whether eigenpairs are left out", self.approximate))
+
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions, or pseudo-solutions where the operator is singular.
 

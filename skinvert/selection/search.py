@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import numbers
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Self
@@ -258,7 +259,7 @@ class HessianInverterCV(ChosenInverter):
     def _file_state(self) -> State:
         state = {name: value for name, value in self.__getstate__().items() if name not in UNSAVED}
         # Splitters and scorers are code; shifts may be any iterable.
-        state["cv"] = self.cv if self.cv is None or isinstance(self.cv, int) else left_out(self.cv)
+        state["cv"] = int(self.cv) if isinstance(self.cv, numbers.Integral) else left_out(self.cv)
         state["scoring"] = left_out(self.scoring)
         state["hessian_perturbations"] = [entry["hessian_perturbation"] for entry in self.cv_results_["params"]]
         return {**state, "inverter_": self.inverter_._file_state()}
