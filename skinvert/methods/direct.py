@@ -325,6 +325,10 @@ class SampleSpaceInverse(InverseOperator):
                 self._spectral.rtol = self.rtol
                 self._spectral.exact = LowRank(self.rows, R)
             return self._spectral.at(hessian_perturbation)
+        return self._anew(hessian_perturbation)
+
+    def _anew(self, hessian_perturbation: float) -> SampleSpaceInverse:
+        R = torch.zeros_like(self.shift) if self.penalty is None else self.penalty
         shift = R + check_hessian_perturbation(hessian_perturbation)
         if not bool((shift > 0).all()):
             what, got = "hessian_perturbation for fewer rows than parameters", hessian_perturbation
@@ -335,10 +339,14 @@ class SampleSpaceInverse(InverseOperator):
         return other
 
     def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> list[InverseHvpResult]:
-        """Return the results at every λ."""
+        """Return the results at every λ: a row that the singular vectors do not serve is solved as by ``solve``."""
         shifts = list(hessian_perturbations)
         first = self.at(shifts[0]) if shifts else self
-        return first.solve_path(B, shifts) if isinstance(first, LowRankInverse) else super().solve_path(B, shifts)
+        if not isinstance(first, LowRankInverse):
+            return super().solve_path(B, shifts)
+        found = first.untold().solve_path(B, shifts)
+        served = [bool(info["converged"].all()) for _, info in found]
+        return [found[i] if served[i] else self._anew(shift).solve(B) for i, shift in enumerate(shifts)]
 
     def check(self) -> None:
         """Raise ValueError where the factors and the shifts contradict each other."""
