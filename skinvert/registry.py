@@ -133,10 +133,11 @@ class InversionRegistry:
         **kwargs: object,
     ) -> InverseHvpResult:
         """Solve (H + λI) x = b for each row of b; see ``solve_hvp``."""
+        given: State = kwargs
         if not isinstance(model, TwiceDifferentiable):
-            model = as_model(model, kwargs.pop("loss", None), kwargs.pop("weight_decay", 0.0))
+            model = as_model(model, given.pop("loss", None), given.pop("weight_decay", 0.0))
         found = cls.get(type(model), inversion_method)
-        settings, own = _split_settings(found, inversion_method, kwargs)
+        settings, own = _split_settings(found, inversion_method, given)
         # A model that brings its own is told so.
         as_model(model, own.pop("loss", None), own.pop("weight_decay", 0.0))
         if not is_method(found):

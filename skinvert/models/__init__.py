@@ -1,6 +1,6 @@
 """Models that can be inverted: PyTorch modules, skorch nets, scikit-learn models, any ``TwiceDifferentiable``."""
 
-from .adapt import as_margin, as_model, is_model, register_model
+from .adapt import FittedSearch, as_margin, as_model, is_model, register_model
 from .affine import Affine
 from .base import TwiceDifferentiable
 from .batches import labels_key, leading_length, map_tensors, rebuilt, row_axes, with_row_axis
@@ -16,6 +16,7 @@ __all__ = [
     "Affine",
     "DiagonalHessian",
     "FactoredHessian",
+    "FittedSearch",
     "ModuleLoss",
     "OutputHessian",
     "SharedModel",

@@ -17,6 +17,7 @@ from .._validation import must_be
 from ..gradients import PerSampleGradient
 from ..inverter import HessianInverter
 from ..methods.base import InverseOperator
+from ..models import FittedSearch
 from ..scores import quadratic_path, quadratic_score
 from .chosen import ChosenInverter
 
@@ -28,13 +29,6 @@ class _Shaped(Protocol):
     """An array of any library, or a frame."""
 
     shape: tuple[int, ...]
-
-
-@runtime_checkable
-class _Search(Protocol):
-    """A fitted search: scikit-learn's, or another library's."""
-
-    best_estimator_: BaseEstimator
 
 
 class QuadraticScorer:
@@ -64,7 +58,7 @@ class QuadraticScorer:
     @ordinary
     def __call__(self, estimator: BaseEstimator, X: object, y: object = None, sample_weight: object = None) -> float:
         """Return the score of an inverter, or of what ends in one, on held-out data."""
-        if isinstance(estimator, _Search):
+        if isinstance(estimator, FittedSearch):
             # A search inside another.
             estimator = estimator.best_estimator_
         if isinstance(estimator, Pipeline):
