@@ -29,7 +29,7 @@ from ._linear_map import apply_linear, solve_linear
 from ._rows import Rows
 from ._scaling import times_powers
 from ._types import Array, Decay, Device, Globs, Partition, RandomState, State
-from ._validation import check_choice, check_hessian_perturbation, check_number, check_shift, must_be
+from ._validation import check_choice, check_hessian_perturbation, check_shift, must_be
 from .answers import OPTIONAL, answer, check_answer, file_fields
 from .curvature import SampledFisher
 from .data import as_data
@@ -202,8 +202,6 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
 
     def _fit_at(self, X: object, y: object, sample_weight: object, shift: float) -> None:
         """Fit at λ = ``shift``."""
-        if self.batch_size is not None:
-            check_number(self.batch_size, "batch_size", owner="HessianInverter", low=1, integer=True)
         check_choice(self.check_residual, "check_residual", [True, False])
         if is_model(X):
             system = self._model_system(X, y, sample_weight)

@@ -110,10 +110,10 @@ def assemble(
     The settings are those of ``HessianInverter``. A method that draws is seeded by ``seeded_method`` before, so that a
     generator is drawn from in one order whoever asks.
     """
-    if isinstance(model_or_rows, torch.Tensor):
-        return _of_rows(model_or_rows, curvature, blocks, device, dtype, sample_weight)
     if batch_size is not None:
         check_number(batch_size, "batch_size", owner="HessianInverter", low=1, integer=True)
+    if isinstance(model_or_rows, torch.Tensor):
+        return _of_rows(model_or_rows, curvature, blocks, device, dtype, sample_weight)
     model = model_or_rows.at_point(params, dtype, device)
     default = method.default_curvature if isinstance(method, Method) else "hessian"
     chosen = seeded_curvature(default if curvature == "auto" else curvature, random_state)

@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import safetensors.numpy
+import skops.io
 import torch
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import KFold
@@ -82,6 +83,15 @@ def test_a_search_pickles_without_the_model():
     kept = HessianInverterCV([0.1, 1.0], model=torch.nn.Linear(3, 2).double(), loss="mse", method="direct")
     kept.fit(np.random.default_rng(0).standard_normal((20, 3)), np.zeros((20, 2)))
     assert isinstance(pickle.loads(pickle.dumps(kept)).model, LeftOut)
+
+
+def test_a_search_in_skops(tmp_path):
+    fitted, b = searched()
+    skops.io.dump(fitted, tmp_path / "file")
+    trusted = [name for name in skops.io.get_untrusted_types(file=tmp_path / "file") if name.startswith("skinvert.")]
+    np.testing.assert_array_equal(skops.io.load(tmp_path / "file", trusted=trusted).transform(b), fitted.transform(b))
+    with pytest.raises(ValueError, match="without torch models"):
+        skops.io.dump(searched(method="cg")[0], tmp_path / "file")
 
 
 @pytest.mark.parametrize("entry", ["best_index_", "hessian_perturbation_"])
