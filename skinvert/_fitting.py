@@ -13,8 +13,8 @@ __all__ = ["SharesModel", "fit_whole"]
 WRITTEN = ("_layout", "_model", "_data", "_totals", "_columns")
 
 
-def fit_whole(estimator: Any, fit: Callable[[Any], object]) -> Any:
-    """Return ``estimator`` as ``fit`` leaves a duplicate of it that was never fitted.
+def fit_whole(estimator: Any, fit: Callable[[Any], object]) -> None:
+    """Leave ``estimator`` as ``fit`` leaves a duplicate of it that was never fitted.
 
     The results are taken over by one assignment: a fit that raises or is interrupted changes nothing, and no attribute
     of an earlier fit stays beside those of a later one.
@@ -23,7 +23,6 @@ def fit_whole(estimator: Any, fit: Callable[[Any], object]) -> Any:
     fresh.__dict__ = {name: value for name, value in vars(estimator).items() if not _is_fitted(name)}
     fit(fresh)
     estimator.__dict__ = fresh.__dict__
-    return estimator
 
 
 class SharesModel:

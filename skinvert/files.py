@@ -82,7 +82,8 @@ class Saved(BaseEstimator):
         if state.get("_model") is not None or isinstance(state["model"], torch.nn.Module):
             got = "a torch model, which an inverter needs to be fitted, and some methods to solve"
             raise ValueError(must_be("What skops writes", "without torch models", got, "Try pickle or joblib."))
-        return super().__reduce__()
+        reduced: tuple[object, ...] | str = super().__reduce__()
+        return reduced
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fitted inverse to a safetensors file, which ``skinvert.load`` reads anywhere.

@@ -101,7 +101,8 @@ class PerSampleGradient(SharesModel, RowTransformer):
     def fit(self, X: object, y: object = None, sample_weight: object = None) -> PerSampleGradient:
         """Record the scale of the training loss; ``X, y`` as ``HessianInverter.fit`` takes them."""
         _check_pair(X, y)
-        return fit_whole(self, lambda fresh: fresh._fit(X, y, sample_weight))
+        fit_whole(self, lambda fresh: fresh._fit(X, y, sample_weight))
+        return self
 
     def _fit(self, X: object, y: object, sample_weight: object) -> None:
         model = self._at_point()

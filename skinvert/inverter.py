@@ -139,6 +139,8 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
 
     method_: Method | Function
     inverse_: InverseOperator | None
+    feature_names_in_: np.ndarray
+    eigenvalues_: np.ndarray
 
     def __init__(
         self,
@@ -198,7 +200,8 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         check_method(self.method)
         check_fit_arguments(X, y, self.model)
         shift = check_hessian_perturbation(self.hessian_perturbation, "HessianInverter")
-        return fit_whole(self, lambda fresh: fresh._fit_at(X, y, sample_weight, shift))
+        fit_whole(self, lambda fresh: fresh._fit_at(X, y, sample_weight, shift))
+        return self
 
     def _fit_at(self, X: object, y: object, sample_weight: object, shift: float) -> None:
         """Fit at λ = ``shift``."""
@@ -314,7 +317,9 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
     def _solve(self, b: Array) -> InverseHvpResult:
         rows = self._rows(b)
         if not isinstance(self.method_, Method):
-            return self.method_(self._at_hand("_model", "solve"), self._data, rows.source, self.hessian_perturbation_)
+            function, model = self.method_, self._at_hand("_model", "solve")
+            result: InverseHvpResult = function(model, self._data, rows.source, self.hessian_perturbation_)
+            return result
         return rows.result(*rows.through(self._judged("solve")).solve(rows.tensor))
 
     def path(self, b: Array, hessian_perturbations: Iterable[float]) -> Array:
@@ -464,9 +469,10 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
     def get_feature_names_out(self, input_features: object = None) -> np.ndarray:
         """Return the p names of the columns: ``"fc1.weight[0,3]"``, or the input's own for plain rows."""
         check_is_fitted(self, "n_features_in_")
-        if self._layout is None:
-            return super().get_feature_names_out(input_features)
-        return np.asarray(self._layout.feature_names(), dtype=object)
+        if self._layout is not None:
+            return np.asarray(self._layout.feature_names(), dtype=object)
+        names: np.ndarray = super().get_feature_names_out(input_features)
+        return names
 
     def flatten(self, mapping: Mapping[str, Array] | Iterable[Array]) -> Array:
         """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row.

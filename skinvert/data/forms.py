@@ -17,7 +17,7 @@ from ..models import map_tensors
 __all__ = ["as_data", "as_pair", "count", "holds_tensors", "is_data", "take"]
 
 
-class _Samples(Dataset):
+class _Samples(Dataset[Batch]):
     """A list of samples, as a search over a data set leaves it."""
 
     def __init__(self, samples: list[Batch]) -> None:

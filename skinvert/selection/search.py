@@ -164,7 +164,8 @@ class HessianInverterCV(ChosenInverter):
         check_method(self.method)
         check_fit_arguments(X, y, self.model)
         shifts = _check_shifts(self.hessian_perturbations)
-        return fit_whole(self, lambda fresh: fresh._search(X, y, sample_weight, groups, shifts))
+        fit_whole(self, lambda fresh: fresh._search(X, y, sample_weight, groups, shifts))
+        return self
 
     def _search(self, X: object, y: object, sample_weight: object, groups: object, shifts: list[float]) -> None:
         model, data = self._model_and_data(X, y)
@@ -192,8 +193,9 @@ class HessianInverterCV(ChosenInverter):
     def _settled(self, model: object, data: object, weights: np.ndarray | None) -> object:
         """Return the model of the folds: scikit-learn's penalties are divided by the rows of the fit, not of a fold."""
         given = require_present(self.model if model is None else model, "model")
-        loss = require_present(self.loss, "loss")
-        adapted = None if given is None else as_model(given, loss, self.weight_decay)
+        if given is None:
+            return None
+        adapted = as_model(given, require_present(self.loss, "loss"), self.weight_decay)
         if not isinstance(adapted, SklearnTwiceDifferentiable) or adapted.totals is not None:
             return model
         adapted.settle(batches_of(adapted, data, batch_size=self.batch_size, sample_weight=weights))
