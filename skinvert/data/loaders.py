@@ -21,7 +21,7 @@ from torch.utils.data import (
 from .._types import Batch
 from .._validation import must_be
 
-__all__ = ["Indexed", "Reiterable", "Source", "loader_source", "rebatched"]
+__all__ = ["Indexed", "Reiterable", "Source", "length", "loader_source", "rebatched"]
 
 Source: TypeAlias = Callable[[], Iterable[Batch]]
 
@@ -88,6 +88,15 @@ def rebatched(
     return _Rebatched(dataset, _chunks(indices, size or 1024), collate, workers)
 
 
+def length(dataset: Indexed) -> int:
+    """Return the number of a data set's samples, which torch itself asks for only late."""
+    try:
+        return len(dataset)
+    except TypeError as error:
+        hint = "Define `__len__`, or make it an IterableDataset in a DataLoader."
+        raise TypeError(must_be("A map-style Dataset", "one with a length", type(dataset).__name__, hint)) from error
+
+
 def loader_source(loader: DataLoader[Batch], batch_size: int | None, needs_row_order: bool) -> Source:
     """Read a map-style loader in data set order, whatever it shuffles or drops."""
     if isinstance(loader.dataset, IterableDataset):
@@ -97,14 +106,14 @@ def loader_source(loader: DataLoader[Batch], batch_size: int | None, needs_row_o
     dataset, collate, workers = cast("Indexed", loader.dataset), loader.collate_fn, loader.num_workers
     if loader.batch_sampler is None and isinstance(loader.sampler, BatchSampler):
         # The data set is given the indices of a batch, and returns it whole.
-        rows = _rows_of(loader.sampler.sampler, len(dataset), needs_row_order)
+        rows = _rows_of(loader.sampler.sampler, length(dataset), needs_row_order)
         batches = [list(part) for part in _chunks(rows, batch_size or loader.sampler.batch_size)]
         return _Rebatched(dataset, batches, collate, workers, at_once=True)
     batched: Any = loader.batch_sampler if loader.batch_size is None else None
     if batched is not None and type(batched) is not BatchSampler:
-        return _Rebatched(dataset, _drawn_batches(batched, len(dataset), needs_row_order), collate, workers)
+        return _Rebatched(dataset, _drawn_batches(batched, length(dataset), needs_row_order), collate, workers)
     sampler = loader.sampler if batched is None else batched.sampler
-    indices = _rows_of(sampler, len(dataset), needs_row_order)
+    indices = _rows_of(sampler, length(dataset), needs_row_order)
     if loader.batch_sampler is None:
         whole = isinstance(indices, range)
         return _Rebatched(dataset if whole else Subset(loader.dataset, indices), None, collate, workers)

@@ -14,7 +14,7 @@ from .._types import Batch
 from .._validation import must_be
 from ..models import labels_key
 from .arrays import array_source
-from .loaders import Indexed, Reiterable, Source, loader_source, rebatched
+from .loaders import Indexed, Reiterable, Source, length, loader_source, rebatched
 
 __all__ = ["is_numbers", "is_sample", "source_of"]
 
@@ -34,7 +34,7 @@ def source_of(data: object, batch_size: int | None, needs_row_order: bool) -> So
     if isinstance(data, DataLoader):
         return loader_source(data, batch_size, needs_row_order)
     if _is_map_style(data) or (isinstance(data, list) and data and is_sample(data[0])):
-        return rebatched(data, range(len(data)), batch_size, _collate)
+        return rebatched(data, range(length(data)), batch_size, _collate)
     if isinstance(data, Mapping) and labels_key(data) is not None:
         return array_source((data, None), batch_size)
     if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
