@@ -35,7 +35,7 @@ from .curvature import SampledFisher
 from .data import as_data
 from .files import UNSAVED, Saved, savable
 from .methods.base import InverseOperator, Method, relative_residual
-from .methods.spectrum import has_spectrum, spectrum
+from .methods.spectrum import spectrum
 from .models import TwiceDifferentiable, as_model, is_model
 from .operators import LinearOperator, Shifted, as_scipy
 from .parameters import ParameterLayout
@@ -225,9 +225,8 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         self.inverse_ = None
         if isinstance(self.method_, Method):
             self.method_, self.inverse_ = system.invert(self.method_, shift, self.verbose)
-            eigenvalues = getattr(self.inverse_, "eigenvalues", None)
-            if eigenvalues is not None:
-                self.eigenvalues_ = eigenvalues.cpu().numpy()
+            if self.inverse_.eigenvalues is not None:
+                self.eigenvalues_ = self.inverse_.eigenvalues.cpu().numpy()
 
     def _model_system(self, model: object, data: object, sample_weight: object) -> System:
         if data is None:
@@ -371,7 +370,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
             ``eigenvalues``, ``weights``, ``exact``, and ``smallest`` and ``largest`` with bounds of their errors.
         """
         check_is_fitted(self, "n_features_in_")
-        if not has_spectrum(self.inverse_):
+        if self.inverse_ is None or self.inverse_.all_eigenvalues is None:
             self._at_hand("curvature_", "spectrum")
         seed = None if self.random_state is None else random_seed(self.random_state)
         return spectrum(vars(self).get("curvature_"), self.inverse_, n_probes=n_probes, steps=steps, random_state=seed)
@@ -454,11 +453,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
     def _at(self, shift: float) -> HessianInverter:
         """Return this inverter at another λ, over the same curvature: its factorisation is reused where it can be."""
         inverse = self._factorised("another λ")
-        check_shift(shift, inverse.dtype)
-        if type(inverse).at is not InverseOperator.at:
-            inverse = inverse.at(shift)
-        elif isinstance(self.method_, Method):
-            inverse = self.method_.invert(self.curvature_, shift, self.verbose)
+        inverse = inverse.at(check_shift(shift, inverse.dtype))
         # Not `copy.copy`, which goes by the state of a pickle: without the curvature.
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, hessian_perturbation=shift, hessian_perturbation_=shift, inverse_=inverse)

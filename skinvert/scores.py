@@ -181,7 +181,7 @@ def _positive_definite(inverse: InverseOperator, inverses: list[InverseOperator]
     """
     known = [each.positive_definite for each in inverses]
     operator = inverse.operator
-    if None not in known or getattr(operator, "is_psd", False):
+    if None not in known or operator.is_psd:
         return [claim is not False for claim in known]
     (lowest, _), _ = extreme_eigenvalues(operator)
     lowest -= inverse.hessian_perturbation

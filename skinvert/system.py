@@ -12,7 +12,6 @@ from sklearn.utils import check_random_state
 from ._autograd import ordinary
 from ._types import Device, Globs, Partition, RandomState
 from ._validation import check_number, check_sample_weight, check_shift, must_be, resolve_device, resolve_dtype
-from .block_operators import BlockDiagonal
 from .curvature import (
     CURVATURES,
     Gram,
@@ -26,7 +25,7 @@ from .data import Batches, batches_of
 from .methods.base import InverseOperator, Method
 from .methods.blocks import invert_blocks
 from .models import TwiceDifferentiable
-from .operators import LinearOperator
+from .operators import BlockDiagonal, LinearOperator
 from .parameters import ParameterLayout, split_blocks
 
 __all__ = [
@@ -162,8 +161,8 @@ def is_method(value: object) -> TypeGuard[type[Method]]:
 def check_requirements(method: Method, A: LinearOperator) -> None:
     """Raise where an operator lacks what a method declares; the error names the curvatures that have it."""
     for needed in method.requires:
-        if not hasattr(A, needed):
-            names = [name for name, kind in CURVATURES.items() if hasattr(kind, needed)]
+        if needed not in A.faces:
+            names = [name for name, kind in CURVATURES.items() if needed in kind.faces]
             hint = f"Try curvature= one of {names}." if names else ""
             got = f"{type(A).__name__}, which has none"
             raise ValueError(must_be(f"The curvature for {method.name}", f"one with `{needed}`", got, hint))

@@ -22,7 +22,7 @@ from skinvert import (
     solve_hvp,
 )
 from skinvert.methods import CG, advice
-from skinvert.operators import Diagonal
+from skinvert.operators import DiagonalMatrix
 
 
 def problem(dtype=torch.float64):
@@ -390,7 +390,7 @@ def test_a_model_is_a_setting_of_the_gradients():
 
 
 def test_direct_is_advised_where_it_fits(monkeypatch):
-    A = Diagonal(torch.ones(100))
+    A = DiagonalMatrix(torch.ones(100))
     assert advice.advise(A, "a", "b") == 'Try a, b, or method="direct".'
     monkeypatch.setattr(advice, "available_memory", lambda device: 6 * 100**2 * 4)
     assert advice.advise(A, "a", "b") == "Try a, or b."

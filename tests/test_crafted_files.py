@@ -355,7 +355,7 @@ ATOMS = [
     *([], {}, ["list", []], ["dict", []], ["object", 0], ["object", 1], ["array", "array0"], FUNCTION),
     *(
         "methods.direct.DenseInverse",
-        "operators.Diagonal",
+        "operators.simple.DiagonalMatrix",
         "methods.kfac.KroneckerInverse",
         "parameters.ParameterLayout",
     ),

@@ -40,7 +40,6 @@ FLOORS = {
     "_frames": 0,
     "_linear_map": 0,
     "operators": 1,
-    "block_operators": 1,
     "models": 2,
     "data": 2,
     "curvature": 3.1,

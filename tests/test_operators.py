@@ -7,7 +7,7 @@ import pytest
 import sklearn
 import torch
 
-from skinvert.operators import Dense, Diagonal, LinearOperator, LowRank, Shifted, symmetrise
+from skinvert.operators import Dense, DiagonalMatrix, LinearOperator, LowRank, Shifted, symmetrise
 
 F = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 PENALTY = torch.arange(6, dtype=torch.float64)
@@ -26,7 +26,7 @@ class OnlyApply(LinearOperator):
 
 OPERATORS = {
     "dense": (Dense(MATRIX), MATRIX),
-    "diagonal": (Diagonal(PENALTY), torch.diag(PENALTY)),
+    "diagonal": (DiagonalMatrix(PENALTY), torch.diag(PENALTY)),
     "low rank": (LowRank(F), F.mT @ F),
     "low rank with a penalty": (LowRank(F, PENALTY), MATRIX),
     "shifted": (Shifted(LowRank(F, PENALTY), 0.5), MATRIX + 0.5 * torch.eye(6)),

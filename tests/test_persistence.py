@@ -38,7 +38,7 @@ CASES = [
     for name, cls in CLASSES.items()
     for fit in ("rows", "model")
     for form in FORMATS
-    if fit == "model" or all(hasattr(Gram, needed) for needed in cls.requires)
+    if fit == "model" or all(needed in Gram.faces for needed in cls.requires)
 ]
 
 FOREIGN = """

@@ -34,8 +34,8 @@ def row_of(name, kind):
 
 def curvatures_of(kind):
     """Return what has all that a method declares."""
-    served = [name for name, curvature in CURVATURES.items() if all(hasattr(curvature, need) for need in kind.requires)]
-    plain = all(hasattr(Gram, need) for need in kind.requires)
+    served = [name for name, curvature in CURVATURES.items() if all(need in curvature.faces for need in kind.requires)]
+    plain = all(need in Gram.faces for need in kind.requires)
     if len(served) == len(CURVATURES):
         return "all" if plain else "all but plain rows"
     return ", ".join([*served, "plain rows"] if plain else served)

@@ -152,7 +152,7 @@ class Curvature(LinearOperator):
         )
 
     @property
-    def penalty(self) -> torch.Tensor | None:
+    def penalty(self) -> torch.Tensor | None:  # type: ignore[override]
         """The penalty's Hessian as a diagonal (p,), or None."""
         return self.objective.penalty
 

@@ -11,10 +11,9 @@ from sklearn.utils import check_random_state
 
 from .._autograd import ordinary
 from .._validation import check_choice, must_be
-from ..block_operators import BlockDiagonal
 from ..data import Batches
 from ..models import TorchTwiceDifferentiable, TwiceDifferentiable
-from ..operators import LinearOperator
+from ..operators import BlockDiagonal, LinearOperator
 from .base import Objective
 from .first_pass import warn_of_unreached
 from .fisher import EmpiricalFisher, Fisher, SampledFisher

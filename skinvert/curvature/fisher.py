@@ -14,11 +14,11 @@ from sklearn.base import BaseEstimator
 
 from .._memory import rows_within, working_memory
 from .._progress import progress
+from .._state import TensorState
 from .._validation import check_number
-from ..block_operators import KroneckerFactors
 from ..data import Batches
 from ..models import DiagonalHessian, FactoredHessian, OutputHessian, leading_length
-from ..operators import LinearOperator, LowRank, TensorState, add_to_diagonal, symmetrise
+from ..operators import KroneckerFactors, LinearOperator, LowRank, add_to_diagonal, symmetrise
 from .base import Curvature, Objective
 from .columns import Columns
 from .ggn import GGN, split_batch

@@ -11,9 +11,8 @@ import torch
 from .._memory import check_memory, rows_within, working_memory
 from .._progress import progress
 from .._validation import must_be
-from ..block_operators import KroneckerFactors
 from ..models import FactoredHessian, OutputHessian, map_tensors
-from ..operators import add_to_diagonal, symmetrise
+from ..operators import KroneckerFactors, add_to_diagonal, symmetrise
 from .base import Curvature, Objective, flat_products
 from .columns import Columns
 from .kronecker import Signals, kronecker_factors

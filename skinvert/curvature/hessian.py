@@ -11,11 +11,10 @@ import torch
 
 from .._telling import warn
 from .._validation import must_be
-from ..block_operators import KroneckerFactors
 from ..data import Batches
 from ..models import TwiceDifferentiable
 from ..models.second_derivative import SecondDerivativeError
-from ..operators import LinearOperator
+from ..operators import KroneckerFactors, LinearOperator
 from .base import Curvature, Objective, flat_products
 from .differences import DifferencedGradient
 from .ggn import GGN

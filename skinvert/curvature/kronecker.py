@@ -12,8 +12,8 @@ import torch
 from .._memory import check_memory, rows_within
 from .._progress import progress
 from .._validation import check_choice
-from ..block_operators import Eigenbasis, KroneckerBlock, KroneckerFactors
 from ..models import map_tensors
+from ..operators import Eigenbasis, KroneckerBlock, KroneckerFactors
 from ..parameters import ParameterLayout
 from .base import Objective
 from .kronecker_calls import Captured, Layered, Signals, captured

@@ -19,8 +19,8 @@ def advise(A: LinearOperator, *ways: str) -> str:
     Examples
     --------
     >>> import torch
-    >>> from skinvert.operators import Diagonal
-    >>> advise(Diagonal(torch.ones(3)), "a larger `maxiter`")
+    >>> from skinvert.operators import DiagonalMatrix
+    >>> advise(DiagonalMatrix(torch.ones(3)), "a larger `maxiter`")
     'Try a larger `maxiter`, or method="direct".'
     """
     found = [*ways, 'method="direct"'] if direct_fits(A) else list(ways)

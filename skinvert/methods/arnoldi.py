@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from sklearn.exceptions import ConvergenceWarning
@@ -52,8 +52,8 @@ class Arnoldi(Method):
 
     Examples
     --------
-    >>> from skinvert.operators import Diagonal
-    >>> inverse = Arnoldi(rank=1).invert(Diagonal(torch.tensor([3.0, 0.5])), 1.0)
+    >>> from skinvert.operators import DiagonalMatrix
+    >>> inverse = Arnoldi(rank=1).invert(DiagonalMatrix(torch.tensor([3.0, 0.5])), 1.0)
     >>> inverse.solve(torch.tensor([[4.0, 4.0]])).x
     tensor([[1., 4.]])
     """
@@ -63,6 +63,11 @@ class Arnoldi(Method):
     memory: ClassVar[str] = "r p"
     exactness: ClassVar[str] = "the r largest eigenvalues, and a rule for the rest; exact for r = p"
     choose_it_for: ClassVar[str] = "a spectrum that falls fast; many λ"
+
+    @classmethod
+    def tight(cls) -> Self:
+        """Return it with all eigenpairs of matrices up to this size."""
+        return cls(rank=1000)
 
     def __init__(
         self,

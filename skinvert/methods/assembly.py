@@ -31,7 +31,7 @@ def assembled(A: LinearOperator, hessian_perturbation: float, verbose: int = 0) 
 
 def check_factor(A: LinearOperator, rows: torch.Tensor, hessian_perturbation: float) -> None:
     """Raise or warn where FᵀF plus the penalty is not the A of a product."""
-    _judge(_gap(A, LowRank(rows, getattr(A, "penalty", None)), hessian_perturbation), A, "its factor")
+    _judge(_gap(A, LowRank(rows, A.penalty), hessian_perturbation), A, "its factor")
 
 
 def _gap(A: LinearOperator, other: LinearOperator, hessian_perturbation: float) -> float:

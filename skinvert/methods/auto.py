@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 from .._memory import available_memory
 from ..operators import LinearOperator
 from .base import InverseOperator, Method
 from .cg import CG
-from .direct import Direct
+from .direct import Direct, few_rows
 from .minres import MINRES
 
 __all__ = ["Auto"]
@@ -35,8 +34,8 @@ class Auto(Method):
     Examples
     --------
     >>> import torch
-    >>> from skinvert.operators import Diagonal
-    >>> Auto().choose(Diagonal(torch.ones(3)), 0.0)
+    >>> from skinvert.operators import DiagonalMatrix
+    >>> Auto().choose(DiagonalMatrix(torch.ones(3)), 0.0)
     Direct()
     """
 
@@ -49,10 +48,10 @@ class Auto(Method):
     def choose(self, A: LinearOperator, hessian_perturbation: float) -> Method:
         """Return the method for A."""
         free = available_memory(A.device) // A.dtype.itemsize
-        rows = getattr(A, "factor_shape", (math.inf, 0))[0]
         if A.size <= SIDE and 4 * A.size**2 < free:
             return Direct()
-        if rows < A.size and rows <= SIDE and hessian_perturbation > 0 and 3 * rows * A.size < free:
+        most = min(A.size - 1, SIDE, free // (3 * A.size) - 1)
+        if hessian_perturbation > 0 and few_rows(A, most):
             return Direct()
         return CG() if A.is_psd else MINRES()
 

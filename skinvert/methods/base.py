@@ -6,7 +6,7 @@ import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from sklearn.base import BaseEstimator
@@ -15,9 +15,10 @@ from sklearn.exceptions import ConvergenceWarning
 from .._autograd import ordinary_methods
 from .._memory import rows_within
 from .._scaling import far_exponents, norms, times_powers
+from .._state import TensorState
 from .._telling import warn
 from .._validation import must_be
-from ..operators import LinearOperator, Shifted, TensorState
+from ..operators import LinearOperator, Shifted
 from ..results import InverseHvpResult
 
 __all__ = ["InverseOperator", "Method"]
@@ -34,7 +35,13 @@ class Method(TensorState, BaseEstimator, ABC):
     name : str
         The name in the registry.
     requires : tuple of str
-        Operator methods that must exist, such as ``("factor",)``.
+        The faces that an operator must have, of ``skinvert.operators.FACES``.
+    needs_psd : bool
+        Whether it refuses a curvature with a negative eigenvalue, whatever λ is.
+    matrix_free : bool
+        Whether a solve needs the operator itself, and with it the model and the data.
+    accuracy : float
+        The relative residual that ``tight`` settings reach in float64 where the method is exact.
     default_curvature : str
         What ``curvature="auto"`` means with this method.
     cost, memory, exactness, choose_it_for : str
@@ -49,6 +56,14 @@ class Method(TensorState, BaseEstimator, ABC):
     memory: ClassVar[str] = ""
     exactness: ClassVar[str] = ""
     choose_it_for: ClassVar[str] = ""
+    needs_psd: ClassVar[bool] = False
+    matrix_free: ClassVar[bool] = False
+    accuracy: ClassVar[float] = 1e-8
+
+    @classmethod
+    def tight(cls) -> Self:
+        """Return the method with the settings at which it is as exact as it can be: what tests hold it to."""
+        return cls()
 
     def choose(self, A: LinearOperator, hessian_perturbation: float) -> Method:
         """Return the method that inverts A: this one, save for ``Auto``."""
@@ -64,8 +79,10 @@ class InverseOperator(TensorState, ABC):
 
     Attributes
     ----------
-    operator : LinearOperator
-        A + λI as the method inverts it.
+    curvature : LinearOperator
+        A as the method inverts it, without λ; a class that keeps its parts alone overrides ``operator``.
+    hessian_perturbation : float
+        λ.
     exact : LinearOperator or None
         The exact curvature A, against which solutions are judged; None where it is not at hand. Never pickled, so that
         no model and no data go into a file.
@@ -75,15 +92,19 @@ class InverseOperator(TensorState, ABC):
         Whether an approximate inverse spends one product with the exact curvature per solve on its true residual.
     positive_definite : bool or None
         Whether A + λI was found positive definite; None where the method cannot know before a solve.
+    eigenvalues : tensor or None
+        Those of A that the method computed, ascending.
     name : str
         The method's, for warnings.
     """
 
-    operator: LinearOperator
+    curvature: LinearOperator
+    hessian_perturbation: float
     exact: LinearOperator | None = None
     approximate: bool = False
     judges: bool = True
     positive_definite: bool | None = None
+    eigenvalues: torch.Tensor | None = None
     name: str = ""
     # Whether a solve needs the curvature itself, and with it the model and the data.
     keeps_operator: bool = False
@@ -94,6 +115,11 @@ class InverseOperator(TensorState, ABC):
         """Let solves be right under ``no_grad``, ``inference_mode`` and ``autocast``."""
         super().__init_subclass__(**kwargs)
         ordinary_methods(cls, ("solve", "path", "solve_path", "at", "apply", "precondition"))
+
+    @property
+    def operator(self) -> LinearOperator:
+        """A + λI as the method inverts it."""
+        return Shifted(self.curvature, self.hessian_perturbation)
 
     @property
     def size(self) -> int:
@@ -116,11 +142,6 @@ class InverseOperator(TensorState, ABC):
         return self.operator.device
 
     @property
-    def hessian_perturbation(self) -> float:
-        """λ."""
-        return float(getattr(self, "shift", getattr(self.operator, "shift", 0.0)))
-
-    @property
     def preconditions(self) -> bool:
         """Whether ``precondition`` is positive definite, as far as is known."""
         return self.positive_definite is not False
@@ -128,16 +149,23 @@ class InverseOperator(TensorState, ABC):
     @property
     def moves(self) -> bool:
         """Whether ``at`` serves another λ from what is kept, without factorising anew."""
-        return type(self).at is not InverseOperator.at
+        return True
+
+    @property
+    def all_eigenvalues(self) -> torch.Tensor | None:
+        """All p eigenvalues of the exact A, where they are known."""
+        return None
 
     @abstractmethod
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions (k, p) of rows B (k, p), and what is known of them."""
 
+    @abstractmethod
     def at(self, hessian_perturbation: float) -> InverseOperator:
-        """Return the inverse at another λ, from the same factorisation."""
-        hint = 'Try method="direct", "arnoldi", "nystroem" or "cg".'
-        raise TypeError(must_be("The method of a λ-path", "one that serves every λ", type(self).__name__, hint))
+        """Return the inverse at another λ, judged as this one is: from what is kept, or by a fresh inversion.
+
+        ``other.judged_as(self)`` hands the judgement on.
+        """
 
     def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> list[InverseHvpResult]:
         """Return what ``solve`` returns, residuals and warnings included, at every λ, from one factorisation."""
@@ -148,7 +176,7 @@ class InverseOperator(TensorState, ABC):
         X = [x for x, _ in self.solve_path(B, hessian_perturbations)]
         return torch.stack(X) if X else B.new_empty(0, *B.shape)
 
-    def scale_free(self) -> InverseOperator:
+    def scale_free(self) -> Self:
         """Return this inverse without settings on the scale of b: an absolute tolerance, a start."""
         return self
 
@@ -181,13 +209,17 @@ class InverseOperator(TensorState, ABC):
 
     # -- the truth of a solution -----------------------------------------------------------------------------------
 
-    def judged_by(self, exact: LinearOperator | None) -> Any:
+    def judged_by(self, exact: LinearOperator | None) -> Self:
         """Return this inverse with its solutions judged against ``exact``; None: it is not at hand."""
         other = copy.copy(self)
         other.exact = exact
         return other
 
-    def unjudged(self) -> Any:
+    def judged_as(self, other: InverseOperator) -> Self:
+        """Return this inverse with its solutions judged as those of another are."""
+        return self.judged_by(other.exact) if other.judges else self.judged_by(other.exact).unjudged()
+
+    def unjudged(self) -> Self:
         """Return this inverse without the product that an approximate one spends on its true residual."""
         other = copy.copy(self)
         other.judges = False

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from sklearn.base import clone
 
-from ..block_operators import BlockDiagonal
-from ..operators import LinearOperator
+from ..operators import BlockDiagonal, LinearOperator
 from ..results import InverseHvpResult
 from .base import InverseOperator, Method
 
@@ -40,7 +40,7 @@ class BlockInverse(InverseOperator):
 
     _fields: ClassVar[dict[str, str]] = {
         "inverses": "list[InverseOperator]",
-        "shift": "float",
+        "hessian_perturbation": "float",
         "name": "str",
         "judges": "bool|missing",
         "order": "index[p]|None",
@@ -51,7 +51,8 @@ class BlockInverse(InverseOperator):
 
     def __init__(self, inverses: Sequence[InverseOperator], blocks: BlockDiagonal, hessian_perturbation: float) -> None:
         # The whole is judged, once: a block's own judgement would cost a product more.
-        self.inverses, self.shift = [inverse.unjudged() for inverse in inverses], float(hessian_perturbation)
+        self.inverses = [inverse.unjudged() for inverse in inverses]
+        self.hessian_perturbation = float(hessian_perturbation)
         self.name = "blocks"
         self.order = blocks.order
         known = [inverse.positive_definite for inverse in self.inverses]
@@ -59,7 +60,7 @@ class BlockInverse(InverseOperator):
         self.keeps_operator = any(inverse.keeps_operator for inverse in self.inverses)
 
     @property
-    def operator(self) -> LinearOperator:  # type: ignore[override]
+    def operator(self) -> LinearOperator:
         """A + λI, block by block as each method inverts it."""
         return self._blocks
 
@@ -96,22 +97,23 @@ class BlockInverse(InverseOperator):
         parts = zip(self.inverses, self._blocks.parts(V), strict=True)
         return self._blocks.joined([inverse.apply(part) for inverse, part in parts])
 
-    def scale_free(self) -> BlockInverse:
+    def scale_free(self) -> Self:
         """Return this inverse without settings on the scale of b."""
-        return BlockInverse([inverse.scale_free() for inverse in self.inverses], self._blocks, self.shift)
+        other = copy.copy(self)
+        other.inverses = [inverse.scale_free() for inverse in self.inverses]
+        return other
 
     def at(self, hessian_perturbation: float) -> BlockInverse:
         """Return the inverse at another λ, where every block's method allows it."""
         inverses = [inverse.at(hessian_perturbation) for inverse in self.inverses]
         other = BlockInverse(inverses, self._blocks, hessian_perturbation)
-        other.exact, other.judges = self.exact, self.judges
-        return other
+        return other.judged_as(self)
 
     def check(self) -> None:
         """Raise ValueError where a block contradicts itself, or the whole its blocks."""
         for inverse in self.inverses:
             inverse.check()
-        self.compare(BlockInverse(self.inverses, self._blocks, self.shift), but=("inverses",))
+        self.compare(BlockInverse(self.inverses, self._blocks, self.hessian_perturbation), but=("inverses",))
 
     def _residual(self, B: torch.Tensor, infos: Sequence[dict]) -> torch.Tensor:
         """Return ‖r‖ / ‖b‖ of the whole, from the blocks' own: a block with b = 0 has its absolute residual."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -14,11 +14,11 @@ from sklearn.exceptions import ConvergenceWarning
 from .._progress import progress
 from .._scaling import ScaledProducts, norms
 from .._telling import warn
-from .._validation import check_choice
-from ..operators import LinearOperator, Shifted
+from .._validation import check_choice, check_shift
+from ..operators import LinearOperator
 from ..results import InverseHvpResult
 from .advice import advise, direct_fits
-from .base import InverseOperator, Method, shifted, warn_not_converged, warn_of_overflow
+from .base import InverseOperator, Method, warn_not_converged, warn_of_overflow
 from .block_cg import BlockRun
 from .krylov import Problem, check_settings, products_with, starting_point, warn_of_lost, within
 from .preconditioners import as_preconditioner
@@ -58,8 +58,8 @@ class CG(Method):
 
     Examples
     --------
-    >>> from skinvert.operators import Diagonal
-    >>> inverse = CG().invert(Diagonal(torch.tensor([1.0, 3.0])), 1.0)
+    >>> from skinvert.operators import DiagonalMatrix
+    >>> inverse = CG().invert(DiagonalMatrix(torch.tensor([1.0, 3.0])), 1.0)
     >>> x, info = inverse.solve(torch.tensor([[2.0, 2.0]]))
     >>> x, info["converged"], info["n_iter"]
     (tensor([[1.0000, 0.5000]]), tensor([True]), tensor([2]))
@@ -70,6 +70,12 @@ class CG(Method):
     memory: ClassVar[str] = "4 k p"
     exactness: ClassVar[str] = "to `rtol`"
     choose_it_for: ClassVar[str] = "p too large for a matrix, A positive definite"
+    matrix_free: ClassVar[bool] = True
+
+    @classmethod
+    def tight(cls) -> Self:
+        """Return it asked for all digits."""
+        return cls(rtol=1e-12, maxiter=10_000)
 
     def __init__(
         self,
@@ -89,15 +95,16 @@ class CG(Method):
         rtol, atol, maxiter = check_settings(self, A)
         check_choice(self.block, "The 'block' parameter of CG", [None, True, False])
         M = as_preconditioner(self.preconditioner, A, hessian_perturbation, verbose)
-        operator = shifted(A, hessian_perturbation)
-        return CGInverse(operator, rtol, atol, maxiter, self.x0, M, self.block, verbose)
+        shift = check_shift(hessian_perturbation, A.dtype)
+        return CGInverse(A, shift, rtol, atol, maxiter, self.x0, M, self.block, verbose)
 
 
 @dataclass
 class CGInverse(InverseOperator):
     """(A + λI)⁻¹ by conjugate gradients."""
 
-    operator: Shifted
+    curvature: LinearOperator
+    hessian_perturbation: float
     rtol: float
     atol: float
     maxiter: int
@@ -109,14 +116,13 @@ class CGInverse(InverseOperator):
 
     def at(self, hessian_perturbation: float) -> CGInverse:
         """Return the inverse at another λ, over the same operator and the same λ-free preconditioner."""
-        operator = shifted(self.operator.operator, hessian_perturbation)
-        M: Any = self.preconditioner
-        M = M if M is None else M.at(hessian_perturbation)
-        return CGInverse(operator, self.rtol, self.atol, self.maxiter, self.x0, M, self.block, self.verbose)
+        shift = check_shift(hessian_perturbation, self.dtype)
+        M = None if self.preconditioner is None else self.preconditioner.at(shift)
+        return replace(self, hessian_perturbation=shift, preconditioner=M).judged_as(self)
 
-    def scale_free(self) -> CGInverse:
+    def scale_free(self) -> Self:
         """Return this inverse without ``atol`` and ``x0``, which are on the scale of b."""
-        return replace(self, atol=0.0, x0=None)
+        return replace(self, atol=0.0, x0=None).judged_as(self)
 
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions of each row.
@@ -157,7 +163,7 @@ class CGInverse(InverseOperator):
         if self.preconditioner is not None or self.x0 is not None:
             return [self.at(shift).solve(B) for shift in hessian_perturbations]
         shifts = list(hessian_perturbations)
-        X, info = shifted_cg(self.operator.operator, B, shifts, self.rtol, self.atol, self.maxiter, self.verbose)
+        X, info = shifted_cg(self.curvature, B, shifts, self.rtol, self.atol, self.maxiter, self.verbose)
         names = ("residual", "converged", "negative_curvature")
         whole = {"n_products": info["n_products"], "approximate": False}
         found = [InverseHvpResult(x, {name: info[name][i] for name in names} | whole) for i, x in enumerate(X)]
@@ -257,7 +263,7 @@ class CGInverse(InverseOperator):
         # A Rayleigh quotient bounds the smallest eigenvalue from above.
         theta = min(theta, math.ldexp(run.least_curvature, problem.products.exponent))
         error = error if known else 0.0
-        lowest = theta - self.operator.shift
+        lowest = theta - self.hessian_perturbation
         say = "" if known else " (not converged: λ may have to be larger)"
         need = f"hessian_perturbation must be > {-lowest:.3g} for cg here"
         met = f"{int(run.negative.sum())} of {len(run.negative)} right-hand sides met it and stopped"

@@ -7,10 +7,9 @@ from typing import ClassVar
 import scipy.linalg
 import torch
 
-from .. import operators
 from .._telling import warn
 from .._validation import check_hessian_perturbation, must_be
-from ..operators import LinearOperator
+from ..operators import DiagonalMatrix, LinearOperator
 from ..results import InverseHvpResult
 from .base import InverseOperator, Method, default_tolerance, relative_residual
 from .null_space import zero_cut
@@ -43,7 +42,6 @@ class Diagonal(Method):
     """
 
     name: ClassVar[str] = "diagonal"
-    requires: ClassVar[tuple[str, ...]] = ("diagonal",)
     cost: ClassVar[str] = "p products (Hessian) or one pass of the factor"
     memory: ClassVar[str] = "p"
     exactness: ClassVar[str] = "the diagonal alone"
@@ -59,7 +57,7 @@ class DiagonalInverse(InverseOperator):
 
     _fields: ClassVar[dict[str, str]] = {
         "entries": "tensor[p]",
-        "shift": "float",
+        "hessian_perturbation": "float",
         "hint": "str",
         "judges": "bool|missing",
         "values": "tensor[p]",
@@ -74,23 +72,24 @@ class DiagonalInverse(InverseOperator):
         if not bool(torch.isfinite(entries).all()):
             raise ValueError(must_be("The curvature", "finite", "NaN or infinity", "Look at the parameters."))
         self.entries, self.hint = entries, hint
-        self.shift = check_hessian_perturbation(hessian_perturbation)
+        self.hessian_perturbation = check_hessian_perturbation(hessian_perturbation)
         # A difference of terms whose size is not known: only what is negative can be told to be rounding.
-        self.values = torch.where((entries < 0) & (entries >= -zero_cut(entries, 1)), 0.0, entries) + self.shift
+        rounding = (entries < 0) & (entries >= -zero_cut(entries, 1))
+        self.values = torch.where(rounding, 0.0, entries) + self.hessian_perturbation
         self.inverted = torch.where(self.values != 0, 1 / self.values, 0.0)
         least = float(self.values.min()) if len(entries) else 1.0
         self.positive_definite = least > 0
         if least < 0:
             warn(
                 f"diag(A) + λI is indefinite: its smallest entry is {least:.3g}, at hessian_perturbation="
-                f"{self.shift:.3g}. It is inverted as it is. {self.hint}",
+                f"{self.hessian_perturbation:.3g}. It is inverted as it is. {self.hint}",
                 scipy.linalg.LinAlgWarning,
             )
 
     @property
-    def operator(self) -> LinearOperator:  # type: ignore[override]
+    def operator(self) -> LinearOperator:
         """The diagonal matrix diag(A) + λI."""
-        return operators.Diagonal(self.values)
+        return DiagonalMatrix(self.values)
 
     @property
     def preconditions(self) -> bool:
@@ -126,5 +125,4 @@ class DiagonalInverse(InverseOperator):
     def at(self, hessian_perturbation: float) -> DiagonalInverse:
         """Return the inverse at another λ, from the same diagonal."""
         other = DiagonalInverse(self.entries, hessian_perturbation, self.hint)
-        other.exact, other.judges = self.exact, self.judges
-        return other
+        return other.judged_as(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ import torch
 
 from .._memory import check_memory, rows_within
 from .._validation import check_hessian_perturbation, check_number, must_be
-from ..operators import Dense, LinearOperator, LowRank, Shifted, add_to_diagonal, check_dense_memory
+from ..operators import Dense, LinearOperator, LowRank, add_to_diagonal, check_dense_memory
 from ..results import InverseHvpResult
 from .assembly import assembled, check_factor
 from .base import InverseOperator, Method, default_tolerance, relative_residual, warn_not_converged
@@ -53,14 +54,13 @@ class Direct(Method):
 
     Examples
     --------
-    >>> from skinvert.operators import Diagonal
-    >>> inverse = Direct().invert(Diagonal(torch.tensor([1.0, 3.0])), 1.0)
+    >>> from skinvert.operators import DiagonalMatrix
+    >>> inverse = Direct().invert(DiagonalMatrix(torch.tensor([1.0, 3.0])), 1.0)
     >>> inverse.solve(torch.tensor([[2.0, 2.0]])).x
     tensor([[1.0000, 0.5000]])
     """
 
     name: ClassVar[str] = "direct"
-    requires: ClassVar[tuple[str, ...]] = ("to_dense",)
     cost: ClassVar[str] = "p products (Hessian) or one GEMM of the factor; p³ once, p² a row"
     memory: ClassVar[str] = "3 to 4 p², or 3 r p for a factor of r < p rows"
     exactness: ClassVar[str] = "exact"
@@ -73,9 +73,8 @@ class Direct(Method):
         """Factorise A + λI, in sample space where that is smaller."""
         rtol = default_tolerance(A.dtype) if self.rtol is None else self.rtol
         rtol = check_number(rtol, "rtol", owner="Direct", low=0.0)
-        rows = getattr(A, "factor_shape", (math.inf, 0))[0]
         shift = _positive_shift(A, hessian_perturbation)
-        if rows < A.size and shift is not None:
+        if shift is not None and few_rows(A, A.size - 1):
             return SampleSpaceInverse(A, hessian_perturbation, shift, rtol, verbose)
         # The matrix and its factor; an eigendecomposition asks for more when it is needed.
         check_dense_memory(A, CHOLESKY_COPIES)
@@ -88,7 +87,7 @@ class DenseInverse(InverseOperator):
 
     _fields: ClassVar[dict[str, str]] = {
         "matrix": "tensor[p,p]",
-        "shift": "float",
+        "hessian_perturbation": "float",
         "rtol": "float",
         "hint": "str",
         "is_psd": "bool",
@@ -106,7 +105,8 @@ class DenseInverse(InverseOperator):
     def __init__(
         self, matrix: torch.Tensor, hessian_perturbation: float, rtol: float, hint: str, is_psd: bool = False
     ) -> None:
-        self.matrix, self.shift, self.rtol, self.hint = matrix, float(hessian_perturbation), rtol, hint
+        self.matrix, self.rtol, self.hint = matrix, rtol, hint
+        self.hessian_perturbation = float(hessian_perturbation)
         self.is_psd = is_psd
         if not bool(torch.isfinite(matrix).all()):
             raise ValueError(must_be("The curvature", "finite", "NaN or infinity", "Look at the parameters."))
@@ -122,9 +122,9 @@ class DenseInverse(InverseOperator):
             self._decompose()
 
     @property
-    def operator(self) -> LinearOperator:  # type: ignore[override]
-        """A + λI."""
-        return Shifted(Dense(self.matrix), self.shift)
+    def curvature(self) -> LinearOperator:  # type: ignore[override]
+        """A."""
+        return Dense(self.matrix)
 
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions, or pseudo-solutions where A + λI is singular.
@@ -138,12 +138,17 @@ class DenseInverse(InverseOperator):
         """Whether the eigenvalues are known; a Cholesky factor serves one λ."""
         return self.eigenvalues is not None
 
+    @property
+    def all_eigenvalues(self) -> torch.Tensor | None:
+        """All eigenvalues, where they are known."""
+        return self.eigenvalues
+
     def at(self, hessian_perturbation: float) -> DenseInverse:
         """Return the inverse at another λ, from the eigendecomposition of A."""
         if self.eigenvalues is None:
             self._decompose()
-        other = object.__new__(DenseInverse)
-        other.__dict__.update(self.__dict__, shift=check_hessian_perturbation(hessian_perturbation), cholesky=None)
+        other = copy.copy(self)
+        other.hessian_perturbation, other.cholesky = check_hessian_perturbation(hessian_perturbation), None
         other._judge()
         return other
 
@@ -176,7 +181,7 @@ class DenseInverse(InverseOperator):
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.compare(self.at(self.shift), but=("cholesky",))
+            self.compare(self.at(self.hessian_perturbation), but=("cholesky",))
         b = torch.ones(1, self.size, dtype=self.dtype, device=self.device)
         rebuilt = (b @ self.eigenvectors * self.eigenvalues) @ self.eigenvectors.mT
         gap = (rebuilt - b @ self.matrix).double().norm()
@@ -189,7 +194,7 @@ class DenseInverse(InverseOperator):
         # In place, and back: one matrix less at the peak.
         diagonal = self.matrix.diagonal().clone()
         try:
-            add_to_diagonal(self.matrix, self.shift or None)
+            add_to_diagonal(self.matrix, self.hessian_perturbation or None)
             norm = norm1(self.matrix)
             cholesky, info = torch.linalg.cholesky_ex(self.matrix)
         finally:
@@ -215,11 +220,12 @@ class DenseInverse(InverseOperator):
     def _judge(self) -> None:
         """Find which eigenvalues count as zero, and warn where one is negative."""
         assert self.eigenvalues is not None
-        found = invert_spectrum(self.eigenvalues, self.shift, self.size)
+        found = invert_spectrum(self.eigenvalues, self.hessian_perturbation, self.size)
         self.inverted, self.cut, self.positive_definite = found.inverse, found.cut, found.positive_definite
         if found.indefinite:
             least = f"its smallest eigenvalue is {found.least:.3g}"
-            warn_of_indefinite(least, self.shift, "The solution is exact, but it is no minimiser.", self.hint)
+            consequence = "The solution is exact, but it is no minimiser."
+            warn_of_indefinite(least, self.hessian_perturbation, consequence, self.hint)
 
     def _solve_once(self, B: torch.Tensor, along: torch.Tensor | None = None) -> torch.Tensor:
         if self.cholesky is not None:
@@ -234,7 +240,7 @@ class DenseInverse(InverseOperator):
     def _residual64(self, B: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
         """Return b − (A + λI) x, summed in float64 over blocks of A, rounded to the dtype of B."""
         X64 = X.double()
-        residual = B.double() - self.shift * X64
+        residual = B.double() - self.hessian_perturbation * X64
         step = rows_within(8 * self.size, self.size)
         for start in range(0, self.size, step):
             rows = slice(start, start + step)
@@ -257,7 +263,7 @@ class SampleSpaceInverse(InverseOperator):
         "rows": "tensor[r,p]",
         "rtol": "float",
         "judges": "bool|missing",
-        "perturbation": "float",
+        "hessian_perturbation": "float",
         "damped": "tensor[q]|None",
         "vectors": "tensor[q,p]|missing",
         "penalty": "tensor[p]|None",
@@ -273,26 +279,21 @@ class SampleSpaceInverse(InverseOperator):
     def __init__(
         self, A: LinearOperator, hessian_perturbation: float, shift: torch.Tensor, rtol: float, verbose: int
     ) -> None:
-        rows = A.factor_shape[0]  # type: ignore[attr-defined]
+        rows = A.factor_shape[0] if A.factor_shape else 0
         way_out = 'Try method="cg", which keeps no matrix.'
         # The factor in its parts, whole and scaled, and two matrices of r rows; at hand, it is scaled alone.
         copies = 1 if isinstance(A, LowRank) else 3
         needed = (copies * A.size + 2 * rows) * rows * A.dtype.itemsize
         check_memory(needed, f"A factor of {rows:,} rows", way_out, A.device)
-        self.rows = A.factor(verbose)  # type: ignore[attr-defined]
+        self.rows = A.factor(verbose)
         check_factor(A, self.rows, hessian_perturbation)
-        self.rtol, self.penalty = rtol, getattr(A, "penalty", None)
+        self.rtol, self.penalty = rtol, A.penalty
         self._spectral: LowRankInverse | None = None
         self._factorise(shift, hessian_perturbation)
         self.positive_definite = True
 
     @property
-    def hessian_perturbation(self) -> float:
-        """λ."""
-        return self.perturbation
-
-    @property
-    def operator(self) -> LinearOperator:  # type: ignore[override]
+    def operator(self) -> LinearOperator:
         """A + λI."""
         return LowRank(self.rows, self.shift)
 
@@ -333,8 +334,7 @@ class SampleSpaceInverse(InverseOperator):
         if not bool((shift > 0).all()):
             what, got = "hessian_perturbation for fewer rows than parameters", hessian_perturbation
             raise ValueError(must_be(what, "> 0 where the penalty is 0", got, "Try 1e-3."))
-        other = object.__new__(SampleSpaceInverse)
-        other.__dict__.update(self.__dict__)
+        other = copy.copy(self)
         other._factorise(shift, hessian_perturbation)
         return other
 
@@ -350,7 +350,7 @@ class SampleSpaceInverse(InverseOperator):
 
     def check(self) -> None:
         """Raise ValueError where the factors and the shifts contradict each other."""
-        shift = torch.full_like(self.shift, self.perturbation)
+        shift = torch.full_like(self.shift, self.hessian_perturbation)
         shift = shift if self.penalty is None else shift + self.penalty
         for kept, expected in ((self.shift, shift), (self.inverse_shift, 1 / shift)):
             if not torch.allclose(kept, expected, rtol=default_tolerance(self.dtype), atol=0.0):
@@ -362,7 +362,8 @@ class SampleSpaceInverse(InverseOperator):
             raise ValueError(must_be("SampleSpaceInverse", must, "both or neither"))
 
     def _factorise(self, shift: torch.Tensor, hessian_perturbation: float) -> None:
-        self.shift, self.inverse_shift, self.perturbation = shift, 1 / shift, float(hessian_perturbation)
+        self.shift, self.inverse_shift = shift, 1 / shift
+        self.hessian_perturbation = float(hessian_perturbation)
         self.cholesky: torch.Tensor | None = None
         self.damped: Any = None
         core = add_to_diagonal((self.rows * self.inverse_shift) @ self.rows.mT, 1.0)
@@ -418,9 +419,14 @@ def _check_svd(rows: torch.Tensor, copies: int) -> None:
 
 def _positive_shift(A: LinearOperator, hessian_perturbation: float) -> torch.Tensor | None:
     """Return R + λ as (p,), or None where an entry is too small to divide by."""
-    if not hasattr(A, "factor"):
+    if "factor" not in A.faces:
         return None
-    penalty = getattr(A, "penalty", None)
+    penalty = A.penalty
     shift = torch.full((A.size,), hessian_perturbation, dtype=A.dtype, device=A.device)
     shift = shift if penalty is None else shift + penalty
     return shift if bool((shift > 0).all()) else None
+
+
+def few_rows(A: LinearOperator, most: int) -> bool:
+    """Return whether A has a factor of at most so many rows."""
+    return A.factor_shape is not None and A.factor_shape[0] <= most

@@ -39,10 +39,10 @@ class EKFAC(Method):
     --------
     One parameter, G A = 6 and the re-fitted 8.
 
-    >>> from skinvert.block_operators import KroneckerBlock, KroneckerFactors
-    >>> from skinvert.operators import Diagonal
+    >>> from skinvert.operators import KroneckerBlock, KroneckerFactors
+    >>> from skinvert.operators import DiagonalMatrix
     >>> one = torch.ones(1, 1)
-    >>> class Layered(Diagonal):
+    >>> class Layered(DiagonalMatrix):
     ...     def kronecker_factors(self, approx, unsupported, verbose=0):
     ...         block = KroneckerBlock("fc", torch.zeros(1, 1, dtype=torch.long), 2 * one, 3 * one, None)
     ...         rest = torch.empty(0, dtype=torch.long), torch.empty(0)

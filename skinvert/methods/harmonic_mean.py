@@ -58,7 +58,7 @@ class HarmonicMean(Method):
         check_memory(3 * n * p * A.dtype.itemsize, f"{n:,} gradients of {p:,} parameters", way_out, A.device)
         rows, weights = A.gradient_rows(verbose)
         rows = weights.sqrt()[:, None] * rows
-        return HarmonicMeanInverse(rows, weights, getattr(A, "penalty", None), hessian_perturbation).judged_by(A)
+        return HarmonicMeanInverse(rows, weights, A.penalty, hessian_perturbation).judged_by(A)
 
 
 class HarmonicMeanInverse(InverseOperator):
@@ -68,7 +68,7 @@ class HarmonicMeanInverse(InverseOperator):
         "rows": "tensor[n,p]",
         "weights": "tensor[n]",
         "judges": "bool|missing",
-        "perturbation": "float",
+        "hessian_perturbation": "float",
         "scale": "float",
         "relative": "tensor[p]",
         "penalty": "tensor[p]|None",
@@ -90,9 +90,9 @@ class HarmonicMeanInverse(InverseOperator):
         if not hessian_perturbation > 0:
             hint = "Each sample's own matrix is singular without it."
             raise ValueError(must_be("hessian_perturbation for harmonic_mean", "> 0", hessian_perturbation, hint))
-        self.perturbation = check_hessian_perturbation(hessian_perturbation)
+        self.hessian_perturbation = check_hessian_perturbation(hessian_perturbation)
         self.rows, self.weights, self.penalty = rows, weights, penalty
-        shift = torch.full_like(rows[0], self.perturbation, dtype=torch.float64)
+        shift = torch.full_like(rows[0], self.hessian_perturbation, dtype=torch.float64)
         shift = shift if penalty is None else shift + penalty
         # D = s D₁ with D₁ ≥ 1: 1 / D and its products with squares overflow at a small λ, those of D₁ do not.
         self.scale = float(shift.min())
@@ -104,14 +104,9 @@ class HarmonicMeanInverse(InverseOperator):
         self.damping = torch.where(along > 0, 1 / (self.scale + along), 0.0).to(rows.dtype)
 
     @property
-    def operator(self) -> LinearOperator:  # type: ignore[override]
+    def operator(self) -> LinearOperator:
         """E + λI, against which the residual is taken."""
         return LowRank(self.rows, self.shift)
-
-    @property
-    def hessian_perturbation(self) -> float:
-        """λ."""
-        return self.perturbation
 
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the mean of the samples' solutions.
@@ -139,8 +134,7 @@ class HarmonicMeanInverse(InverseOperator):
     def at(self, hessian_perturbation: float) -> HarmonicMeanInverse:
         """Return the inverse at another λ, from the same gradients."""
         other = HarmonicMeanInverse(self.rows, self.weights, self.penalty, hessian_perturbation)
-        other.exact, other.judges = self.exact, self.judges
-        return other
+        return other.judged_as(self)
 
     def _chunk(self, k: int = 0) -> int:
         """Rows at a time: their squares, or their products with k right-hand sides, fit the working memory."""

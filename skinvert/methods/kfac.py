@@ -8,8 +8,17 @@ from typing import Any, ClassVar
 import torch
 
 from .._validation import check_choice, check_hessian_perturbation
-from ..block_operators import BlockDiagonal, Eigenbasis, Kronecker, KroneckerBlock, KroneckerFactors, Rotated
-from ..operators import Diagonal, LinearOperator, Shifted
+from ..operators import (
+    BlockDiagonal,
+    DiagonalMatrix,
+    Eigenbasis,
+    Kronecker,
+    KroneckerBlock,
+    KroneckerFactors,
+    LinearOperator,
+    Rotated,
+    Shifted,
+)
 from ..results import InverseHvpResult
 from .base import InverseOperator, Method, default_tolerance, relative_residual, warn_not_converged
 from .null_space import invert_spectrum, warn_of_indefinite, warn_of_null_part
@@ -58,9 +67,9 @@ class KFAC(Method):
     --------
     One block, G = 2 and A = 3; for a model, ``HessianInverter("kfac")``.
 
-    >>> from skinvert.block_operators import KroneckerBlock, KroneckerFactors
+    >>> from skinvert.operators import KroneckerBlock, KroneckerFactors
     >>> one = torch.ones(1, 1)
-    >>> class Layered(Diagonal):
+    >>> class Layered(DiagonalMatrix):
     ...     def kronecker_factors(self, approx, unsupported, verbose=0):
     ...         block = KroneckerBlock("fc", torch.zeros(1, 1, dtype=torch.long), 2 * one, 3 * one, None)
     ...         return KroneckerFactors((block,), torch.empty(0, dtype=torch.long), torch.empty(0), None)
@@ -102,7 +111,7 @@ class KroneckerInverse(InverseOperator):
     curvature : BlockDiagonal
         A, whose products judge the solutions.
     spectrum : BlockDiagonal
-        The same A by its eigenbases: blocks ``Rotated`` and ``Diagonal``.
+        The same A by its eigenbases: blocks ``Rotated`` and ``DiagonalMatrix``.
     hessian_perturbation : float
         λ.
     """
@@ -110,7 +119,7 @@ class KroneckerInverse(InverseOperator):
     _fields: ClassVar[dict[str, str]] = {
         "curvature": "LinearOperator",
         "spectrum": "LinearOperator",
-        "shift": "float",
+        "hessian_perturbation": "float",
         "name": "str",
         "judges": "bool|missing",
         "inverted": "LinearOperator",
@@ -120,13 +129,15 @@ class KroneckerInverse(InverseOperator):
     }
 
     approximate = True
+    curvature: BlockDiagonal
 
     def __init__(
         self, curvature: BlockDiagonal, spectrum: BlockDiagonal, hessian_perturbation: float, name: str = "kfac"
     ) -> None:
         self.curvature, self.spectrum, self.name = curvature, spectrum, name
-        self.shift = check_hessian_perturbation(hessian_perturbation)
-        found = [invert_spectrum(_eigenvalues(block), self.shift, block.size) for block in spectrum.operators]
+        self.hessian_perturbation = check_hessian_perturbation(hessian_perturbation)
+        shift = self.hessian_perturbation
+        found = [invert_spectrum(_eigenvalues(block), shift, block.size) for block in spectrum.operators]
         self.inverted = spectrum.with_operators(
             [_of_eigenvalues(block, each.inverse) for block, each in zip(spectrum.operators, found, strict=True)]
         )
@@ -140,12 +151,8 @@ class KroneckerInverse(InverseOperator):
         self.positive_definite = all(each.positive_definite for each in found)
         if any(each.indefinite for each in found):
             least = f"the approximation has the eigenvalue {min(each.least for each in found):.3g}"
-            warn_of_indefinite(least, self.shift, "The solution is no minimiser.", 'Try curvature="ggn".')
-
-    @property
-    def operator(self) -> LinearOperator:  # type: ignore[override]
-        """A + λI, with A the approximation."""
-        return Shifted(self.curvature, self.shift)
+            hint = 'Try curvature="ggn".'
+            warn_of_indefinite(least, self.hessian_perturbation, "The solution is no minimiser.", hint)
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return the solutions alone, without a residual."""
@@ -171,8 +178,7 @@ class KroneckerInverse(InverseOperator):
     def at(self, hessian_perturbation: float) -> KroneckerInverse:
         """Return the inverse at another λ, from the same eigenbases."""
         other = KroneckerInverse(self.curvature, self.spectrum, hessian_perturbation, self.name)
-        other.exact, other.judges = self.exact, self.judges
-        return other
+        return other.judged_as(self)
 
 
 def factors_of(A: Any, approx: str, unsupported: str, verbose: int) -> KroneckerFactors:
@@ -195,7 +201,7 @@ def placed(factors: KroneckerFactors, operators: Sequence[LinearOperator]) -> Bl
     indices = [block.index for block in factors.blocks]
     if not len(factors.rest):
         return BlockDiagonal(operators, indices)
-    return BlockDiagonal([*operators, Diagonal(factors.rest_diagonal)], [*indices, factors.rest])
+    return BlockDiagonal([*operators, DiagonalMatrix(factors.rest_diagonal)], [*indices, factors.rest])
 
 
 def _own(block: KroneckerBlock, spectral: Rotated) -> LinearOperator:
@@ -205,9 +211,9 @@ def _own(block: KroneckerBlock, spectral: Rotated) -> LinearOperator:
 
 
 def _eigenvalues(block: Any) -> torch.Tensor:
-    return block.entries if isinstance(block, Diagonal) else block.eigenvalues
+    return block.entries if isinstance(block, DiagonalMatrix) else block.eigenvalues
 
 
 def _of_eigenvalues(block: Any, eigenvalues: torch.Tensor) -> LinearOperator:
     """Return the operator of other eigenvalues along the eigenvectors of a block."""
-    return Diagonal(eigenvalues) if isinstance(block, Diagonal) else Rotated(block.basis, eigenvalues)
+    return DiagonalMatrix(eigenvalues) if isinstance(block, DiagonalMatrix) else Rotated(block.basis, eigenvalues)

@@ -6,15 +6,15 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, Self
 
 import numpy as np
 import torch
 
 from .._progress import progress
 from .._scaling import norms
-from .._validation import check_number, must_be
-from ..operators import LinearOperator, Shifted
+from .._validation import check_number, check_shift, must_be
+from ..operators import LinearOperator
 from ..results import InverseHvpResult
 from .base import InverseOperator, Method, shifted, warn_not_converged, warn_of_overflow
 from .krylov import Problem, starting_point, warn_of_lost, within
@@ -86,6 +86,13 @@ class LiSSA(Method):
     memory: ClassVar[str] = "3 k p"
     exactness: ClassVar[str] = "to `rtol`, by minibatches"
     choose_it_for: ClassVar[str] = "n so large that one full product is dear"
+    matrix_free: ClassVar[bool] = True
+    accuracy: ClassVar[float] = 1e-4
+
+    @classmethod
+    def tight(cls) -> Self:
+        """Return it asked for all digits."""
+        return cls(rtol=1e-4, maxiter=100_000)
 
     def __init__(
         self,
@@ -101,7 +108,7 @@ class LiSSA(Method):
         self.rtol, self.maxiter, self.scale, self.batch_size = rtol, maxiter, scale, batch_size
         self.h0, self.repetitions, self.random_state = h0, repetitions, random_state
 
-    def invert(self, A: Any, hessian_perturbation: float, verbose: int = 0) -> InverseOperator:
+    def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> InverseOperator:
         """Check the settings, and estimate the largest eigenvalue unless a scale is given."""
         settings = copy.copy(self)
         settings.rtol = check_number(1e-3 if self.rtol is None else self.rtol, "rtol", owner="LiSSA", low=0.0)
@@ -111,15 +118,16 @@ class LiSSA(Method):
         settings.random_state = check_number(seed, "random_state", owner="LiSSA", low=0, integer=True)
         if self.scale is not None:
             check_number(self.scale, "scale", owner="LiSSA", low=torch.finfo(A.dtype).tiny)
-            return LiSSAInverse(shifted(A, hessian_perturbation), settings, None, verbose)
-        return LiSSAInverse(shifted(A, hessian_perturbation), settings, _largest(A, settings), verbose)
+        largest = None if self.scale is not None else _largest(A, settings)
+        return LiSSAInverse(A, check_shift(hessian_perturbation, A.dtype), settings, largest, verbose)
 
 
 @dataclass
 class LiSSAInverse(InverseOperator):
     """(A + λI)⁻¹ by LiSSA; ``largest`` is the largest eigenvalue found on minibatches of A."""
 
-    operator: Shifted
+    curvature: LinearOperator
+    hessian_perturbation: float
     settings: LiSSA
     largest: float | None
     verbose: int = 0
@@ -131,18 +139,17 @@ class LiSSAInverse(InverseOperator):
         if self.settings.scale is not None:
             return float(self.settings.scale)
         # A curvature of zero at λ = 0 has no solutions: the residual will say so.
-        return 2 * (max(self.largest or 0.0, 0.0) + self.operator.shift) or 1.0
+        return 2 * (max(self.largest or 0.0, 0.0) + self.hessian_perturbation) or 1.0
 
     def at(self, hessian_perturbation: float) -> LiSSAInverse:
         """Return the inverse at another λ; the eigenvalue behind the scale is used again."""
-        operator = shifted(self.operator.operator, hessian_perturbation)
-        return LiSSAInverse(operator, self.settings, self.largest, self.verbose)
+        return replace(self, hessian_perturbation=check_shift(hessian_perturbation, self.dtype)).judged_as(self)
 
-    def scale_free(self) -> LiSSAInverse:
+    def scale_free(self) -> Self:
         """Return this inverse without ``h0``, which is on the scale of b."""
         settings = copy.copy(self.settings)
         settings.h0 = None
-        return replace(self, settings=settings)
+        return replace(self, settings=settings).judged_as(self)
 
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the averages of each row.
@@ -176,7 +183,7 @@ class LiSSAInverse(InverseOperator):
         indefinite = self._indefinite()
         if indefinite:
             raise ValueError(indefinite)
-        largest = self.operator.shift + _largest(self.operator.operator, self.settings, 4 * SCALE_BATCHES)
+        largest = self.hessian_perturbation + _largest(self.curvature, self.settings, 4 * SCALE_BATCHES)
         better = 2 * max(largest, self.scale)
         hint = f"Try scale={better:.3g}, or a larger batch_size."
         must = f"larger than half of any minibatch's largest eigenvalue, such as {largest:.3g}"
@@ -189,7 +196,7 @@ class LiSSAInverse(InverseOperator):
         if self.operator.is_psd:
             return ""
         theta, error = smallest_eigenvalue(self.operator)
-        lowest = theta - self.operator.shift
+        lowest = theta - self.hessian_perturbation
         if not np.isfinite(error) or theta >= -error:
             return ""
         must = (
@@ -198,7 +205,7 @@ class LiSSAInverse(InverseOperator):
         return f"{must} Try hessian_perturbation={1.5 * (abs(lowest) + error):.6g}. {self.operator.hint}"
 
     def _hint(self) -> str:
-        A: Any = self.operator.operator
+        A: Any = self.curvature
         small = self.settings.batch_size < A.n_samples
         ways = "a larger `maxiter`, a larger `batch_size`," if small else "a larger `maxiter`,"
         return self._indefinite() or f'Try {ways} a larger hessian_perturbation, or method="cg".'
@@ -210,7 +217,7 @@ class _Run:
     def __init__(self, inverse: LiSSAInverse, problem: Problem, generator: torch.Generator) -> None:
         self.inverse, self.products, self.generator, B = inverse, problem.products, generator, problem.B
         self.B, self.scale = B, math.ldexp(inverse.scale, -problem.products.exponent)
-        A: Any = inverse.operator.operator
+        A: Any = inverse.curvature
         self.A, size = A, inverse.settings.batch_size
         self.whole = A.n_samples <= size
         self.steps_of_epoch = FULL_STEPS if self.whole else -(-A.n_samples // size)
@@ -242,7 +249,7 @@ class _Run:
         self.total[fresh], self.count[fresh] = 0.0, 0
         R, D, total = self.R[rows], self.D[rows], self.total[rows]
         for A in self._minibatches():
-            product = self.products.like(shifted(A, self.inverse.operator.shift).apply)
+            product = self.products.like(shifted(A, self.inverse.hessian_perturbation).apply)
             D = D + (R - product(D)) / self.scale
             # Nothing is noisy with all the data: the last iterate is the best.
             total = D * self.steps_of_epoch if self.whole else total + D

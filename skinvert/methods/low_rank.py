@@ -9,36 +9,12 @@ from typing import ClassVar
 import torch
 
 from .._validation import check_hessian_perturbation, must_be
-from ..operators import LinearOperator
+from ..operators import LinearOperator, Spectral
 from ..results import InverseHvpResult
 from .base import InverseOperator, default_tolerance, relative_residual, warn_not_converged
 from .null_space import invert_spectrum, warn_of_indefinite, warn_of_null_part
 
-__all__ = ["LowRankInverse", "Spectral"]
-
-
-class Spectral(LinearOperator):
-    """The operator Uᵀ diag(values) U + rest (I − UᵀU) of orthonormal rows U (r, p).
-
-    Examples
-    --------
-    >>> Spectral(torch.tensor([2.0]), torch.tensor([[1.0, 0.0]]), 0.5).apply(torch.ones(1, 2))
-    tensor([[2.0000, 0.5000]])
-    """
-
-    def __init__(self, values: torch.Tensor, vectors: torch.Tensor, rest: float) -> None:
-        super().__init__(vectors.shape[1], vectors.dtype, vectors.device)
-        self.values, self.vectors, self.rest = values, vectors, rest
-        self.is_psd = rest >= 0 and bool((values >= 0).all())
-
-    def apply(self, V: torch.Tensor) -> torch.Tensor:
-        """Return the products, by two GEMMs."""
-        along = V @ self.vectors.mT
-        return self.rest * V + (along * (self.values - self.rest)) @ self.vectors
-
-    def diagonal(self) -> torch.Tensor:
-        """Return the diagonal (p,)."""
-        return self.rest + (self.values - self.rest) @ self.vectors.square()
+__all__ = ["LowRankInverse"]
 
 
 class LowRankInverse(InverseOperator):
@@ -72,7 +48,7 @@ class LowRankInverse(InverseOperator):
         "judges": "bool|missing",
         "hint": "str",
         "rtol": "float",
-        "shift": "float",
+        "hessian_perturbation": "float",
         "rest": "float",
         "cut": "float",
         "inverted": "tensor[r]",
@@ -82,6 +58,8 @@ class LowRankInverse(InverseOperator):
     # Whether rows that are not solved are warned of.
     _tells: bool = True
     _transient = ("exact", "_tells")
+
+    eigenvalues: torch.Tensor
 
     def __init__(
         self,
@@ -110,14 +88,18 @@ class LowRankInverse(InverseOperator):
         return len(self.eigenvalues)
 
     @property
-    def operator(self) -> LinearOperator:  # type: ignore[override]
+    def all_eigenvalues(self) -> torch.Tensor | None:
+        """All eigenvalues of the exact A, where these are all."""
+        return None if self.approximate or self.rank < self.size else self.eigenvalues
+
+    @property
+    def operator(self) -> LinearOperator:
         """Uᵀ diag(θ + λ) U + (λ + τ)(I − UᵀU)."""
-        return Spectral(self.eigenvalues + self.shift, self.eigenvectors, self.rest)
+        return Spectral(self.eigenvalues + self.hessian_perturbation, self.eigenvectors, self.rest)
 
     def at(self, hessian_perturbation: float) -> LowRankInverse:
         """Return the inverse at another λ, over the same eigenpairs."""
-        other = object.__new__(LowRankInverse)
-        other.__dict__.update(self.__dict__)
+        other = copy.copy(self)
         other._set(hessian_perturbation)
         return other
 
@@ -175,7 +157,7 @@ class LowRankInverse(InverseOperator):
         The form of Frangella, Tropp & Udell (2023), eq. 1.3 and 5.3: the eigenvalues that are left out count as the
         smallest one kept, and not as zero.
         """
-        values = self.eigenvalues + self.shift
+        values = self.eigenvalues + self.hessian_perturbation
         # Not R + …: what cancels along U would outweigh small values.min() / values.
         along, across = self._split(R)
         return across + (along * (values.min() / values)) @ self.eigenvectors
@@ -186,17 +168,17 @@ class LowRankInverse(InverseOperator):
         return self.complement is None or self.rank == self.size
 
     def _set(self, hessian_perturbation: float) -> None:
-        self.shift = check_hessian_perturbation(hessian_perturbation)
-        self.rest = 0.0 if self._drops or self.complement is None else self.shift + self.complement
+        self.hessian_perturbation = check_hessian_perturbation(hessian_perturbation)
+        self.rest = 0.0 if self._drops or self.complement is None else self.hessian_perturbation + self.complement
         if not self._drops and self.rest == 0:
             raise ValueError(self._singular())
-        found = invert_spectrum(self.eigenvalues, self.shift, self.size)
+        found = invert_spectrum(self.eigenvalues, self.hessian_perturbation, self.size)
         self.inverted, self._lost, self.cut = found.inverse, found.lost, found.cut
         least = min(found.least, float("inf") if self._drops else self.rest)
         self.positive_definite = found.positive_definite and (self._drops or self.rest > 0)
         if least < -found.cut:
             what = f"{self.name} found the eigenvalue {least:.3g}"
-            warn_of_indefinite(what, self.shift, "The solution is no minimiser.", self.hint)
+            warn_of_indefinite(what, self.hessian_perturbation, "The solution is no minimiser.", self.hint)
 
     def _singular(self) -> str:
         what = f"hessian_perturbation + {self.complement:.3g}" if self.complement else "hessian_perturbation"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
 from .._progress import progress
 from .._scaling import norms
-from ..operators import LinearOperator, Shifted
+from .._validation import check_shift
+from ..operators import LinearOperator
 from ..results import InverseHvpResult
 from .advice import advise
-from .base import InverseOperator, Method, shifted, warn_not_converged, warn_of_overflow
+from .base import InverseOperator, Method, warn_not_converged, warn_of_overflow
 from .krylov import (
     Problem,
     check_finite,
@@ -61,8 +62,8 @@ class MINRES(Method):
 
     Examples
     --------
-    >>> from skinvert.operators import Diagonal
-    >>> inverse = MINRES().invert(Diagonal(torch.tensor([1.0, -3.0])), 1.0)
+    >>> from skinvert.operators import DiagonalMatrix
+    >>> inverse = MINRES().invert(DiagonalMatrix(torch.tensor([1.0, -3.0])), 1.0)
     >>> x, info = inverse.solve(torch.tensor([[2.0, 2.0]]))
     >>> x, info["converged"], info["n_iter"]
     (tensor([[ 1.0000, -1.0000]]), tensor([True]), tensor([2]))
@@ -73,6 +74,12 @@ class MINRES(Method):
     memory: ClassVar[str] = "6 k p"
     exactness: ClassVar[str] = "to `rtol`"
     choose_it_for: ClassVar[str] = "A indefinite, p too large for a matrix"
+    matrix_free: ClassVar[bool] = True
+
+    @classmethod
+    def tight(cls) -> Self:
+        """Return it asked for all digits."""
+        return cls(rtol=1e-12, maxiter=10_000)
 
     def __init__(
         self, *, rtol: float | None = None, atol: float = 0.0, maxiter: int | None = None, x0: Any = None
@@ -81,14 +88,16 @@ class MINRES(Method):
 
     def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> InverseOperator:
         """Check the settings; the work is all in ``solve``."""
-        return MINRESInverse(shifted(A, hessian_perturbation), *check_settings(self, A), self.x0, verbose)
+        shift = check_shift(hessian_perturbation, A.dtype)
+        return MINRESInverse(A, shift, *check_settings(self, A), self.x0, verbose)
 
 
 @dataclass
 class MINRESInverse(InverseOperator):
     """(A + λI)⁻¹ by minimal residuals."""
 
-    operator: Shifted
+    curvature: LinearOperator
+    hessian_perturbation: float
     rtol: float
     atol: float
     maxiter: int
@@ -98,12 +107,11 @@ class MINRESInverse(InverseOperator):
 
     def at(self, hessian_perturbation: float) -> MINRESInverse:
         """Return the inverse at another λ, over the same operator."""
-        operator = shifted(self.operator.operator, hessian_perturbation)
-        return MINRESInverse(operator, self.rtol, self.atol, self.maxiter, self.x0, self.verbose)
+        return replace(self, hessian_perturbation=check_shift(hessian_perturbation, self.dtype)).judged_as(self)
 
-    def scale_free(self) -> MINRESInverse:
+    def scale_free(self) -> Self:
         """Return this inverse without ``atol`` and ``x0``, which are on the scale of b."""
-        return replace(self, atol=0.0, x0=None)
+        return replace(self, atol=0.0, x0=None).judged_as(self)
 
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions of each row.

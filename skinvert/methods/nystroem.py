@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 
@@ -63,7 +63,13 @@ class Nystroem(Method):
     cost: ClassVar[str] = "r products once; 2 r p a row"
     memory: ClassVar[str] = "r p"
     exactness: ClassVar[str] = "the r largest eigenvalues, at random; exact for r = p"
+    needs_psd: ClassVar[bool] = True
     choose_it_for: ClassVar[str] = "a positive semi-definite curvature that falls fast; preconditioning"
+
+    @classmethod
+    def tight(cls) -> Self:
+        """Return it with all eigenpairs of matrices up to this size."""
+        return cls(rank=1000)
 
     def __init__(self, *, rank: int | str = "adaptive", random_state: int | None = None, tol: float = 0.1) -> None:
         self.rank, self.random_state, self.tol = rank, random_state, tol

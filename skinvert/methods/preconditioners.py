@@ -35,7 +35,7 @@ def as_preconditioner(
         preconditioner = PRECONDITIONERS[check_choice(preconditioner, "preconditioner", PRECONDITIONERS, hint)]
     method = clone(preconditioner)
     for needed in method.requires:
-        if not hasattr(A, needed):
+        if needed not in A.faces:
             must = f"a method that this curvature serves (it has no `{needed}`)"
             raise ValueError(must_be("preconditioner", must, repr(method), 'Try "jacobi".'))
     companion = A.psd_companion() if isinstance(method, Nystroem) else None

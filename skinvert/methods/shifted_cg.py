@@ -69,8 +69,8 @@ def shifted_cg(
 
     Examples
     --------
-    >>> from skinvert.operators import Diagonal
-    >>> A, B = Diagonal(torch.tensor([1.0, 3.0])), torch.tensor([[2.0, 4.0]])
+    >>> from skinvert.operators import DiagonalMatrix
+    >>> A, B = DiagonalMatrix(torch.tensor([1.0, 3.0])), torch.tensor([[2.0, 4.0]])
     >>> shifted_cg(A, B, [0.0, 1.0], rtol=1e-5, atol=0.0, maxiter=10)[0]
     tensor([[[2.0000, 1.3333]],
             [[1.0000, 1.0000]]])

@@ -14,11 +14,9 @@ from .._validation import check_number
 from ..operators import LinearOperator, check_dense_memory
 from ..results import Spectrum
 from .base import InverseOperator
-from .direct import DenseInverse
 from .lanczos import eigenpairs, from_both_ends, gaussian_rows, seeded
-from .low_rank import LowRankInverse
 
-__all__ = ["extreme_eigenvalues", "has_spectrum", "lanczos_density", "smallest_eigenvalue", "spectrum"]
+__all__ = ["extreme_eigenvalues", "lanczos_density", "smallest_eigenvalue", "spectrum"]
 
 # Up to so many parameters, or rows of a factor, all eigenvalues are computed.
 EXACT_SIZE = 1000
@@ -89,8 +87,8 @@ def extreme_eigenvalues(
 
     Examples
     --------
-    >>> from skinvert.operators import Diagonal
-    >>> extreme_eigenvalues(Diagonal(torch.tensor([1.0, 3.0, -2.0])))
+    >>> from skinvert.operators import DiagonalMatrix
+    >>> extreme_eigenvalues(DiagonalMatrix(torch.tensor([1.0, 3.0, -2.0])))
     ((-2.0, 0.0), (3.0, 0.0))
     """
     pairs = eigenpairs(
@@ -189,7 +187,7 @@ def spectrum(
 
     Known: of a full decomposition in ``inverse``. Cheap: up to 1,000 parameters, or rows of a factor.
     """
-    known = _known_eigenvalues(inverse)
+    known = None if inverse is None or inverse.all_eigenvalues is None else _uniform(inverse.all_eigenvalues)
     if known is None:
         assert A is not None
         known = _computed_eigenvalues(A)
@@ -202,25 +200,13 @@ def spectrum(
     return Spectrum(nodes.numpy(), density.numpy(), False, smallest, largest)
 
 
-def has_spectrum(inverse: InverseOperator | None) -> bool:
-    """Return whether an inverse holds all eigenvalues of the exact curvature."""
-    full = isinstance(inverse, DenseInverse) or (isinstance(inverse, LowRankInverse) and not inverse.approximate)
-    values = getattr(inverse, "eigenvalues", None)
-    return full and values is not None and len(values) == inverse.size  # type: ignore[union-attr]
-
-
-def _known_eigenvalues(inverse: InverseOperator | None) -> tuple[np.ndarray, np.ndarray] | None:
-    if not has_spectrum(inverse):
-        return None
-    return _uniform(inverse.eigenvalues)  # type: ignore[union-attr]
-
-
 def _computed_eigenvalues(A: LinearOperator) -> tuple[np.ndarray, np.ndarray] | None:
     """Return all eigenvalues of a small matrix, or of a factor of few rows, with their weights; else None."""
-    rows, penalty = getattr(A, "factor_shape", (A.size, 0))[0], getattr(A, "penalty", None)
+    penalty = A.penalty
+    rows = A.size if A.factor_shape is None else A.factor_shape[0]
     if rows < A.size and rows <= EXACT_SIZE and (penalty is None or bool((penalty == penalty[0]).all())):
         rest = 0.0 if penalty is None else float(penalty[0])
-        F = A.factor()  # type: ignore[attr-defined]
+        F = A.factor()
         values = torch.linalg.eigvalsh((F @ F.mT).to(torch.float64)).clamp(min=0) + rest
         weights = np.full(rows + 1, 1 / A.size)
         weights[0] = (A.size - rows) / A.size

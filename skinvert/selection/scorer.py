@@ -16,7 +16,6 @@ from .._types import Array
 from .._validation import must_be
 from ..gradients import PerSampleGradient
 from ..inverter import HessianInverter
-from ..methods.base import InverseOperator
 from ..models import FittedSearch
 from ..scores import quadratic_path, quadratic_score
 from .chosen import ChosenInverter
@@ -79,10 +78,7 @@ class QuadraticScorer:
     ) -> list[float]:
         """Return the score at each λ, on the held-out ``(X, y, sample_weight)``, from one factorisation."""
         rhs = None if self.rhs is None else inverter._rows(self.rhs).tensor
-        held, inverse = inverter._held_out(*test), inverter._factorised("score")
-        if type(inverse).at is not InverseOperator.at:
-            return quadratic_path(inverse, shifts, held, rhs)
-        return [quadratic_score(inverter._at(shift)._factorised("score"), held, rhs) for shift in shifts]
+        return quadratic_path(inverter._factorised("score"), shifts, inverter._held_out(*test), rhs)
 
     def __repr__(self) -> str:
         got = "" if self.rhs is None else f"rhs=<{type(self.rhs).__name__} of shape {tuple(self.rhs.shape)}>"

@@ -5,11 +5,11 @@ import torch
 
 from skinvert import HessianInverter
 from skinvert.methods import CG, MINRES, Auto, Direct
-from skinvert.operators import Diagonal, LowRank
+from skinvert.operators import DiagonalMatrix, LowRank
 
 
 def hessian(p):
-    return Diagonal(torch.ones(p))
+    return DiagonalMatrix(torch.ones(p))
 
 
 def semi_definite(p):

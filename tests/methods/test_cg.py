@@ -13,7 +13,7 @@ from torch import nn
 
 from skinvert import HessianInverter
 from skinvert.methods import CG
-from skinvert.operators import Dense, Diagonal
+from skinvert.operators import Dense, DiagonalMatrix
 
 
 def stopped_early(seed, steps=3):
@@ -86,11 +86,11 @@ def test_the_gradient_norm_is_in_the_warning():
 def test_eigenvalue_in_the_warning_of_a_large_matrix():
     entries = torch.cat([torch.tensor([-0.3]), torch.linspace(0.1, 5, 99)]).double()
     with pytest.warns(ConvergenceWarning, match=re.escape("has eigenvalue -0.3")):
-        CG().invert(Diagonal(entries), 0.0).solve(torch.ones(1, 100, dtype=torch.float64))
+        CG().invert(DiagonalMatrix(entries), 0.0).solve(torch.ones(1, 100, dtype=torch.float64))
 
 
 def test_each_row_is_judged_alone():
-    A = Diagonal(torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64))
+    A = DiagonalMatrix(torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64))
     B = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     with pytest.warns(ConvergenceWarning, match="1 of 3"):
         X, info = CG().invert(A, 0.0).solve(B)

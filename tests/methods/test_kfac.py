@@ -13,9 +13,8 @@ from sklearn.model_selection import GridSearchCV
 from torch import nn
 
 from skinvert import HessianInverter, TorchTwiceDifferentiable, solve_hvp
-from skinvert.block_operators import BlockDiagonal, Eigenbasis, Kronecker, Rotated
 from skinvert.methods import EKFAC, KFAC
-from skinvert.operators import Dense, Diagonal
+from skinvert.operators import BlockDiagonal, Dense, DiagonalMatrix, Eigenbasis, Kronecker, Rotated
 
 # What is tested here is what an approximate method is by definition; tests/methods/test_truth.py holds what it says.
 pytestmark = pytest.mark.filterwarnings("ignore:.* is worse than x = 0:sklearn.exceptions.ConvergenceWarning")
@@ -282,7 +281,7 @@ def test_operators_are_their_matrices(diagonal):
     }
     for operator, matrix in expected.items():
         check_operator(operator, matrix)
-        blocks = BlockDiagonal([Diagonal(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)), operator], index)
+        blocks = BlockDiagonal([DiagonalMatrix(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)), operator], index)
         check_operator(blocks, _placed([np.diag([1.0, 2.0, 3.0]), matrix], index))
     check_operator(BlockDiagonal([Dense(G), Dense(full)]), scipy.linalg.block_diag(G.numpy(), full.numpy()))
 
@@ -314,7 +313,7 @@ def check_operator(operator, matrix):
 
 def test_blocks_hold_every_entry_once():
     with pytest.raises(ValueError, match="each of 0, ..., 1 once"):
-        BlockDiagonal([Diagonal(torch.ones(2))], [torch.tensor([0, 0])])
+        BlockDiagonal([DiagonalMatrix(torch.ones(2))], [torch.tensor([0, 0])])
 
 
 @pytest.mark.cuda

@@ -7,7 +7,7 @@ from sklearn.base import clone
 
 from skinvert import HessianInverter
 from skinvert.methods import Nystroem
-from skinvert.operators import Dense, Diagonal, LowRank
+from skinvert.operators import Dense, DiagonalMatrix, LowRank
 
 # What is tested here is what an approximate method is by definition; tests/methods/test_truth.py holds what it says.
 pytestmark = pytest.mark.filterwarnings("ignore:.* is worse than x = 0:sklearn.exceptions.ConvergenceWarning")
@@ -224,7 +224,7 @@ def test_draws_in_fit_and_shares_the_sketch():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_zero_and_one_parameter(dtype):
     b = torch.ones(2, 60, dtype=dtype)
-    A = Diagonal(torch.zeros(60, dtype=dtype))
+    A = DiagonalMatrix(torch.zeros(60, dtype=dtype))
     torch.testing.assert_close(Nystroem(rank=3).invert(A, 0.5).solve(b).x, 2 * b)
-    one = Diagonal(torch.full((1,), 3.0, dtype=dtype))
+    one = DiagonalMatrix(torch.full((1,), 3.0, dtype=dtype))
     torch.testing.assert_close(Nystroem().invert(one, 1.0).solve(b[:, :1]).x, b[:, :1] / 4)

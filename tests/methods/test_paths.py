@@ -10,7 +10,7 @@ from skinvert import HessianInverter, InversionRegistry, TwiceDifferentiable
 from skinvert.curvature import Gram
 from skinvert.methods import CG, MINRES, Arnoldi, Direct, Nystroem
 from skinvert.methods.base import InverseOperator
-from skinvert.operators import Dense, Diagonal, LowRank
+from skinvert.operators import Dense, DiagonalMatrix, LowRank
 
 # What is tested here is what an approximate method is by definition; tests/methods/test_truth.py holds what it says.
 pytestmark = pytest.mark.filterwarnings("ignore:.* is worse than x = 0:sklearn.exceptions.ConvergenceWarning")
@@ -132,7 +132,7 @@ def test_kind_dtype_and_device_are_those_of_b(name):
 
 def test_a_method_that_serves_one_shift_says_so():
     class One(InverseOperator):
-        operator = Diagonal(torch.ones(3))
+        operator = DiagonalMatrix(torch.ones(3))
 
         def solve(self, B):
             raise AssertionError

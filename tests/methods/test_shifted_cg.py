@@ -7,7 +7,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from skinvert.methods import CG
 from skinvert.methods.shifted_cg import shifted_cg
-from skinvert.operators import Dense, Diagonal
+from skinvert.operators import Dense, DiagonalMatrix
 
 
 def matrix(condition, p=120, seed=0):
@@ -117,7 +117,7 @@ def test_rows_in_chunks():
 
 def test_an_indefinite_curvature_fails_only_where_it_is_indefinite():
     values = np.concatenate([[-0.5], np.linspace(0.1, 3, 59)])
-    A, B = Diagonal(torch.from_numpy(values)), rows(3, 60)
+    A, B = DiagonalMatrix(torch.from_numpy(values)), rows(3, 60)
     shifts = [0.1, 1.0, 0.7]
     X, info = shifted_cg(A, B, shifts, 1e-10, 0.0, 1000)
     assert info["converged"].tolist() == [[False] * 3, [True] * 3, [True] * 3]
@@ -139,7 +139,7 @@ def test_too_few_iterations_are_told():
 
 
 def test_edges():
-    A = Diagonal(torch.tensor([2.0]).double())
+    A = DiagonalMatrix(torch.tensor([2.0]).double())
     assert shifted_cg(A, torch.ones(3, 1).double(), [], 1e-8, 0.0, 10)[0].shape == (0, 3, 1)
     assert shifted_cg(A, torch.ones(0, 1).double(), [1.0], 1e-8, 0.0, 10)[0].shape == (1, 0, 1)
     torch.testing.assert_close(
@@ -149,4 +149,4 @@ def test_edges():
     with pytest.raises(ValueError, match="hessian_perturbation"):
         shifted_cg(A, torch.ones(1, 1).double(), [-1.0], 1e-8, 0.0, 10)
     with pytest.raises(FloatingPointError, match="iteration 0"):
-        shifted_cg(Diagonal(torch.tensor([np.nan])), torch.ones(1, 1), [1.0], 1e-8, 0.0, 10)
+        shifted_cg(DiagonalMatrix(torch.tensor([np.nan])), torch.ones(1, 1), [1.0], 1e-8, 0.0, 10)

@@ -9,7 +9,7 @@ import torch
 from skinvert import HessianInverter
 from skinvert.methods import CG, Arnoldi
 from skinvert.methods.spectrum import extreme_eigenvalues, lanczos_density, smallest_eigenvalue
-from skinvert.operators import Dense, Diagonal
+from skinvert.operators import Dense, DiagonalMatrix
 
 SPECTRA = {
     "decaying": 10.0 * np.arange(1, 301) ** -1.5,
@@ -56,7 +56,7 @@ def test_extremes_lie_within_their_errors(name, dtype):
 def test_error_is_the_residual_where_the_run_is_cut_short():
     # An unconverged Ritz value: its error bound is honest, and not small.
     values = np.linspace(0, 1, 2000) ** 0.5
-    A = Diagonal(torch.from_numpy(values))
+    A = DiagonalMatrix(torch.from_numpy(values))
     (least, low), (most, high) = extreme_eigenvalues(A, tol=1e-12, maxiter=1)
     assert low > 1e-6
     assert np.abs(values - least).min() <= low
@@ -66,7 +66,7 @@ def test_error_is_the_residual_where_the_run_is_cut_short():
 @pytest.mark.parametrize("p", [1, 2, 5])
 def test_extremes_of_few_parameters(p):
     values = torch.linspace(-1, 3, p, dtype=torch.float64)
-    (least, low), (most, high) = extreme_eigenvalues(Diagonal(values))
+    (least, low), (most, high) = extreme_eigenvalues(DiagonalMatrix(values))
     assert (least, low, high) == (-1.0, 0.0, 0.0)
     assert most == values.max()
 

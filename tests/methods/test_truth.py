@@ -11,13 +11,20 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import nn
 
 from skinvert import HessianInverter, HessianInverterCV
-from skinvert.block_operators import BlockDiagonal, Eigenbasis, KroneckerBlock, KroneckerFactors
 from skinvert.curvature import Gram
 from skinvert.methods import CG, KFAC, MINRES, Arnoldi, Diagonal, Direct, HarmonicMean, Nystroem
 from skinvert.methods.direct import DenseInverse, SampleSpaceInverse
 from skinvert.methods.kfac import KroneckerInverse
 from skinvert.methods.null_space import zero_cut
-from skinvert.operators import Dense, LinearOperator, LowRank
+from skinvert.operators import (
+    BlockDiagonal,
+    Dense,
+    Eigenbasis,
+    KroneckerBlock,
+    KroneckerFactors,
+    LinearOperator,
+    LowRank,
+)
 
 APPROXIMATE = {
     "kfac": "kfac",
@@ -254,7 +261,7 @@ def test_kfac_warns_of_rows_that_rounding_leaves_unsolved():
 
 
 def _rotated(basis, values):
-    from skinvert.block_operators import Rotated
+    from skinvert.operators import Rotated
 
     return Rotated(basis, values)
 

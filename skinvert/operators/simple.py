@@ -1,0 +1,147 @@
+"""Operators of matrices at hand: dense, diagonal, of a factor, and shifted."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from .._validation import check_shift, must_be
+from .base import LinearOperator, add_to_diagonal
+
+__all__ = ["Dense", "DiagonalMatrix", "LowRank", "Shifted"]
+
+
+class Dense(LinearOperator):
+    """The operator of a symmetric matrix (p, p).
+
+    Examples
+    --------
+    >>> Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]])).apply(torch.tensor([[1.0, 0.0]]))
+    tensor([[2., 1.]])
+    """
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(must_be("matrix", "square", f"shape {tuple(matrix.shape)}"))
+        super().__init__(len(matrix), matrix.dtype, matrix.device)
+        self.matrix = matrix
+
+    def apply(self, V: torch.Tensor) -> torch.Tensor:
+        """Return V A."""
+        return V @ self.matrix
+
+    def to_dense(self, verbose: int = 0) -> torch.Tensor:
+        """Return a copy of the matrix."""
+        return self.matrix.clone()
+
+    def diagonal(self) -> torch.Tensor:
+        """Return the diagonal of the matrix."""
+        return self.matrix.diagonal().clone()
+
+
+class DiagonalMatrix(LinearOperator):
+    """The operator of a diagonal matrix, given as its diagonal (p,)."""
+
+    _fields: ClassVar[dict[str, str]] = {
+        "size": "int",
+        "dtype": "dtype",
+        "device": "device",
+        "entries": "tensor[p]",
+    }
+
+    def __init__(self, entries: torch.Tensor) -> None:
+        super().__init__(len(entries), entries.dtype, entries.device)
+        self.entries = entries
+
+    def apply(self, V: torch.Tensor) -> torch.Tensor:
+        """Return each row times the diagonal."""
+        return V * self.entries
+
+    def to_dense(self, verbose: int = 0) -> torch.Tensor:
+        """Return the diagonal matrix."""
+        return torch.diag(self.entries)
+
+    def diagonal(self) -> torch.Tensor:
+        """Return a copy of the diagonal."""
+        return self.entries.clone()
+
+
+class LowRank(LinearOperator):
+    """The operator A = FᵀF + diag(penalty) of a factor of r rows, F (r, p).
+
+    Examples
+    --------
+    >>> LowRank(torch.tensor([[1.0, 2.0]])).to_dense()
+    tensor([[1., 2.],
+            [2., 4.]])
+    """
+
+    is_psd = True
+
+    def __init__(self, rows: torch.Tensor, penalty: torch.Tensor | None = None) -> None:
+        super().__init__(rows.shape[1], rows.dtype, rows.device)
+        self.rows, self.penalty = rows, penalty
+
+    @property
+    def factor_shape(self) -> tuple[int, int]:
+        """(r, p), known before the factor is built."""
+        return (self.rows.shape[0], self.size)
+
+    def factor(self, verbose: int = 0) -> torch.Tensor:
+        """Return F (r, p)."""
+        return self.rows
+
+    def apply(self, V: torch.Tensor) -> torch.Tensor:
+        """Return (V Fᵀ) F + V diag(penalty)."""
+        product = (V @ self.rows.mT) @ self.rows
+        return product if self.penalty is None else product + V * self.penalty
+
+    def to_dense(self, verbose: int = 0) -> torch.Tensor:
+        """Return FᵀF + diag(penalty), by one GEMM."""
+        matrix = self.rows.mT @ self.rows
+        return add_to_diagonal(matrix, self.penalty)
+
+    def diagonal(self) -> torch.Tensor:
+        """Return the squared column norms of F plus the penalty."""
+        diagonal = self.rows.square().sum(0)
+        return diagonal if self.penalty is None else diagonal + self.penalty
+
+
+class Shifted(LinearOperator):
+    """The operator A + λI.
+
+    Examples
+    --------
+    >>> Shifted(DiagonalMatrix(torch.ones(2)), 0.5).diagonal()
+    tensor([1.5000, 1.5000])
+    """
+
+    _fields: ClassVar[dict[str, str]] = {
+        "size": "int",
+        "dtype": "dtype",
+        "device": "device",
+        "operator": "LinearOperator",
+        "shift": "float",
+        "is_psd": "bool",
+        "hint": "str",
+    }
+
+    def __init__(self, operator: LinearOperator, shift: float) -> None:
+        super().__init__(operator.size, operator.dtype, operator.device)
+        check_shift(shift, operator.dtype)
+        self.operator, self.shift = operator, float(shift)
+        self.is_psd, self.hint = operator.is_psd and shift >= 0, operator.hint
+
+    def apply(self, V: torch.Tensor) -> torch.Tensor:
+        """Return A v + λ v for each row."""
+        product = self.operator.apply(V)
+        return product + self.shift * V if self.shift else product
+
+    def to_dense(self, verbose: int = 0) -> torch.Tensor:
+        """Return the matrix A + λI."""
+        return add_to_diagonal(self.operator.to_dense(verbose), self.shift)
+
+    def diagonal(self) -> torch.Tensor:
+        """Return the diagonal of A plus λ."""
+        return self.operator.diagonal() + self.shift

@@ -1,0 +1,329 @@
+"""What every method of inversion must keep, whatever it does inside."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from sklearn.base import clone
+
+from .._validation import must_be
+from ..methods.base import InverseOperator, Method
+from ..models import TwiceDifferentiable
+from ..registry import InversionRegistry, is_method
+from .problems import Problem, problems_for, rows
+
+if TYPE_CHECKING:
+    import pytest
+
+__all__ = ["METHOD_CHECKS", "check_method", "parametrize_with_methods", "registered_methods"]
+
+# Between what a float64 oracle says and what float32 can: of its own rounding, whatever the method.
+ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+def check_method(method: Method) -> None:
+    """Hold a method to all that every method must keep; AssertionError with every fault that was found.
+
+    A is each curvature of a small network, and plain rows, as far as they have the faces that the method requires;
+    the oracle is the dense float64 matrix. The method's own ``tight`` settings say how exact it can be made.
+
+    Parameters
+    ----------
+    method : Method
+        An instance; its class need not be registered.
+
+    Raises
+    ------
+    AssertionError
+        With one line for each check that failed.
+
+    Examples
+    --------
+    >>> from skinvert.methods import Direct
+    >>> check_method(Direct())
+    """
+    if not isinstance(method, Method):
+        raise TypeError(must_be("method", "an instance of a Method", repr(method)))
+    faults = [fault for check in METHOD_CHECKS for fault in _faults_of(check, method)]
+    if faults:
+        message = f"{type(method).__name__} fails {len(faults)} checks:\n" + "\n".join(faults)
+        raise AssertionError(message)
+
+
+def registered_methods() -> dict[str, Method]:
+    """Return an instance, at its tight settings, of each method of the registry by its name."""
+    kinds = {name: kind for (model, name), kind in InversionRegistry.registry.items() if model is TwiceDifferentiable}
+    return {name: kind.tight() for name, kind in kinds.items() if is_method(kind)}
+
+
+def parametrize_with_methods(methods: Iterable[Method] | None = None) -> pytest.MarkDecorator:
+    """Return a decorator that calls a test with each ``method`` and each ``check`` of it.
+
+    Parameters
+    ----------
+    methods : iterable of Method, default=None
+        None is every method of the registry at its tight settings.
+
+    Examples
+    --------
+    >>> @parametrize_with_methods()
+    ... def test_methods(method, check):
+    ...     check(method)
+    """
+    import pytest
+
+    given = list(registered_methods().values() if methods is None else methods)
+    cases = [
+        pytest.param(method, check, id=f"{type(method).__name__}-{check.__name__}")
+        for method in given
+        for check in METHOD_CHECKS
+    ]
+    return pytest.mark.parametrize(("method", "check"), cases)
+
+
+def check_settings_are_kept(method: Method) -> None:
+    """Hold that ``invert`` leaves the settings alone, and that ``clone`` and ``pickle`` keep them."""
+    before = {name: repr(value) for name, value in method.get_params(deep=False).items()}
+    for problem, _ in _inverses(method, definite=True):
+        _inverse(problem, method)
+    after = {name: repr(value) for name, value in method.get_params(deep=False).items()}
+    _claim(before == after, f"the settings stay {before}", after)
+    again = {name: repr(value) for name, value in pickle.loads(pickle.dumps(method)).get_params(deep=False).items()}
+    _claim(before == again, f"a pickle keeps the settings {before}", again)
+
+
+def check_says_what_it_is(method: Method) -> None:
+    """Hold that the class states its row in the table of methods, and requires faces that some curvature has."""
+    for name in ("name", "cost", "memory", "exactness", "choose_it_for"):
+        _claim(bool(_stated(type(method), name)), f"`{name}` is stated", "nothing")
+    _claim(any(True for _ in problems_for(method)), "some curvature has the faces it requires", method.requires)
+
+
+def check_solutions_are_finite(method: Method) -> None:
+    """Hold that finite b, zeros and tiny ones among them, have finite solutions, and zero that of zero."""
+    for problem, inverse in _inverses(method):
+        B = rows(4, problem.A.size, problem.A.dtype)
+        B[1], B[2] = 0.0, 1e-20 * B[2]
+        before = B.clone()
+        x, info = inverse.solve(B)
+        _claim(bool(torch.isfinite(x).all()), "solutions are finite", "NaN or infinity", problem)
+        _claim(x.shape == B.shape and x.dtype == B.dtype, "x has b's shape and dtype", (x.shape, x.dtype), problem)
+        _claim(bool((x[1] == 0).all()), "x = 0 for b = 0", float(x[1].norm()), problem)
+        _claim(bool((B == before).all()), "b is left as it was", "another b", problem)
+        for name in ("residual", "converged"):
+            _claim(name in info and info[name].shape == (len(B),), f"info[{name!r}] has one entry a row", info, problem)
+
+
+def check_residual_is_true(method: Method) -> None:
+    """Hold that ``info["residual"]`` is ‖(H + λI)x − b‖ / ‖b‖ of the exact H."""
+    for problem, inverse in _inverses(method):
+        B = rows(5, problem.A.size, problem.A.dtype)
+        x, info = inverse.solve(B)
+        expected, received = problem.residuals(B, x), info["residual"].double().cpu()
+        error = float((received - expected).abs().max())
+        tolerance = ROUNDING[B.dtype] * max(1.0, float(expected.max()))
+        _claim(error <= tolerance, f"the residual is the true {_numbers(expected)}", _numbers(received), problem)
+
+
+def check_converged_is_true(method: Method) -> None:
+    """Hold that rows reported as converged solve the exact system, on indefinite matrices too."""
+    for problem, inverse in _inverses(method):
+        B = rows(5, problem.A.size, problem.A.dtype)
+        x, info = inverse.solve(B)
+        claimed = problem.residuals(B, x)[info["converged"].cpu().bool()]
+        limit = max(10 * type(method).accuracy, 10 * ROUNDING[B.dtype])
+        _claim(bool((claimed <= limit).all()), "converged rows solve the system", _numbers(claimed), problem)
+
+
+def check_exact_is_exact(method: Method) -> None:
+    """Hold a method that is not approximate to a dense solve of a definite system, for any number of rows."""
+    for problem, inverse in _inverses(method):
+        if inverse.approximate or not problem.definite:
+            continue
+        for k in (1, 3, problem.A.size + 2):
+            B = rows(k, problem.A.size, problem.A.dtype)
+            x, info = inverse.solve(B)
+            expected = problem.solutions(B)
+            error = float((x.double().cpu() - expected).norm() / expected.norm())
+            limit = problem.condition * max(type(method).accuracy, ROUNDING[B.dtype])
+            _claim(error <= limit, f"x is that of a dense solve, within {limit:.2g}", f"{error:.3g} off", problem)
+            # What is asked of float64 may be below the rounding of float32.
+            converged = B.dtype == torch.float32 or bool(info["converged"].all())
+            _claim(converged, "every row converges", info["converged"].tolist(), problem)
+
+
+def check_definite_is_definite(method: Method) -> None:
+    """Hold that ``positive_definite``, where it is known, is what ``eigvalsh`` says of the operator inverted."""
+    for problem, inverse in _inverses(method):
+        if inverse.positive_definite is None:
+            continue
+        operator = inverse.operator.to_dense().double().cpu().numpy()
+        least = float(np.linalg.eigvalsh(operator)[0])
+        _claim(inverse.positive_definite == (least > 0), f"positive_definite is {least > 0}", "the contrary", problem)
+
+
+def check_another_shift_is_fresh(method: Method) -> None:
+    """Hold that ``at(λ)`` is the inverse that ``invert`` makes at that λ."""
+    for problem, inverse in _inverses(method, definite=True):
+        for shift in (3.0 * problem.shift, problem.shift):
+            there = problem.at(shift)
+            moved, fresh = inverse.at(shift), _inverse(there, clone(method))
+            _claim(
+                moved.hessian_perturbation == shift, f"at({shift:.3g}) is at it", moved.hessian_perturbation, problem
+            )
+            B = rows(3, problem.A.size, problem.A.dtype)
+            _same(problem.at(shift), method, moved.solve(B).x, fresh.solve(B).x, f"at({shift:.3g}) is a fresh inverse")
+            same = moved.positive_definite == fresh.positive_definite
+            _claim(same, "at(λ) claims definiteness as a fresh one does", moved.positive_definite, problem)
+            judged = moved.exact is not None or inverse.exact is None
+            _claim(judged, "at(λ) is judged where the inverse is", "no judge", problem)
+
+
+def check_path_is_solve(method: Method) -> None:
+    """Hold that ``solve_path`` gives at each λ what ``solve`` gives there: solutions, residuals and verdicts."""
+    for problem, inverse in _inverses(method, definite=True):
+        B, shifts = rows(3, problem.A.size, problem.A.dtype), [4 * problem.shift, problem.shift]
+        results = inverse.solve_path(B, shifts)
+        _claim(len(results) == len(shifts), f"a path has {len(shifts)} results", len(results), problem)
+        for shift, (x, info) in zip(shifts, results, strict=True):
+            there = problem.at(shift)
+            alone, own = inverse.at(shift).solve(B)
+            _same(there, method, x, alone, "a path's x is that of solve")
+            _claim(bool((info["converged"] == own["converged"]).all()), "both judge alike", info["converged"], there)
+            expected = there.residuals(B, x)
+            error = float((info["residual"].double().cpu() - expected).abs().max())
+            limit = ROUNDING[B.dtype] * max(1.0, float(expected.max()))
+            _claim(error <= limit, f"a path's residual is {_numbers(expected)}", _numbers(info["residual"]), there)
+
+
+def check_rows_are_alone(method: Method) -> None:
+    """Hold that rows solved together are as alone, and that the solution is linear in b."""
+    for problem, inverse in _inverses(method, definite=True):
+        B = rows(4, problem.A.size, problem.A.dtype)
+        X = inverse.solve(B).x
+        for i in range(len(B)):
+            _same(problem, method, X[i : i + 1], inverse.solve(B[i : i + 1]).x, f"row {i} alone is as among others")
+        mixture = inverse.solve(2 * B[:1] - 3 * B[1:2]).x
+        _same(problem, method, mixture, 2 * X[:1] - 3 * X[1:2], "x is linear in b")
+
+
+def check_solves_alike_twice(method: Method) -> None:
+    """Hold that two solves, and two inversions with one seed, agree, and leave the global generators alone."""
+    seeded = clone(method)
+    if "random_state" in seeded.get_params():
+        seeded.set_params(random_state=0)
+    for problem, inverse in _inverses(seeded, definite=True):
+        B = rows(3, problem.A.size, problem.A.dtype)
+        before = _global_states()
+        X, again = inverse.solve(B).x, inverse.solve(B).x
+        other = _inverse(problem, clone(seeded)).solve(B).x
+        after = _global_states()
+        _claim(torch.equal(X, again), "two solves give the same x", float((X - again).norm()), problem)
+        _claim(torch.equal(X, other), "two inversions with one seed do", float((X - other).norm()), problem)
+        _claim(before == after, "global generators are left alone", "other states", problem)
+
+
+def check_state_survives_pickling(method: Method) -> None:
+    """Hold that an inverse that was pickled solves as before, and serves another λ as before."""
+    for problem, inverse in _inverses(method, definite=True):
+        B, shift = rows(3, problem.A.size, problem.A.dtype), 2 * problem.shift
+        loaded = pickle.loads(pickle.dumps(inverse))
+        _same(problem, method, loaded.solve(B).x, inverse.solve(B).x, "a pickled inverse solves as before")
+        moved = loaded.at(shift).solve(B).x
+        _same(problem.at(shift), method, moved, inverse.at(shift).solve(B).x, "it serves another λ as before")
+
+
+METHOD_CHECKS: list[Callable[[Method], None]] = [
+    check_settings_are_kept,
+    check_says_what_it_is,
+    check_solutions_are_finite,
+    check_residual_is_true,
+    check_converged_is_true,
+    check_exact_is_exact,
+    check_definite_is_definite,
+    check_another_shift_is_fresh,
+    check_path_is_solve,
+    check_rows_are_alone,
+    check_solves_alike_twice,
+    check_state_survives_pickling,
+]
+
+
+def _faults_of(check: Callable[[Method], None], method: Method) -> list[str]:
+    try:
+        check(method)
+    except AssertionError as error:
+        return [f"{check.__name__}: {error}"]
+    except Exception as error:
+        return [f"{check.__name__}: {type(error).__name__}: {error}"]
+    return []
+
+
+def _some(method: Method) -> Iterator[Problem]:
+    for dtype in (torch.float64, torch.float32):
+        yield from problems_for(method, dtype)
+
+
+def _inverses(method: Method, definite: bool = False) -> Iterator[tuple[Problem, InverseOperator]]:
+    """Yield the problems that a method does not refuse, with their inverses; warnings are off meanwhile."""
+    for problem in _some(method):
+        if definite and not problem.definite:
+            continue
+        try:
+            inverse = _inverse(problem, clone(method))
+            if not problem.definite:
+                with _quiet():
+                    inverse.solve(rows(1, problem.A.size, problem.A.dtype))
+        except ValueError as error:
+            # To refuse what is not definite is right; to refuse any other is not.
+            refused = not problem.definite or (method.needs_psd and not problem.semidefinite)
+            _claim(refused, "a definite problem is inverted", f"{type(error).__name__}: {error}", problem)
+            continue
+        with _quiet():
+            yield problem, inverse
+
+
+def _inverse(problem: Problem, method: Method) -> InverseOperator:
+    with _quiet():
+        return problem.invert(method)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _same(problem: Problem, method: Method, X: torch.Tensor, Y: torch.Tensor, what: str) -> None:
+    size = float(Y.double().norm())
+    error = float((X.double() - Y.double()).norm()) / (size or 1.0)
+    limit = 2 * problem.condition * max(type(method).accuracy, ROUNDING[X.dtype])
+    _claim(error <= limit, f"{what}, within {limit:.2g}", f"{error:.3g} off", problem)
+
+
+def _claim(holds: bool, what: str, got: Any, problem: Problem | None = None) -> None:
+    if not holds:
+        where = "" if problem is None else f" on {problem.name} ({problem.A.dtype}, λ = {problem.shift:.3g})"
+        message = f"{what}{where}. Got {got}."
+        raise AssertionError(message)
+
+
+def _stated(kind: type, name: str) -> object:
+    """Return what a class itself says, not what it inherits."""
+    return vars(kind).get(name)
+
+
+def _global_states() -> tuple[bytes, str]:
+    """Return the states of the generators that belong to the user."""
+    return torch.random.get_rng_state().numpy().tobytes(), repr(np.random.get_state(legacy=False))
+
+
+def _numbers(values: torch.Tensor) -> str:
+    return str([float(f"{value:.3g}") for value in values.double().flatten().tolist()])
