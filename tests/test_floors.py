@@ -22,6 +22,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "skinvert"
 
 FLOORS = {
+    "_types": 0,
     "_autograd": 0,
     "_validation": 0,
     "_memory": 0,
@@ -31,7 +32,6 @@ FLOORS = {
     "_state": 0,
     "_schema": 0,
     "_telling": 0,
-    "_types": 0,
     "results": 0,
     "parameters": 0,
     "_scaling": 0,
