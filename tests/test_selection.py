@@ -129,12 +129,12 @@ def test_blocks_and_a_stratified_splitter_equal_a_grid_search():
     assert_same_choice(received, grid_search(X, y, StratifiedKFold(3), **settings))
 
 
-def test_a_method_without_at_is_inverted_for_each():
+def test_a_method_that_inverts_anew_at_each():
     class Solve(methods.base.Method):
         name = "solve"
 
         def invert(self, A, hessian_perturbation, verbose=0):
-            return _Solve(A.to_dense() + hessian_perturbation * torch.eye(A.size, dtype=A.dtype))
+            return _Solve(A.to_dense(), hessian_perturbation)
 
     X = np.random.default_rng(0).standard_normal((40, 5))
     received = HessianInverterCV(SHIFTS, cv=3, method=Solve()).fit(X)
@@ -144,15 +144,14 @@ def test_a_method_without_at_is_inverted_for_each():
 class _Solve(methods.base.InverseOperator):
     positive_definite = True
 
-    def __init__(self, matrix):
-        self.matrix = matrix
-
-    @property
-    def operator(self):
-        return Dense(self.matrix)
+    def __init__(self, matrix, hessian_perturbation):
+        self.curvature, self.hessian_perturbation = Dense(matrix), hessian_perturbation
 
     def solve(self, B):
-        return InverseHvpResult(torch.linalg.solve(self.matrix, B.mT).mT, {})
+        return InverseHvpResult(torch.linalg.solve(self.operator.to_dense(), B.mT).mT, {})
+
+    def at(self, hessian_perturbation):
+        return _Solve(self.curvature.matrix, hessian_perturbation)
 
 
 def test_weights_are_split_with_the_rows():
