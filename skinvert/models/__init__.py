@@ -4,7 +4,7 @@ from .adapt import FittedSearch, as_margin, as_model, is_model, register_model
 from .affine import Affine
 from .base import TwiceDifferentiable
 from .batches import labels_key, leading_length, map_tensors, rebuilt, row_axes, with_row_axis
-from .losses import LOSSES, ModuleLoss
+from .losses import LOSSES, Loss, ModuleLoss, as_loss
 from .output_hessians import DiagonalHessian, FactoredHessian, OutputHessian
 from .shared import SharedModel
 from .sklearn import SklearnTwiceDifferentiable
@@ -17,7 +17,9 @@ __all__ = [
     "DiagonalHessian",
     "FactoredHessian",
     "FittedSearch",
+    "Loss",
     "ModuleLoss",
+    "as_loss",
     "OutputHessian",
     "SharedModel",
     "SklearnTwiceDifferentiable",

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import pickle
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,15 +14,13 @@ from .._validation import must_be
 from ..methods.base import InverseOperator, Method
 from ..models import TwiceDifferentiable
 from ..registry import InversionRegistry, is_method
+from .claims import ROUNDING, claim, numbers, quiet, raise_faults
 from .problems import Problem, problems_for, rows
 
 if TYPE_CHECKING:
     import pytest
 
 __all__ = ["METHOD_CHECKS", "check_method", "parametrize_with_methods", "registered_methods"]
-
-# Between what a float64 oracle says and what float32 can: of its own rounding, whatever the method.
-ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
 def check_method(method: Method) -> None:
@@ -50,10 +46,7 @@ def check_method(method: Method) -> None:
     """
     if not isinstance(method, Method):
         raise TypeError(must_be("method", "an instance of a Method", repr(method)))
-    faults = [fault for check in METHOD_CHECKS for fault in _faults_of(check, method)]
-    if faults:
-        message = f"{type(method).__name__} fails {len(faults)} checks:\n" + "\n".join(faults)
-        raise AssertionError(message)
+    raise_faults(method, type(method).__name__, METHOD_CHECKS)
 
 
 def registered_methods() -> dict[str, Method]:
@@ -128,7 +121,7 @@ def check_residual_is_true(method: Method) -> None:
         expected, received = problem.residuals(B, x), info["residual"].double().cpu()
         error = float((received - expected).abs().max())
         tolerance = ROUNDING[B.dtype] * max(1.0, float(expected.max()))
-        _claim(error <= tolerance, f"the residual is the true {_numbers(expected)}", _numbers(received), problem)
+        _claim(error <= tolerance, f"the residual is the true {numbers(expected)}", numbers(received), problem)
 
 
 def check_converged_is_true(method: Method) -> None:
@@ -138,7 +131,7 @@ def check_converged_is_true(method: Method) -> None:
         x, info = inverse.solve(B)
         claimed = problem.residuals(B, x)[info["converged"].cpu().bool()]
         limit = max(10 * type(method).accuracy, 10 * ROUNDING[B.dtype])
-        _claim(bool((claimed <= limit).all()), "converged rows solve the system", _numbers(claimed), problem)
+        _claim(bool((claimed <= limit).all()), "converged rows solve the system", numbers(claimed), problem)
 
 
 def check_exact_is_exact(method: Method) -> None:
@@ -199,7 +192,7 @@ def check_path_is_solve(method: Method) -> None:
             expected = there.residuals(B, x)
             error = float((info["residual"].double().cpu() - expected).abs().max())
             limit = ROUNDING[B.dtype] * max(1.0, float(expected.max()))
-            _claim(error <= limit, f"a path's residual is {_numbers(expected)}", _numbers(info["residual"]), there)
+            _claim(error <= limit, f"a path's residual is {numbers(expected)}", numbers(info["residual"]), there)
 
 
 def check_rows_are_alone(method: Method) -> None:
@@ -255,16 +248,6 @@ METHOD_CHECKS: list[Callable[[Method], None]] = [
 ]
 
 
-def _faults_of(check: Callable[[Method], None], method: Method) -> list[str]:
-    try:
-        check(method)
-    except AssertionError as error:
-        return [f"{check.__name__}: {error}"]
-    except Exception as error:
-        return [f"{check.__name__}: {type(error).__name__}: {error}"]
-    return []
-
-
 def _some(method: Method) -> Iterator[Problem]:
     for dtype in (torch.float64, torch.float32):
         yield from problems_for(method, dtype)
@@ -278,27 +261,20 @@ def _inverses(method: Method, definite: bool = False) -> Iterator[tuple[Problem,
         try:
             inverse = _inverse(problem, clone(method))
             if not problem.definite:
-                with _quiet():
+                with quiet():
                     inverse.solve(rows(1, problem.A.size, problem.A.dtype))
         except ValueError as error:
             # To refuse what is not definite is right; to refuse any other is not.
             refused = not problem.definite or (method.needs_psd and not problem.semidefinite)
             _claim(refused, "a definite problem is inverted", f"{type(error).__name__}: {error}", problem)
             continue
-        with _quiet():
+        with quiet():
             yield problem, inverse
 
 
 def _inverse(problem: Problem, method: Method) -> InverseOperator:
-    with _quiet():
+    with quiet():
         return problem.invert(method)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _same(problem: Problem, method: Method, X: torch.Tensor, Y: torch.Tensor, what: str) -> None:
@@ -308,11 +284,9 @@ def _same(problem: Problem, method: Method, X: torch.Tensor, Y: torch.Tensor, wh
     _claim(error <= limit, f"{what}, within {limit:.2g}", f"{error:.3g} off", problem)
 
 
-def _claim(holds: bool, what: str, got: Any, problem: Problem | None = None) -> None:
-    if not holds:
-        where = "" if problem is None else f" on {problem.name} ({problem.A.dtype}, λ = {problem.shift:.3g})"
-        message = f"{what}{where}. Got {got}."
-        raise AssertionError(message)
+def _claim(holds: bool, what: str, got: object, problem: Problem | None = None) -> None:
+    where = "" if problem is None else f"{problem.name} ({problem.A.dtype}, λ = {problem.shift:.3g})"
+    claim(holds, what, got, where)
 
 
 def _stated(kind: type, name: str) -> object:
@@ -323,7 +297,3 @@ def _stated(kind: type, name: str) -> object:
 def _global_states() -> tuple[bytes, str]:
     """Return the states of the generators that belong to the user."""
     return torch.random.get_rng_state().numpy().tobytes(), repr(np.random.get_state(legacy=False))
-
-
-def _numbers(values: torch.Tensor) -> str:
-    return str([float(f"{value:.3g}") for value in values.double().flatten().tolist()])

@@ -142,7 +142,13 @@ def fixed_network(dtype: torch.dtype = torch.float64) -> TorchTwiceDifferentiabl
     return TorchTwiceDifferentiable(network(dtype)[0], "cross_entropy", weight_decay=0.1).at_point()
 
 
-def batches_of(model: TorchTwiceDifferentiable, batch_size: int, sample_weight: np.ndarray | None = None) -> Batches:
-    """Return the network's data in batches of so many rows."""
-    data = network(model.dtype)[1]
+def batches_of(
+    model: TorchTwiceDifferentiable,
+    batch_size: int,
+    sample_weight: np.ndarray | None = None,
+    chosen: torch.Tensor | None = None,
+) -> Batches:
+    """Return the network's data, or the rows of these indices, in batches of so many rows."""
+    X, y = network(model.dtype)[1]
+    data = (X, y) if chosen is None else (X[chosen], y[chosen])
     return batches_of_data(model, data, batch_size=batch_size, sample_weight=sample_weight)
