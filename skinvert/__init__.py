@@ -1,8 +1,9 @@
 """skinvert solves (H + λI) x = b for a trained model's curvature H, as a scikit-learn estimator."""
 
 from .curvature import SampledFisher
+from .files import load
 from .gradients import PerSampleGradient
-from .inverter import HessianInverter, load
+from .inverter import HessianInverter
 from .models import (
     Loss,
     SharedModel,

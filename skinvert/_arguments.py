@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import scipy.sparse
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from ._validation import must_be
+from .data import is_data
 from .methods.base import Method
 from .models import as_model, is_model
 from .results import InversionMethod
 
-__all__ = ["check_fit_arguments", "check_method"]
+__all__ = ["check_fit_arguments", "check_fits_rows", "check_method", "refuse_model_settings"]
 
 FIRST = "The first argument of fit"
 
 
-def check_method(method: Any) -> None:
+@runtime_checkable
+class _Array(Protocol):
+    """What NumPy makes an array of."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
+def check_method(method: object) -> None:
     """Raise unless ``method`` is a name or a ``Method``; a model in its place is told where it goes."""
     if isinstance(method, str | InversionMethod | Method):
         return
@@ -33,28 +39,36 @@ def check_method(method: Any) -> None:
     raise TypeError(must_be("method", "a registered name or a Method instance", got, hint))
 
 
-def check_fit_arguments(X: Any, y: Any, model: Any) -> None:
+def check_fit_arguments(X: object, y: object, model: object) -> None:
     """Raise where ``fit(X, y)`` is neither ``fit(model, data)`` nor, with or without ``model``, rows and targets."""
     if is_model(X):
         return
     if is_model(y):
         got = f"a {type(X).__name__}, and the model second"
         raise TypeError(must_be(FIRST, "the model", got, "Try `fit(model, (X, y))`."))
-    if callable(X) and not hasattr(X, "__array__"):
+    if callable(X) and not isinstance(X, _Array):
         # Which says what a model is.
         as_model(X)
     if model is not None:
         return
     # A sparse matrix by keys is a mapping too.
-    if _is_data(y) or (isinstance(X, Mapping | str | bytes) and not scipy.sparse.issparse(X)):
+    if is_data(y) or (isinstance(X, Mapping | str | bytes) and not scipy.sparse.issparse(X)):
         as_model(X)
-    if _is_data(X):
+    if is_data(X):
         hint = "Try `fit(model, data)`, or `HessianInverter(model=model).fit(X, y)`."
         raise TypeError(must_be(FIRST, "a model, or plain rows (n, p)", f"data, a {type(X).__name__}", hint))
 
 
-def _is_data(value: Any) -> bool:
-    """Return whether ``value`` is data for a model, which no plain rows or targets could be."""
-    if isinstance(value, tuple):
-        return any(isinstance(part, np.ndarray | torch.Tensor | Mapping) or hasattr(part, "iloc") for part in value)
-    return isinstance(value, DataLoader | Dataset | Iterator)
+def refuse_model_settings(loss: object, weight_decay: object, params: object) -> None:
+    """Raise where rows that came with targets have settings of a model, which is missing then."""
+    for name, given, default in (("loss", loss, None), ("weight_decay", weight_decay, 0.0), ("params", params, None)):
+        if given is not None and given != default:
+            hint = "They have no model: is `model=` missing?"
+            raise ValueError(must_be(f"{name} for plain rows", repr(default), repr(given), hint))
+
+
+def check_fits_rows(X: object, model: object) -> None:
+    """Raise where ``fit_transform`` is given a model: its inputs are no right-hand sides."""
+    if model is not None or is_model(X):
+        hint = "Try `fit(X, y)`, then `transform(PerSampleGradient(model, loss=...).fit_transform(X, y))`."
+        raise TypeError(must_be("fit_transform", "called on plain rows", "a model", hint))

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from inspect import isgeneratorfunction
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -16,10 +16,14 @@ __all__ = ["ordinary", "ordinary_methods", "ordinary_state", "own_tensor"]
 _DEVICE_TYPES = tuple(kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(kind))
 
 
-def ordinary(function: Callable[..., Any]) -> Callable[..., Any]:
+# A decorator that keeps a signature has no other spelling before Python 3.12.
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def ordinary(function: Function) -> Function:
     """Decorate a function to run in the ordinary state; where the caller's is that already, at no cost."""
     if isgeneratorfunction(function):
-        return _ordinary_generator(function)
+        return cast("Function", _ordinary_generator(function))
 
     @wraps(function)
     def inside(*args: Any, **kwargs: Any) -> Any:
@@ -28,7 +32,7 @@ def ordinary(function: Callable[..., Any]) -> Callable[..., Any]:
         with ordinary_state():
             return function(*args, **kwargs)
 
-    return inside
+    return cast("Function", inside)
 
 
 def ordinary_methods(cls: type, names: Iterable[str]) -> None:

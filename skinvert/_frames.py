@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized, ValuesView
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import scipy.sparse
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils import check_array
 
+from ._types import Array
 from ._validation import must_be
 
 __all__ = [
+    "Columned",
+    "Frame",
     "RowTransformer",
     "check_columns",
     "check_inputs",
     "columns_of",
     "has_columns",
+    "refuse_inputs",
     "refuse_parameters",
     "rows_of",
+    "without_names",
 ]
+
+
+@runtime_checkable
+class Frame(Protocol):
+    """What pandas' frames and columns have, and those of libraries after its model: labels of rows, and their places.
+
+    A protocol, since none of these libraries need be installed.
+    """
+
+    index: object
+    # Rows by place; what a key gives is the library's own.
+    iloc: Any
+
+    def __len__(self) -> int: ...
+
+
+@runtime_checkable
+class Columned(Protocol):
+    """What frames of any library have: columns."""
+
+    columns: Sequence[object]
 
 
 class RowTransformer(TransformerMixin, BaseEstimator):
@@ -30,26 +57,26 @@ class RowTransformer(TransformerMixin, BaseEstimator):
     is wrapped by it as if the rows alone had been the input.
     """
 
-    def transform(self, rows: Any, output: Any) -> Any:
+    def transform(self, rows: Array, output: Array) -> Array:
         """Return ``output``, in a container where one is set, with the index of ``rows``."""
         return output
 
 
-def rows_of(data: Any) -> Any:
+def rows_of(data: object) -> object:
     """Return the part of ``(X, y)`` or of a mapping that has the rows' index, or ``data``."""
-    parts: Iterable[Any] = data.values() if isinstance(data, Mapping) else data if isinstance(data, tuple) else ()
+    parts: Iterable[object] = data.values() if isinstance(data, Mapping) else data if isinstance(data, tuple) else ()
     found = (rows_of(part) for part in parts)
-    return next((part for part in found if hasattr(part, "index") and hasattr(part, "iloc")), data)
+    return next((part for part in found if isinstance(part, Frame)), data)
 
 
-def has_columns(b: Any) -> bool:
+def has_columns(b: object) -> TypeGuard[Columned]:
     """Return whether ``b`` is a frame whose columns have names, or some of them."""
-    return any(isinstance(name, str) for name in getattr(b, "columns", ()))
+    return isinstance(b, Columned) and any(isinstance(name, str) for name in b.columns)
 
 
-def check_columns(b: Any, names: Sequence[str]) -> None:
+def check_columns(b: object, names: Sequence[str]) -> None:
     """Raise where ``b`` is a frame whose columns are not ``names`` in their order, or are 0 to p − 1 in another."""
-    columns = list(getattr(b, "columns", ()))
+    columns = list(b.columns) if isinstance(b, Columned) else []
     if not names or not columns:
         return
     hint = "Try `b[list(inverter.get_feature_names_out())]`, or `b.to_numpy()` to go by position."
@@ -69,16 +96,25 @@ def check_columns(b: Any, names: Sequence[str]) -> None:
             raise ValueError(must_be("The columns of b", must, f"{column!r} for {name!r} at {place}", hint))
 
 
-def columns_of(data: Any, place: str = "") -> dict[str, list[str]]:
+def without_names(b: Columned, names: Sequence[str], *, strict: bool) -> Array:
+    """Return a frame of the columns ``names`` as an array; one of others is refused where ``strict``, else returned."""
+    if strict:
+        check_columns(b, names)
+    if not has_columns(b) or list(b.columns) != list(names):
+        return b
+    return check_array(b, dtype=[np.float64, np.float32])
+
+
+def columns_of(data: object, place: str = "") -> dict[str, list[object]]:
     """Return the columns of each frame of several named columns within data, by its place there."""
     if isinstance(data, Mapping | tuple):
         parts = data.items() if isinstance(data, Mapping) else enumerate(data)
         return {where: found for key, part in parts for where, found in columns_of(part, f"{place}[{key!r}]").items()}
-    columns = list(data.columns) if hasattr(data, "iloc") and has_columns(data) else []
+    columns = list(data.columns) if isinstance(data, Frame) and has_columns(data) else []
     return {place: columns} if len(columns) > 1 else {}
 
 
-def check_inputs(data: Any, fitted: Mapping[str, list[str]]) -> None:
+def check_inputs(data: object, fitted: Mapping[str, list[object]]) -> None:
     """Raise where a frame within data has other columns than ``fitted``, what ``columns_of`` returned at the fit.
 
     A module takes its inputs by position, so that columns in another order would pass.
@@ -91,19 +127,29 @@ def check_inputs(data: Any, fitted: Mapping[str, list[str]]) -> None:
             raise ValueError(must_be(f"The columns of data{place}", must, columns[:10], "Try `X[columns]`."))
 
 
-def refuse_parameters(b: Any) -> None:
+def refuse_inputs(b: Array, size: int) -> None:
+    """Raise for rows of another width than the parameters', with the way out of a pipeline, which passes inputs."""
+    shape = tuple(np.shape(b))
+    if len(shape) == 2 and shape[1] != size:
+        hint = "Rows are gradients, no inputs. In a pipeline they go to its last step: `pipe[-1].transform(b)`."
+        raise ValueError(must_be("b", f"of shape (k, {size})", f"shape {shape}", hint))
+
+
+def refuse_parameters(b: object) -> None:
     """Raise for a gradient parameter by parameter, as ``torch.autograd.grad`` returns it, in place of rows (k, p)."""
     if scipy.sparse.issparse(b):
         # Told apart later; by keys, it is a mapping too.
         return
     parts = list(b.values()) if isinstance(b, Mapping) else b
-    listed = isinstance(parts, list | tuple) and any(isinstance(part, torch.Tensor | np.ndarray) for part in parts)
-    if isinstance(b, Mapping | Iterator | ValuesView | torch.nn.Module) or (listed and not _is_matrix(parts)):
-        got = f"a {type(b).__name__}" + (f" of {len(parts)}" if hasattr(parts, "__len__") else "")
+    several = parts if isinstance(parts, list | tuple) else ()
+    listed = any(isinstance(part, torch.Tensor | np.ndarray) for part in several)
+    if isinstance(b, Mapping | Iterator | ValuesView | torch.nn.Module) or (listed and not _is_matrix(several)):
+        got = f"a {type(b).__name__}" + (f" of {len(parts)}" if isinstance(parts, Sized) else "")
         hint = "Try `inverter.flatten(...)` of a gradient by parameters, `torch.stack(...)` of whole rows (p,)."
         raise TypeError(must_be("b", "an array or tensor of shape (k, p)", got, hint))
 
 
-def _is_matrix(parts: Sequence[Any]) -> bool:
+def _is_matrix(parts: Sequence[object]) -> bool:
     """Return whether the parts are arrays (p,) of one length, which scikit-learn takes for rows."""
-    return all(isinstance(part, np.ndarray) and part.ndim == 1 and part.shape == parts[0].shape for part in parts)
+    shapes = [part.shape for part in parts if isinstance(part, np.ndarray) and part.ndim == 1]
+    return len(shapes) == len(parts) and len(set(shapes)) == 1

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from ._scaling import far_exponents, lost_rows, times_powers
+from ._state import DTYPES
 from ._telling import warn
+from ._types import Array, State
 from ._validation import check_rows, must_be, to_plain_array
 from .reasons import Reason
 from .results import InverseHvpResult
@@ -19,6 +21,19 @@ __all__ = ["Rows"]
 
 # Rows with magnitudes beyond 2 ** ± this are brought near one before they are cast to the operator's dtype.
 SAFE = {torch.float32: 64, torch.float64: 400}
+
+
+class Space(Protocol):
+    """Where rows live: an operator, or an inverse of one."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 @dataclass
@@ -36,16 +51,16 @@ class Rows:
     """
 
     tensor: torch.Tensor
-    source: Any
+    source: Array
     powers: torch.Tensor
 
     @classmethod
-    def of(cls, b: Any, operator: Any, name: str = "b", *, scale: bool = True) -> Rows:
+    def of(cls, b: Array, operator: Space, name: str = "b", *, scale: bool = True) -> Rows:
         """Check ``b`` and return a copy in the operator's dtype and on its device, scaled in its own dtype."""
         if isinstance(b, torch.Tensor):
             if b.is_complex() or b.layout != torch.strided:
                 raise TypeError(must_be(name, "dense and real", f"{b.layout}, {b.dtype}"))
-            source: Any = b.detach()
+            source: Array = b.detach()
         else:
             source = to_plain_array(b, name)
         check_rows(source, operator.size, name)
@@ -70,7 +85,7 @@ class Rows:
         """Return the inverse that serves the scaled rows: free of settings on the scale of b, where any is scaled."""
         return inverse.scale_free() if bool(self.powers.any()) else inverse
 
-    def back(self, x: torch.Tensor) -> Any:
+    def back(self, x: torch.Tensor) -> Array:
         """Return ``x`` (..., k, p) as the user gave b: integers come back in the operator's dtype.
 
         Raises ValueError where that dtype overflows, and warns where a row is below its range.
@@ -79,7 +94,7 @@ class Rows:
         self._warn(lost)
         return found
 
-    def result(self, x: torch.Tensor, info: dict[str, Any]) -> InverseHvpResult:
+    def result(self, x: torch.Tensor, info: State) -> InverseHvpResult:
         """Return ``back(x)`` with ``back_info(info)``; a row below the range of b's dtype is not converged."""
         found, lost = self._back(x)
         self._warn(lost)
@@ -89,7 +104,7 @@ class Rows:
                 info["reason"] = info["reason"].masked_fill(lost, Reason.OUT_OF_RANGE)
         return InverseHvpResult(found, self.back_info(info))
 
-    def _back(self, x: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    def _back(self, x: torch.Tensor) -> tuple[Array, torch.Tensor]:
         dtype = self._dtype(x)
         wide = x if dtype not in SAFE else x.to(dtype)
         scaled = times_powers(wide, self.powers)
@@ -106,7 +121,8 @@ class Rows:
         """Return the torch dtype of the answer: b's own where it is a floating one."""
         if isinstance(self.source, torch.Tensor):
             return self.source.dtype if self.source.is_floating_point() else x.dtype
-        return getattr(torch, self._numpy_dtype(x).name, torch.float64)
+        # A long double has no counterpart.
+        return DTYPES.get(self._numpy_dtype(x).name, torch.float64)
 
     def _numpy_dtype(self, x: torch.Tensor) -> np.dtype:
         return (
@@ -123,7 +139,7 @@ class Rows:
                 ConvergenceWarning,
             )
 
-    def back_info(self, info: dict[str, Any]) -> dict[str, Any]:
+    def back_info(self, info: State) -> State:
         """Return ``info`` with its tensors of the kind that the user gave."""
         if isinstance(self.source, torch.Tensor):
             return {k: v.to(self.source.device) if isinstance(v, torch.Tensor) else v for k, v in info.items()}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
 
+from ._types import Array
 from ._validation import must_be
 
 __all__ = ["check_fields"]
@@ -19,7 +19,7 @@ _SHAPED = re.compile(r"(tensor|index|mask)\[([a-z0-9,]*)\]")
 DEPTH = 4
 
 
-def check_fields(owner: str, fields: Mapping[str, str], state: Mapping[str, Any], optional: frozenset[str]) -> None:
+def check_fields(owner: str, fields: Mapping[str, str], state: Mapping[str, object], optional: frozenset[str]) -> None:
     """Raise ValueError unless ``state`` has just the ``fields`` of ``owner``, each of its type.
 
     Parameters
@@ -29,10 +29,9 @@ def check_fields(owner: str, fields: Mapping[str, str], state: Mapping[str, Any]
     fields : mapping of str to str
         Each attribute's type: ``"float"`` (finite), ``"int"`` (≥ 0), ``"bool"``, ``"str"``, ``"dtype"``, ``"device"``,
         ``"names"`` (strings), ``"array"`` (1-d, floating), ``"plain"`` (these in lists, tuples and dicts),
-        ``"tensor[p,p]"`` (floating), ``"index[p]"`` (int64) and ``"mask[p]"`` (bool), whose letters stand for one
-        length each, the name of a class of ours, ``"list[Name]"`` of such. Alternatives are separated by ``|``;
-        ``None`` is one, and
-        ``missing`` lets the attribute be left out.
+        ``"state"`` (a mapping of names, checked on its own), ``"tensor[p,p]"`` (floating), ``"index[p]"`` (int64) and
+        ``"mask[p]"`` (bool), whose letters stand for one length each, the name of a class of ours, ``"list[Name]"`` of
+        such. Alternatives are separated by ``|``; ``None`` is one, and ``missing`` lets the attribute be left out.
     state : mapping
         The attributes.
     optional : frozenset of str
@@ -51,13 +50,13 @@ def check_fields(owner: str, fields: Mapping[str, str], state: Mapping[str, Any]
     optional = optional | {name for name, words in fields.items() if "missing" in words.split("|")}
     if missing := sorted(set(fields) - set(state) - optional):
         raise ValueError(must_be(f"A {owner}", f"one with {sorted(fields)}", f"one without {missing}"))
-    bound: dict[str, Any] = {}
+    bound: dict[str, object] = {}
     for name, value in state.items():
         if not any(_fits(word, value, bound) for word in fields[name].split("|")):
             raise ValueError(must_be(f"{owner}.{name}", f"of type {fields[name]}", _described(value)))
 
 
-def _fits(word: str, value: Any, bound: dict[str, Any]) -> bool:
+def _fits(word: str, value: object, bound: dict[str, object]) -> bool:
     if word in _SIMPLE:
         return _SIMPLE[word](value)
     shaped = _SHAPED.fullmatch(word)
@@ -68,12 +67,12 @@ def _fits(word: str, value: Any, bound: dict[str, Any]) -> bool:
     return _is_a(value, word)
 
 
-def _is_a(value: Any, name: str) -> bool:
+def _is_a(value: object, name: str) -> bool:
     """Return whether ``value`` is an object, not a class or a function, of a class of this name."""
     return not isinstance(value, type) and name in {base.__name__ for base in type(value).__mro__}
 
 
-def _is_shaped(value: Any, kind: str, letters: str, bound: dict[str, Any]) -> bool:
+def _is_shaped(value: object, kind: str, letters: str, bound: dict[str, object]) -> bool:
     if not isinstance(value, torch.Tensor):
         return False
     wanted = {"index": value.dtype == torch.int64, "mask": value.dtype == torch.bool}
@@ -90,7 +89,7 @@ def _is_shaped(value: Any, kind: str, letters: str, bound: dict[str, Any]) -> bo
     return True
 
 
-def _is_plain(value: Any, depth: int = DEPTH) -> bool:
+def _is_plain(value: Array, depth: int = DEPTH) -> bool:
     if (
         value is None
         or type(value) in (bool, int, float, str, torch.dtype, torch.device)
@@ -104,13 +103,13 @@ def _is_plain(value: Any, depth: int = DEPTH) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
 
 
-def _is_names(value: Any) -> bool:
+def _is_names(value: Array) -> bool:
     if isinstance(value, np.ndarray):
         return value.ndim == 1 and value.dtype == object and _is_names(value.tolist())
     return type(value) in (list, tuple) and all(type(item) is str for item in value)
 
 
-_SIMPLE: dict[str, Callable[[Any], bool]] = {
+_SIMPLE: dict[str, Callable[[Array], bool]] = {
     "None": lambda value: value is None,
     "bool": lambda value: type(value) is bool,
     "int": lambda value: type(value) is int and 0 <= value < 2**63,
@@ -121,10 +120,11 @@ _SIMPLE: dict[str, Callable[[Any], bool]] = {
     "names": _is_names,
     "array": lambda value: isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind == "f",
     "plain": _is_plain,
+    "state": lambda value: type(value) is dict and all(type(key) is str for key in value),
 }
 
 
-def _described(value: Any) -> str:
+def _described(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
     return f"a {type(value).__name__}"

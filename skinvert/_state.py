@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
 
+from ._types import Array, State
 from ._validation import must_be
 
-__all__ = ["Packed", "TensorState", "pack", "unpack", "within"]
+__all__ = ["DTYPES", "Packed", "TensorState", "pack", "unpack", "within"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Packed:
     """
 
     kind: str
-    value: Any
+    value: Array
     axes: tuple[int, ...] = ()
 
     @classmethod
@@ -40,7 +41,7 @@ class Packed:
         axes = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
         return cls("tensor", np.asarray(array.transpose(axes), order="C"), tuple(axes))
 
-    def unpack(self) -> Any:
+    def unpack(self) -> Array:
         """Return what was packed; a tensor on the CPU, of its own memory."""
         if self.kind != "tensor":
             return _NAMED[self.kind](self.value)
@@ -51,7 +52,7 @@ class Packed:
 
 
 # The dtypes that a state may name. A closed list: a name from a file is never looked up anywhere else.
-_DTYPES = {
+DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -61,9 +62,9 @@ _DTYPES = {
 
 
 def _dtype(name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise ValueError(must_be("A dtype's name", f"one of {sorted(_DTYPES)}", repr(name)))
-    return _DTYPES[name]
+    if name not in DTYPES:
+        raise ValueError(must_be("A dtype's name", f"one of {sorted(DTYPES)}", repr(name)))
+    return DTYPES[name]
 
 
 def _numpy_dtype(name: str) -> np.dtype:
@@ -71,10 +72,10 @@ def _numpy_dtype(name: str) -> np.dtype:
     return torch.empty(0, dtype=_dtype(name), device="cpu").numpy().dtype
 
 
-_NAMED: dict[str, Callable[[str], Any]] = {"dtype": _dtype, "device": torch.device, "numpy dtype": _numpy_dtype}
+_NAMED: dict[str, Callable[[str], object]] = {"dtype": _dtype, "device": torch.device, "numpy dtype": _numpy_dtype}
 
 
-def pack(value: Any) -> Any:
+def pack(value: object) -> Array:
     """Return ``value`` with each tensor, dtype and device ``Packed``, in lists, tuples and dicts too."""
     if isinstance(value, torch.Tensor):
         return Packed.of_tensor(value)
@@ -87,7 +88,7 @@ def pack(value: Any) -> Any:
     return within(pack, value)
 
 
-def unpack(value: Any) -> Any:
+def unpack(value: object) -> Array:
     """Return what was packed."""
     return value.unpack() if isinstance(value, Packed) else within(unpack, value)
 
@@ -113,24 +114,24 @@ class TensorState:
     # What a file may hold of an object, each attribute with its type in the words of `schema`; without it, no file may.
     _fields: ClassVar[Mapping[str, str]]
 
-    def __copy__(self) -> Any:
+    def __copy__(self) -> Self:
         """Return a shallow copy, on the same device and over the same tensors."""
         duplicate = object.__new__(type(self))
         duplicate.__dict__.update(self.__dict__)
         return duplicate
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> State:
         """Return the attributes, torch's as ``Packed``, without what can be rebuilt."""
         state = {name: None if name in self._transient else value for name, value in self.__dict__.items()}
         on_cpu = torch.device("cpu")
         return {name: pack(on_cpu if isinstance(value, torch.device) else value) for name, value in state.items()}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: State) -> None:
         """Restore the attributes; tensors are on the CPU."""
         self.__dict__.update({name: unpack(value) for name, value in state.items()})
 
 
-def within(function: Any, value: Any) -> Any:
+def within(function: Callable[[object], object], value: Array) -> Array:
     """Return ``function`` of each item of a list, a tuple or a dict, in one of its kind; else ``value``."""
     # Exactly these types: another container may hold its items in its own way.
     if type(value) in (list, tuple):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import Any
 
 import torch
 
+from ._types import State
 from ._validation import must_be
-from .methods.base import InverseOperator, default_tolerance
+from .methods.base import InverseOperator, Method, default_tolerance
 from .methods.blocks import BlockInverse
+from .parameters import ParameterLayout
 
-__all__ = ["OPTIONAL", "answer", "check_answer", "file_fields"]
+__all__ = ["OPTIONAL", "answer", "check_answer", "check_container", "file_fields", "setting_fields"]
 
 FITTED = {
     "n_features_in_": "int",
@@ -38,9 +39,14 @@ TOLERANCE = {torch.float32: 5e-2, torch.float64: 1e-3}
 
 def file_fields(cls: type) -> dict[str, str]:
     """Return the types of all that a file of ``cls`` may hold: its settings, which ``fit`` checks, and FITTED."""
+    return {**setting_fields(cls), **FITTED}
+
+
+def setting_fields(cls: type) -> dict[str, str]:
+    """Return the types of the settings of ``cls`` in a file."""
     settings = dict.fromkeys(inspect.signature(cls).parameters, "plain|Method|SampledFisher|LeftOut")
     # `fit` takes True and False alone, and each solve asks for it.
-    return {**settings, "check_residual": "bool", **FITTED}
+    return {**settings, "check_residual": "bool"}
 
 
 def answer(inverse: InverseOperator) -> torch.Tensor:
@@ -58,7 +64,7 @@ def answer(inverse: InverseOperator) -> torch.Tensor:
         return torch.cat(rows).cpu()
 
 
-def check_answer(state: dict[str, Any]) -> None:
+def check_answer(state: State) -> None:
     """Raise ValueError unless the inverse of a decoded state is of its size, and gives the answer kept."""
     inverse, expected, layout = state["inverse_"], state.pop("answer"), state["_layout"]
     _check_layout(layout, state["n_features_in_"])
@@ -77,7 +83,7 @@ def check_answer(state: dict[str, Any]) -> None:
         raise ValueError(must_be("The inverse's answer", "the one that it was saved with", got))
 
 
-def _check_layout(layout: Any, size: int) -> None:
+def _check_layout(layout: ParameterLayout | None, size: int) -> None:
     if layout is None:
         return
     sound = type(layout.names) is tuple and type(layout.shapes) is tuple and len(layout.names) == len(layout.shapes)
@@ -86,8 +92,8 @@ def _check_layout(layout: Any, size: int) -> None:
         raise ValueError(must_be("The layout", f"of {size} parameters, one shape a name", repr(layout)[:200]))
 
 
-def _check_twice_kept(state: dict[str, Any], inverse: InverseOperator, layout: Any) -> None:
-    """Raise where what a file holds in two places differs between them, and for a container that no output has."""
+def _check_twice_kept(state: State, inverse: InverseOperator, layout: ParameterLayout | None) -> None:
+    """Raise where what a file holds in two places differs between them."""
     names = state.get("parameter_names_")
     if layout is not None and names is not None and list(names) != list(layout.names):
         raise ValueError(must_be("The names of the parameters", "those of the layout", repr(names)[:80]))
@@ -99,12 +105,17 @@ def _check_twice_kept(state: dict[str, Any], inverse: InverseOperator, layout: A
     if inverse.hessian_perturbation != state["hessian_perturbation_"]:
         got = f"{inverse.hessian_perturbation:g}"
         raise ValueError(must_be("λ of the inverse", f"{state['hessian_perturbation_']:g}", got))
+    check_container(state)
+
+
+def check_container(state: State) -> None:
+    """Raise for a container that no output has."""
     container = state.get("_sklearn_output_config", {})
     if type(container) is not dict or container not in [{}, *({"transform": name} for name in CONTAINERS)]:
         raise ValueError(must_be("_sklearn_output_config", f"one of {CONTAINERS}", repr(container)[:80]))
 
 
-def _check_rtol(method: Any, inverse: InverseOperator) -> None:
+def _check_rtol(method: Method, inverse: InverseOperator) -> None:
     """Raise where a factorisation calls another residual converged than its method does, or than the default."""
     for block in inverse.inverses if isinstance(inverse, BlockInverse) else [inverse]:
         asked = method.get_params().get("rtol")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,10 +14,15 @@ from sklearn.base import BaseEstimator
 
 from ._schema import check_fields
 from ._state import Packed, TensorState, pack, unpack, within
+from ._types import State
 from ._validation import must_be
 from .parameters import ParameterLayout
 
 __all__ = ["LeftOut", "Writer", "decode_state", "plain"]
+
+# What JSON holds, each part of it checked where it is read, and what that stands for.
+Json: TypeAlias = Any
+Decoded: TypeAlias = Any
 
 # More levels than any state of ours has, and more objects, each counted as often as it is reached from the root.
 DEPTH, OBJECTS = 32, 2**20
@@ -72,8 +77,9 @@ def _name_of(cls: type) -> str:
 
 def _is_ours(cls: type) -> bool:
     package = __name__.partition(".")[0]
-    ours = cls.__module__.partition(".")[0] == package
-    return ours and getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls and not inspect.isabstract(cls)
+    if cls.__module__.partition(".")[0] != package or cls.__module__ not in sys.modules:
+        return False
+    return vars(sys.modules[cls.__module__]).get(cls.__name__) is cls and not inspect.isabstract(cls)
 
 
 class Writer:
@@ -84,13 +90,13 @@ class Writer:
 
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
-        self.objects: list[list[Any]] = []
-        self._seen: dict[tuple[Any, ...], Any] = {}
+        self.objects: list[list[Json]] = []
+        self._seen: dict[tuple[object, ...], Json] = {}
         self._names = {cls: name for name, cls in _table().items()}
         # Kept alive, so that no address is used twice.
-        self._kept: list[Any] = []
+        self._kept: list[object] = []
 
-    def encode(self, value: Any, where: str) -> Any:
+    def encode(self, value: Decoded, where: str) -> Json:
         """Return ``value`` as JSON; ``where`` it stands is for the error."""
         value = pack(plain(value))
         if value is None or isinstance(value, bool | int | float | str):
@@ -106,7 +112,7 @@ class Writer:
             return ["dict", pairs]
         return self._object(value, where)
 
-    def _array(self, array: np.ndarray, where: str) -> Any:
+    def _array(self, array: np.ndarray, where: str) -> Json:
         if array.dtype == object:
             return ["object array", self.encode(array.tolist(), where)]
         if array.dtype.kind not in "biuf":
@@ -120,7 +126,7 @@ class Writer:
             self.arrays[self._seen[key]] = array
         return ["array", self._seen[key]]
 
-    def _object(self, value: Any, where: str) -> Any:
+    def _object(self, value: Decoded, where: str) -> Json:
         if type(value) not in self._names:
             raise ValueError(self._refusal(type(value).__name__, where))
         key = ("object", id(value))
@@ -130,10 +136,9 @@ class Writer:
             entry = [self._names[type(value)], None]
             self.objects.append(entry)
             # What is rebuilt when needed stands as None in a pickle, and not at all in a file.
-            transient = getattr(value, "_transient", ())
+            transient = value._transient if isinstance(value, TensorState) else ()
             state = {name: part for name, part in value.__getstate__().items() if name not in transient}
-            fields: Any = _fields_of(type(value))
-            check_fields(type(value).__name__, fields, plain(unpack(state)), frozenset())
+            check_fields(type(value).__name__, _fields_of(type(value)) or {}, plain(unpack(state)), frozenset())
             entry[1] = self.encode(state, f"{where}.{type(value).__name__}")
         return ["object", self._seen[key]]
 
@@ -141,7 +146,7 @@ class Writer:
         return must_be(f"What save writes, {where},", "plain, or skinvert's own", got, "Try pickle or joblib.")
 
 
-def plain(value: Any) -> Any:
+def plain(value: Decoded) -> Decoded:
     """Return NumPy scalars as Python's, and classes that name a dtype as dtypes; in lists, tuples and dicts too."""
     if isinstance(value, np.generic):
         return value.item()
@@ -150,7 +155,7 @@ def plain(value: Any) -> Any:
     return within(plain, value)
 
 
-def decode_state(content: Any, arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Any]:
+def decode_state(content: Json, arrays: dict[str, np.ndarray], device: torch.device) -> State:
     """Return the root's state, its objects checked by type and shape and moved to ``device``.
 
     Raises
@@ -164,15 +169,15 @@ def decode_state(content: Any, arrays: dict[str, np.ndarray], device: torch.devi
 class _Reader:
     """Builds each object once, and each tensor once however often it is referred to."""
 
-    def __init__(self, content: Any, arrays: dict[str, np.ndarray], device: torch.device) -> None:
+    def __init__(self, content: Json, arrays: dict[str, np.ndarray], device: torch.device) -> None:
         self.content, self.arrays, self.device = content, arrays, device
         self.table = _table()
         self.tensors: dict[str, torch.Tensor] = {}
-        self.objects: dict[int, Any] = {}
+        self.objects: dict[int, object] = {}
         self.reached, self.within = 0, dict[int, int]()
         self.open: set[int] = set()
 
-    def root(self) -> dict[str, Any]:
+    def root(self) -> State:
         if type(self.content) is not dict or set(self.content) != {"root", "objects"}:
             raise ValueError(must_be("The state", "an object with root and objects", type(self.content).__name__))
         state = self.decode(self.content["root"])
@@ -180,14 +185,14 @@ class _Reader:
             raise ValueError(must_be("The root", "a mapping of names", type(state).__name__))
         return state
 
-    def decode(self, value: Any, depth: int = 0) -> Any:
+    def decode(self, value: Json, depth: int = 0) -> Decoded:
         if value is None or type(value) in (bool, int, float, str):
             return value
         if type(value) is not list or depth > DEPTH or not value or type(value[0]) is not str:
             raise ValueError(must_be("An entry of the state", "a plain value or a tagged list", repr(value)[:80]))
-        return getattr(self, _TAGS[value[0]])(*value[1:], depth=depth + 1)
+        return _TAGS[value[0]](self, *value[1:], depth=depth + 1)
 
-    def _packed(self, kind: str, value: Any, axes: Any, depth: int) -> Any:
+    def _packed(self, kind: str, value: Json, axes: Json, depth: int) -> Decoded:
         if kind != "tensor":
             return Packed(str(kind), str(self.decode(value, depth)), ()).unpack()
         array = self.decode(value, depth)
@@ -203,22 +208,22 @@ class _Reader:
     def _array(self, name: str, depth: int) -> np.ndarray:
         return self.arrays[name]
 
-    def _object_array(self, content: Any, depth: int) -> np.ndarray:
+    def _object_array(self, content: Json, depth: int) -> np.ndarray:
         items = self.decode(content, depth)
         array = np.empty(len(items), dtype=object)
         array[:] = items
         return array
 
-    def _dict(self, content: Any, depth: int) -> dict[Any, Any]:
+    def _dict(self, content: Json, depth: int) -> dict[Decoded, Decoded]:
         return {self.decode(key, depth): self.decode(item, depth) for key, item in content}
 
-    def _list(self, content: Any, depth: int) -> list[Any]:
+    def _list(self, content: Json, depth: int) -> list[Decoded]:
         return [self.decode(item, depth) for item in content]
 
-    def _tuple(self, content: Any, depth: int) -> tuple[Any, ...]:
+    def _tuple(self, content: Json, depth: int) -> tuple[Decoded, ...]:
         return tuple(self._list(content, depth))
 
-    def _object(self, index: Any, depth: int) -> Any:
+    def _object(self, index: Json, depth: int) -> object:
         if type(index) is not int or not 0 <= index < len(self.content["objects"]) or index in self.open:
             raise ValueError(must_be("An object", "one of the file's, and no part of itself", repr(index)[:80]))
         if index not in self.objects:
@@ -234,27 +239,26 @@ class _Reader:
             raise ValueError(must_be("The objects of a state", f"at most {OBJECTS:,}", "more, by many ways to one"))
         return self.objects[index]
 
-    def _built(self, entry: Any, depth: int) -> Any:
+    def _built(self, entry: Json, depth: int) -> object:
         name, state = entry
         cls = self.table[name]
-        fields: Any = _fields_of(cls)
         values = self.decode(state, depth)
         if type(values) is not dict:
             raise ValueError(must_be(f"The state of a {name}", "a mapping", type(values).__name__))
-        check_fields(cls.__name__, fields, values, frozenset())
+        check_fields(cls.__name__, _fields_of(cls) or {}, values, frozenset())
         built: Any = object.__new__(cls)
         moved = {key: self.device if isinstance(value, torch.device) else value for key, value in values.items()}
-        built.__dict__.update(moved, **dict.fromkeys(getattr(cls, "_transient", ())))
+        built.__dict__.update(moved, **dict.fromkeys(cls._transient if issubclass(cls, TensorState) else ()))
         return built
 
 
-# The methods that a tag may name: a closed list.
-_TAGS = {
-    "packed": "_packed",
-    "array": "_array",
-    "object array": "_object_array",
-    "dict": "_dict",
-    "list": "_list",
-    "tuple": "_tuple",
-    "object": "_object",
+# What reads each tag: a closed list.
+_TAGS: dict[str, Callable[..., Decoded]] = {
+    "packed": _Reader._packed,
+    "array": _Reader._array,
+    "object array": _Reader._object_array,
+    "dict": _Reader._dict,
+    "list": _Reader._list,
+    "tuple": _Reader._tuple,
+    "object": _Reader._object,
 }

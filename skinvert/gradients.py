@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+import scipy.sparse
 import torch
+from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
-from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ._autograd import ordinary
-from ._fitting import clone_sharing, fit_whole
-from ._frames import RowTransformer, check_inputs, columns_of, rows_of
+from ._fitting import SharesModel, fit_whole
+from ._frames import Frame, RowTransformer, check_inputs, columns_of, rows_of
 from ._memory import check_memory, rows_within
 from ._progress import progress
+from ._types import Array, Device, Globs
 from ._validation import check_number, must_be
 from .curvature import Objective, gradient_rows, split_batch, warn_of_unreached
-from .data import as_batches
-from .models import TorchTwiceDifferentiable, as_margin, as_model, describe, is_model, map_tensors
+from .data import Batches, batches_of, holds_tensors
+from .models import TorchTwiceDifferentiable, as_margin, as_model, is_model
 
 __all__ = ["PerSampleGradient"]
 
 
-class PerSampleGradient(RowTransformer):
+class PerSampleGradient(SharesModel, RowTransformer):
     r"""Map rows (X, y) to their loss gradients gᵢ = ∇ℓᵢ(θ), one per row; the penalty is left out.
 
     ``fit`` records the scale κ = Σ w / Σ w m of the training loss (1/c for ``mse``, the mean class weight for weighted
@@ -80,13 +80,13 @@ class PerSampleGradient(RowTransformer):
 
     def __init__(
         self,
-        model: Any = None,
+        model: object = None,
         *,
-        loss: Any = None,
-        params: Any = None,
+        loss: object = None,
+        params: Globs = None,
         batch_size: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: object = None,
         verbose: int = 0,
     ) -> None:
         self.model = model
@@ -98,12 +98,13 @@ class PerSampleGradient(RowTransformer):
         self.verbose = verbose
 
     @ordinary
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> PerSampleGradient:
+    def fit(self, X: object, y: object = None, sample_weight: object = None) -> PerSampleGradient:
         """Record the scale of the training loss; ``X, y`` as ``HessianInverter.fit`` takes them."""
         _check_pair(X, y)
-        return fit_whole(self, lambda fresh: fresh._fit(X, y, sample_weight))
+        fit_whole(self, lambda fresh: fresh._fit(X, y, sample_weight))
+        return self
 
-    def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:
+    def _fit(self, X: object, y: object, sample_weight: object) -> None:
         model = self._at_point()
         objective = Objective(model, self._batches(model, X, y, sample_weight, hold=False), self.verbose)
         warn_of_unreached(objective.unreached)
@@ -112,7 +113,7 @@ class PerSampleGradient(RowTransformer):
         self._totals, self._columns = model.totals, columns_of(X if y is None else (X, y))
 
     @ordinary
-    def transform(self, X: Any, y: Any = None) -> Any:
+    def transform(self, X: object, y: object = None) -> Array:
         """Return the gradients (n, p) of ``(X, y)``, a tuple or two arguments (or a Dataset, a DataLoader, batches).
 
         Arrays give an array. Tensors, and data sets and loaders of tensors, give a tensor on the model's device. A
@@ -122,7 +123,7 @@ class PerSampleGradient(RowTransformer):
         data = X if y is None else (X, y)
         return super().transform(rows_of(data), self._gradients(data))
 
-    def _gradients(self, X: Any) -> Any:
+    def _gradients(self, X: object) -> Array:
         check_is_fitted(self, "loss_scale_")
         model = self._at_point()
         model.adopt(self._totals)
@@ -138,23 +139,19 @@ class PerSampleGradient(RowTransformer):
             for rows, part in split_batch(batch, weights, chunk):
                 gradients[start : start + len(part)] = self.loss_scale_ * gradient_rows(model, rows)
                 start += len(part)
-        return gradients if _holds_tensors(X) else gradients.cpu().numpy()
+        return gradients if holds_tensors(X) else gradients.cpu().numpy()
 
     @ordinary
-    def fit_transform(self, X: Any, y: Any = None, **fit_params: Any) -> Any:
+    def fit_transform(self, X: object, y: object = None, **fit_params: object) -> Array:
         """Fit, and return the gradients of the same rows."""
         return self.fit(X, y, **fit_params).transform(X, y)
 
-    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+    def get_feature_names_out(self, input_features: object = None) -> np.ndarray:
         """Return the p names of the columns: ``"fc1.weight[0,3]"``."""
         check_is_fitted(self, "loss_scale_")
         return np.asarray(self._layout.feature_names(), dtype=object)
 
-    def __sklearn_clone__(self) -> PerSampleGradient:
-        """Share the model and the loss."""
-        return clone_sharing(self)
-
-    def __sklearn_tags__(self) -> Any:
+    def __sklearn_tags__(self) -> Tags:
         """Say that a target is needed."""
         tags = super().__sklearn_tags__()
         tags.target_tags.required = True
@@ -169,48 +166,31 @@ class PerSampleGradient(RowTransformer):
             raise TypeError(must_be("model", must, type(model).__name__, "Subclass TorchTwiceDifferentiable."))
         return model.at_point(self.params, self.dtype, self.device)
 
-    def _batches(self, model: TorchTwiceDifferentiable, X: Any, y: Any, sample_weight: Any, hold: bool = True) -> Any:
+    def _batches(
+        self, model: TorchTwiceDifferentiable, X: object, y: object, sample_weight: object, hold: bool = True
+    ) -> Batches:
         if self.batch_size is not None:
             check_number(self.batch_size, "batch_size", owner="PerSampleGradient", low=1, integer=True)
-        data = model.read((X, y) if y is not None else X)
-        return as_batches(
-            data,
+        return batches_of(
+            model,
+            (X, y) if y is not None else X,
             batch_size=self.batch_size,
             sample_weight=sample_weight,
             needs_row_order=True,
             # `fit` takes sums of one pass: a stream that is drawn anew has them too.
             hold=hold,
-            **describe(model),
         )
 
 
-def _check_pair(X: Any, y: Any) -> None:
+def _check_pair(X: Array, y: object) -> None:
     """Raise where rows came without their targets, as ``Pipeline.score`` passes them, or another model with them."""
     if is_model(X) or is_model(y):
         X = X if is_model(X) else y
         hint = "The model is a setting: try `PerSampleGradient(model, loss=...).fit(X, y)`."
         raise TypeError(must_be("What PerSampleGradient is given", "(X, y)", f"a {type(X).__name__}", hint))
-    frame = isinstance(X, np.ndarray | torch.Tensor) or hasattr(X, "iloc") or hasattr(X, "toarray")
-    if y is None and frame:
+    if y is None and (isinstance(X, np.ndarray | torch.Tensor | Frame) or scipy.sparse.issparse(X)):
         hint = (
             "A gradient needs the target: try `transform((X, y))`. `Pipeline.transform` and `Pipeline.score` pass X "
             "alone: try `pipe.transform((X, y))`, and `make_quadratic_scorer()` to score, in a search as `scoring=`."
         )
         raise TypeError(must_be("PerSampleGradient's data", "(X, y)", f"X of shape {tuple(X.shape)} alone", hint))
-
-
-def _holds_tensors(data: Any) -> bool:
-    """Return whether the inputs are tensors as the user holds them."""
-    if isinstance(data, tuple):
-        return _any_tensor(data[0])
-    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
-        return _any_tensor(data.collate_fn([data.dataset[0]]))
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        return _any_tensor(data[0])
-    return _any_tensor(next(iter(data)))
-
-
-def _any_tensor(batch: Any) -> bool:
-    found: list[torch.Tensor] = []
-    map_tensors(found.append, batch[0] if isinstance(batch, tuple | list) and batch else batch)
-    return bool(found)

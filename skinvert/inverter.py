@@ -2,56 +2,54 @@
 
 from __future__ import annotations
 
-import copyreg
 import numbers
-import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import scipy.sparse.linalg
 import torch
-from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, clone
-from sklearn.utils import check_array, check_random_state
+from sklearn.base import OneToOneFeatureMixin, TransformerMixin
+from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from ._arguments import check_fit_arguments, check_method
+from ._arguments import check_fit_arguments, check_fits_rows, check_method, refuse_model_settings
 from ._autograd import ordinary
-from ._fitting import clone_sharing, fit_whole
-from ._frames import check_columns, check_inputs, columns_of, has_columns, refuse_parameters
+from ._fitting import SharesModel, fit_whole
+from ._frames import (
+    Columned,
+    check_columns,
+    check_inputs,
+    columns_of,
+    refuse_inputs,
+    refuse_parameters,
+    without_names,
+)
 from ._linear_map import apply_linear, solve_linear
 from ._rows import Rows
 from ._scaling import times_powers
-from ._state import pack, unpack
-from ._validation import (
-    check_choice,
-    check_hessian_perturbation,
-    check_number,
-    check_sample_weight,
-    check_shift,
-    must_be,
-    resolve_device,
-    resolve_dtype,
-)
+from ._types import Array, Decay, Device, Globs, Partition, RandomState, State
+from ._validation import check_choice, check_hessian_perturbation, check_shift, must_be
 from .answers import OPTIONAL, answer, check_answer, file_fields
-from .curvature import Gram, build_blocks, build_curvature, curvature_name, held_out_curvature, seeded_curvature
-from .data import as_batches
-from .methods.base import Method, relative_residual
-from .methods.blocks import invert_blocks
+from .curvature import SampledFisher
+from .data import as_data
+from .files import UNSAVED, Saved, savable
+from .methods.base import InverseOperator, Method, relative_residual
 from .methods.spectrum import spectrum
-from .models import TorchTwiceDifferentiable, as_model, describe, fixed_at, is_model
-from .operators import BlockDiagonal, LinearOperator, Shifted, as_scipy
-from .parameters import ParameterLayout, split_blocks
-from .persistence import left_out, load_state, refusing_damage, require_present, save_state
-from .registry import InversionRegistry, check_requirements, is_method
+from .models import TwiceDifferentiable, as_model, is_model
+from .operators import LinearOperator, Shifted, as_scipy
+from .parameters import ParameterLayout
+from .persistence import require_present
+from .registry import find_method
 from .results import InverseHvpResult, Spectrum
-from .scores import HeldOut, quadratic_score
-from .sources import Samples
+from .scores import HeldOut, held_out, held_out_rows, quadratic_score
+from .system import Function, System, assemble, random_seed
 
-__all__ = ["HessianInverter", "load"]
+__all__ = ["HessianInverter"]
 
 
-class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
+@savable
+class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved):
     r"""Solve (H + λI) x = b for a trained model's curvature H, one right-hand side per row.
 
     ``fit(model, data)``, ``fit(X, y)`` with ``model`` set, or ``fit(X)`` on plain rows, whose curvature is that of
@@ -139,21 +137,26 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     tensor([[1., 2.]])
     """
 
+    method_: Method | Function
+    inverse_: InverseOperator | None
+    feature_names_in_: np.ndarray
+    eigenvalues_: np.ndarray
+
     def __init__(
         self,
-        method: Any = "auto",
+        method: str | Method = "auto",
         hessian_perturbation: float = 0.0,
         *,
-        curvature: Any = "auto",
-        model: Any = None,
-        loss: Any = None,
-        weight_decay: Any = 0.0,
-        params: Any = None,
-        blocks: Any = None,
+        curvature: str | SampledFisher = "auto",
+        model: object = None,
+        loss: object = None,
+        weight_decay: Decay = 0.0,
+        params: Globs = None,
+        blocks: Partition = None,
         batch_size: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
-        random_state: Any = None,
+        device: Device = None,
+        dtype: object = None,
+        random_state: RandomState = None,
         check_residual: bool = True,
         verbose: int = 0,
     ) -> None:
@@ -175,7 +178,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     # -- fit -------------------------------------------------------------------------------------------------------
 
     @ordinary
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> HessianInverter:
+    def fit(self, X: object, y: object = None, sample_weight: object = None) -> HessianInverter:
         """Fit the inverse of a model's curvature over data, or of plain rows.
 
         Parameters
@@ -197,114 +200,77 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         check_method(self.method)
         check_fit_arguments(X, y, self.model)
         shift = check_hessian_perturbation(self.hessian_perturbation, "HessianInverter")
-        return fit_whole(self, lambda fresh: fresh._fit_at(X, y, sample_weight, shift))
-
-    @ordinary
-    def _fit_at(self, X: Any, y: Any, sample_weight: Any, shift: float) -> Any:
-        """Fit at λ = ``shift``."""
-        if self.batch_size is not None:
-            check_number(self.batch_size, "batch_size", owner="HessianInverter", low=1, integer=True)
-        check_choice(self.check_residual, "check_residual", [True, False])
-        if is_model(X):
-            A, blocks = self._model_curvature(X, y, sample_weight)
-        elif self.model is not None:
-            A, blocks = self._model_curvature(self.model, as_data(X, y), sample_weight)
-        else:
-            A, blocks = self._rows_curvature(X, y, sample_weight), None
-        self._invert(A, blocks, shift)
+        fit_whole(self, lambda fresh: fresh._fit_at(X, y, sample_weight, shift))
         return self
 
-    def _model_curvature(self, model: Any, data: Any, sample_weight: Any) -> Any:
+    def _fit_at(self, X: object, y: object, sample_weight: object, shift: float) -> None:
+        """Fit at λ = ``shift``."""
+        check_choice(self.check_residual, "check_residual", [True, False])
+        if is_model(X):
+            system = self._model_system(X, y, sample_weight)
+        elif self.model is not None:
+            system = self._model_system(self.model, as_data(X, y), sample_weight)
+        else:
+            system = self._rows_system(X, y, sample_weight)
+        self._keep(system, shift)
+
+    def _keep(self, system: System, shift: float) -> None:
+        """Invert a system at λ = ``shift``, and keep both."""
+        self._layout, self._model = system.layout, system.model
+        if system.layout is not None and system.gradient_norm is not None:
+            self.parameter_names_, self.gradient_norm_ = list(system.layout.names), system.gradient_norm
+        self.n_samples_, self.curvature_name_ = system.n_samples, system.curvature_name
+        self.curvature_, self.n_features_in_ = system.curvature, system.curvature.size
+        self.hessian_perturbation_ = check_shift(shift, system.curvature.dtype)
+        self.inverse_ = None
+        if isinstance(self.method_, Method):
+            self.method_, self.inverse_ = system.invert(self.method_, shift, self.verbose)
+            if self.inverse_.eigenvalues is not None:
+                self.eigenvalues_ = self.inverse_.eigenvalues.cpu().numpy()
+
+    def _model_system(self, model: object, data: object, sample_weight: object) -> System:
         if data is None:
             raise ValueError(must_be("fit(model, data)'s data", "given", "None", "Try fit(model, (X, y))."))
         model, loss = require_present(model, "model"), require_present(self.loss, "loss")
-        adapted: Any = as_model(model, loss, self.weight_decay)
-        adapted = fixed_at(adapted, self.params, self.dtype, self.device)
-        if isinstance(adapted, TorchTwiceDifferentiable):
-            self._layout: ParameterLayout | None = adapted.layout
-        else:
-            shapes = tuple(tuple(parameter.shape) for parameter in adapted.parameters)
-            self._layout = ParameterLayout(tuple(f"parameter{i}" for i in range(len(shapes))), shapes)
-        method = self._method(type(adapted))
-        default = getattr(method, "default_curvature", "hessian")
-        chosen = default if self.curvature == "auto" else self.curvature
-        chosen = seeded_curvature(chosen, self.random_state)
-        self.curvature_name_ = curvature_name(chosen)
-        batches = self._batches(adapted, data, sample_weight)
-        A: Any = build_curvature(chosen, adapted, batches, self.verbose)
-        self.gradient_norm_ = A.gradient_norm
-        self.method_, self.n_samples_ = method, batches.n_samples
-        self._model, self._data = adapted, data
-        self.parameter_names_, self.n_features_in_ = list(self._layout.names), A.size
-        if self.blocks is None:
-            return A, None
-        if not isinstance(method, Method):
-            raise ValueError(must_be("blocks", "None for a method that is a function", repr(self.blocks)))
-        members = split_blocks(self._layout.names, self.blocks)
-        return A, build_blocks(chosen, adapted, batches, members, self.verbose)
+        adapted = as_model(model, loss, self.weight_decay)
+        self.method_, self._data = find_method(self.method, type(adapted), self.random_state), data
+        return self._assembled(adapted, data, sample_weight)
 
-    def _batches(self, adapted: Any, data: Any, sample_weight: Any) -> Any:
-        read = adapted.read(data) if hasattr(adapted, "read") else data
-        return as_batches(read, batch_size=self.batch_size, sample_weight=sample_weight, **describe(adapted))
-
-    def _rows_curvature(self, X: Any, y: Any, sample_weight: Any) -> LinearOperator:
+    def _rows_system(self, X: object, y: object, sample_weight: object) -> System:
         home = X.device if isinstance(X, torch.Tensor) else torch.device("cpu")
         if isinstance(X, torch.Tensor):
             X = X.detach().cpu().numpy()
         X = validate_data(self, X, dtype=[np.float64, np.float32])
-        weights = check_sample_weight(sample_weight, len(X))
-        method = self._method(None)
-        if self.blocks is not None:
-            raise ValueError(must_be("blocks for plain rows", "None", repr(self.blocks), "They have no layers."))
-        for name, default in (("loss", None), ("weight_decay", 0.0), ("params", None)):
-            if y is not None and (given := getattr(self, name)) is not None and given != default:
-                hint = "They have no model: is `model=` missing?"
-                raise ValueError(must_be(f"{name} for plain rows", repr(default), repr(given), hint))
-        if self.curvature not in ("auto", "gram"):
-            hint = "Plain rows have one curvature, XᵀX/n. For a model's, give a model."
-            raise ValueError(must_be("curvature for plain rows", "'auto'", repr(self.curvature), hint))
-        rows = torch.from_numpy(np.array(X, order="C", copy=True))
-        device = resolve_device(self.device, home)
-        rows = rows.to(device, resolve_dtype(self.dtype, rows.dtype))
-        self.method_, self.n_samples_, self.curvature_name_ = method, len(X), "gram"
-        self._layout, self._model, self._data = None, None, None
-        return Gram(rows, None if weights is None else torch.from_numpy(weights).to(rows))
+        self.method_, self._data = find_method(self.method, None, self.random_state), None
+        if y is not None:
+            refuse_model_settings(self.loss, self.weight_decay, self.params)
+        return self._assembled(torch.from_numpy(np.array(X, order="C", copy=True)), None, sample_weight, home)
 
-    def _method(self, model_type: type | None) -> Any:
-        """Return a configured method, or a registered function."""
-        if isinstance(self.method, Method):
-            return self._seeded(clone(self.method))
-        found = InversionRegistry.get(model_type or TorchTwiceDifferentiable, self.method)
-        if is_method(found):
-            return self._seeded(found())
-        if model_type is None:
-            must = "a Method for plain arrays"
-            raise ValueError(must_be("method", must, f"the function {self.method!r}, which wants a model"))
-        return found
-
-    def _seeded(self, method: Method) -> Method:
-        """Pass the estimator's random state on to a stochastic method that has none of its own."""
-        if self.random_state is not None and method.get_params().get("random_state", 0) is None:
-            seed = check_random_state(self.random_state).randint(2**31 - 1)
-            method.set_params(random_state=self.random_state if isinstance(self.random_state, int) else seed)
-        return method
-
-    def _invert(self, A: LinearOperator, blocks: BlockDiagonal | None, shift: float) -> None:
-        self.curvature_, self.hessian_perturbation_ = A, check_shift(shift, A.dtype)
-        self.inverse_: Any = None
-        if isinstance(self.method_, Method):
-            check_requirements(self.method_, A)
-            if blocks is not None:
-                self.inverse_ = invert_blocks(self.method_, blocks, shift, self.verbose).judged_by(A)
-                return
-            self.method_ = self.method_.choose(A, shift)
-            self.inverse_ = self.method_.invert(A, shift, self.verbose)
-            if self.inverse_.eigenvalues is not None:
-                self.eigenvalues_ = self.inverse_.eigenvalues.cpu().numpy()
+    def _assembled(
+        self,
+        model_or_rows: TwiceDifferentiable | torch.Tensor,
+        data: object,
+        sample_weight: object,
+        home: torch.device | None = None,
+    ) -> System:
+        return assemble(
+            model_or_rows,
+            data,
+            method=self.method_,
+            curvature=self.curvature,
+            params=self.params,
+            blocks=self.blocks,
+            batch_size=self.batch_size,
+            device=home if self.device is None else self.device,
+            dtype=self.dtype,
+            sample_weight=sample_weight,
+            random_state=self.random_state,
+            verbose=self.verbose,
+        )
 
     # -- solve -----------------------------------------------------------------------------------------------------
 
-    def transform(self, X: Any) -> Any:
+    def transform(self, X: Array) -> Array:
         """Return the solutions of (H + λI) x = b.
 
         Parameters
@@ -322,17 +288,15 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return self.solve(X).x
 
     @ordinary
-    def fit_transform(self, X: Any, y: Any = None, **fit_params: Any) -> Any:
+    def fit_transform(self, X: object, y: object = None, **fit_params: object) -> Array:
         """Fit plain rows and return the solutions for them.
 
         With a model the inputs are no right-hand sides: transform gradients instead.
         """
-        if self.model is not None or is_model(X):
-            hint = "Try `fit(X, y)`, then `transform(PerSampleGradient(model, loss=...).fit_transform(X, y))`."
-            raise TypeError(must_be("fit_transform", "called on plain rows", "a model", hint))
+        check_fits_rows(X, self.model)
         return self.fit(X, y, **fit_params).transform(X)
 
-    def solve(self, b: Any) -> InverseHvpResult:
+    def solve(self, b: Array) -> InverseHvpResult:
         """Return the solutions and what is known of them, ``x, info``.
 
         Parameters
@@ -349,15 +313,15 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return solve_linear(b, self._solve)
 
     @ordinary
-    def _solve(self, b: Any) -> InverseHvpResult:
+    def _solve(self, b: Array) -> InverseHvpResult:
         rows = self._rows(b)
-        if self.inverse_ is None:
-            self._need("_model", "solve")
-            return self.method_(self._model, self._data, rows.source, self.hessian_perturbation_)
-        x, info = rows.through(self._judged()).solve(rows.tensor)
-        return rows.result(x, info)
+        if not isinstance(self.method_, Method):
+            function, model = self.method_, self._at_hand("_model", "solve")
+            result: InverseHvpResult = function(model, self._data, rows.source, self.hessian_perturbation_)
+            return result
+        return rows.result(*rows.through(self._judged("solve")).solve(rows.tensor))
 
-    def path(self, b: Any, hessian_perturbations: Any) -> Any:
+    def path(self, b: Array, hessian_perturbations: Iterable[float]) -> Array:
         """Return the solutions at many λ, for the price of about one solve where the method allows it.
 
         Parameters
@@ -377,19 +341,19 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             raise TypeError(must_be("hessian_perturbations", "several λ", repr(hessian_perturbations), hint))
         shifts = [check_hessian_perturbation(shift, "path") for shift in hessian_perturbations]
 
-        def adjoint(gradients: Any) -> Any:
+        def adjoint(gradients: torch.Tensor) -> Array:
             parts = [self._path(rows, [shift])[0] for rows, shift in zip(gradients, shifts, strict=True)]
             return sum(parts, start=gradients.new_zeros(gradients.shape[1:]))
 
         return apply_linear(b, lambda rows: self._path(rows, shifts), adjoint)
 
     @ordinary
-    def _path(self, b: Any, shifts: list[float]) -> Any:
+    def _path(self, b: Array, shifts: list[float]) -> Array:
         rows = self._rows(b)
         for shift in shifts:
             check_shift(shift, rows.tensor.dtype)
-        self._factorised("path", "Call `solve` for each λ.")
-        return rows.back(rows.through(self._judged()).path(rows.tensor, shifts))
+        inverse = self._judged("path", "Call `solve` for each λ.")
+        return rows.back(rows.through(inverse).path(rows.tensor, shifts))
 
     @ordinary
     def spectrum(self, *, n_probes: int = 10, steps: int = 60) -> Spectrum:
@@ -407,23 +371,22 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self, "n_features_in_")
         if self.inverse_ is None or self.inverse_.all_eigenvalues is None:
-            self._need("curvature_", "spectrum")
-        seed = None if self.random_state is None else int(check_random_state(self.random_state).randint(2**31))
-        curvature = getattr(self, "curvature_", None)
-        return spectrum(curvature, self.inverse_, n_probes=n_probes, steps=steps, random_state=seed)
+            self._at_hand("curvature_", "spectrum")
+        seed = None if self.random_state is None else random_seed(self.random_state)
+        return spectrum(vars(self).get("curvature_"), self.inverse_, n_probes=n_probes, steps=steps, random_state=seed)
 
-    def inverse_transform(self, X: Any) -> Any:
+    def inverse_transform(self, X: Array) -> Array:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
         return apply_linear(X, self._inverse_transform)
 
     @ordinary
-    def _inverse_transform(self, X: Any) -> Any:
+    def _inverse_transform(self, X: Array) -> Array:
         rows = self._rows(X)
         operator = self._exact() if self.inverse_ is None else self.inverse_.operator
         return rows.back(operator.apply(rows.tensor))
 
     @ordinary
-    def residual(self, b: Any, x: Any) -> Any:
+    def residual(self, b: Array, x: Array) -> Array:
         """Return ‖(H + λI)x − b‖ / ‖b‖ (k,) against the exact curvature, whatever the method inverts."""
         B, X = self._rows(b), self._rows(x)
         if B.tensor.shape != X.tensor.shape:
@@ -432,7 +395,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return residual if isinstance(b, torch.Tensor) else residual.cpu().numpy()
 
     @ordinary
-    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+    def score(self, X: object, y: object = None, sample_weight: object = None) -> float:
         r"""Return the held-out quadratic of rows that were not fitted: larger is better; −inf where A is indefinite.
 
         mean_i[ gᵢᵀzᵢ − ½ (m zᵢᵀH̄zᵢ − zᵢᵀhᵢzᵢ)/(m−1) − ½ zᵢᵀRzᵢ ], with gᵢ the rows' gradients, zᵢ the fitted inverse
@@ -463,61 +426,57 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         return quadratic_score(self._factorised("score"), self._held_out(X, y, sample_weight))
 
-    def _held_out(self, X: Any, y: Any, sample_weight: Any) -> HeldOut:
+    def _held_out(self, X: object, y: object, sample_weight: object) -> HeldOut:
         """Return what a score needs of rows that were not fitted."""
         check_is_fitted(self, "n_features_in_")
         if self._layout is None:
             X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-            given = check_sample_weight(sample_weight, len(X))
-            rows = Rows.of(X, self.inverse_, scale=False).tensor
-            return HeldOut(rows, rows.new_ones(len(rows)) if given is None else torch.from_numpy(given).to(rows))
-        self._need("_model", "score")
+            return held_out_rows(Rows.of(X, self._factorised("score"), scale=False).tensor, sample_weight)
         # fit(model, data) knows batches in a list; a search over `model=` passes samples in one.
         data = X if self.model is None and y is None else as_data(X, y)
-        batches = self._batches(self._model, data, sample_weight)
+        model = self._at_hand("_model", "score")
         check_inputs(data, columns_of(self._data))
-        curvature, gradients, weights = held_out_curvature(self.curvature_name_, self._model, batches)
-        return HeldOut(gradients, weights, curvature.penalty, curvature.sample_factors)
+        return held_out(model, self.curvature_name_, data, self.batch_size, sample_weight)
 
-    def _judged(self) -> Any:
+    def _judged(self, what: str, hint: str = "Call `solve`.") -> InverseOperator:
         """Return the inverse, its solutions judged against the exact curvature where that is at hand and asked for."""
-        if check_choice(self.check_residual, "check_residual", [True, False]):
-            return self.inverse_.judged_by(getattr(self, "curvature_", None))
-        return self.inverse_.unjudged()
+        inverse = self._factorised(what, hint)
+        judges = check_choice(self.check_residual, "check_residual", [True, False])
+        return inverse.judged_by(vars(self).get("curvature_")) if judges else inverse.unjudged()
 
-    def _factorised(self, what: str, hint: str = "Call `solve`.") -> Any:
+    def _factorised(self, what: str, hint: str = "Call `solve`.") -> InverseOperator:
         check_is_fitted(self, "n_features_in_")
         if self.inverse_ is None:
             raise TypeError(must_be("method", f"a Method for {what}", "a function", hint))
         return self.inverse_
 
-    def _at(self, shift: float) -> Any:
+    def _at(self, shift: float) -> HessianInverter:
         """Return this inverter at another λ, over the same curvature: its factorisation is reused where it can be."""
         inverse = self._factorised("another λ")
-        check_shift(shift, inverse.dtype)
-        found = inverse.at(shift)
+        inverse = inverse.at(check_shift(shift, inverse.dtype))
         # Not `copy.copy`, which goes by the state of a pickle: without the curvature.
         other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, hessian_perturbation=shift, hessian_perturbation_=shift, inverse_=found)
+        other.__dict__.update(self.__dict__, hessian_perturbation=shift, hessian_perturbation_=shift, inverse_=inverse)
         return other
 
     # -- names, shapes, faces --------------------------------------------------------------------------------------
 
-    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+    def get_feature_names_out(self, input_features: object = None) -> np.ndarray:
         """Return the p names of the columns: ``"fc1.weight[0,3]"``, or the input's own for plain rows."""
         check_is_fitted(self, "n_features_in_")
-        if self._layout is None:
-            return super().get_feature_names_out(input_features)
-        return np.asarray(self._layout.feature_names(), dtype=object)
+        if self._layout is not None:
+            return np.asarray(self._layout.feature_names(), dtype=object)
+        names: np.ndarray = super().get_feature_names_out(input_features)
+        return names
 
-    def flatten(self, mapping: Mapping[str, Any] | Iterable[Any]) -> Any:
+    def flatten(self, mapping: Mapping[str, Array] | Iterable[Array]) -> Array:
         """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row.
 
         A sequence, such as ``torch.autograd.grad`` returns, is taken in the order of ``parameter_names_``.
         """
         return self._named().flatten(mapping)
 
-    def unflatten(self, x: Any) -> dict[str, Any]:
+    def unflatten(self, x: Array) -> State:
         """Return named tensors or arrays (k, *shape) of rows (k, p)."""
         layout = self._named()
         check_columns(x, layout.feature_names())
@@ -527,11 +486,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """Return (H + λI)⁻¹ as a ``scipy.sparse.linalg.LinearOperator``."""
         return as_scipy(self._factorised("aslinearoperator", "Use `transform`."))
 
-    def __sklearn_clone__(self) -> HessianInverter:
-        """Share the model and the loss: a trained model is data, not a setting."""
-        return clone_sharing(self)
-
-    def __sklearn_tags__(self) -> Any:
+    def __sklearn_tags__(self) -> Tags:
         """Say that float32 stays float32 and that no target is needed."""
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
@@ -540,150 +495,56 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     # -- files -----------------------------------------------------------------------------------------------------
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the curvature, and with it model, loss and data, where the factorisation serves without it.
+    def _serves_alone(self) -> bool:
+        inverse = vars(self).get("inverse_")
+        return inverse is not None and not inverse.keeps_operator
 
-        An inverter that is not fitted, or solves with the model, keeps them all.
-        """
-        state = dict(super().__getstate__())
-        if getattr(state.get("inverse_"), "keeps_operator", True) is False:
-            for name in ("curvature_", "_model", "_data"):
-                state.pop(name, None)
-            state.update({name: left_out(state[name]) for name in ("model", "loss")})
-        return {name: pack(value) if name in ("device", "dtype") else value for name, value in state.items()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the attributes."""
-        super().__setstate__(
-            {name: unpack(state[name]) if name in ("device", "dtype") else state[name] for name in state}
-        )
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Return what pickle, joblib and copy rebuild the inverter from."""
-        return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]
-
-    def __reduce__(self) -> Any:
-        """Refuse a model by name where skops, which alone calls this, would stumble over its tensors."""
-        state = self.__getstate__()
-        if state.get("_model") is not None or isinstance(state["model"], torch.nn.Module):
-            got = "a torch model, which an inverter needs to be fitted, and some methods to solve"
-            raise ValueError(must_be("What skops writes", "without torch models", got, "Try pickle or joblib."))
-        return super().__reduce__()
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the fitted inverse to a safetensors file, which ``skinvert.load`` reads anywhere.
-
-        The file holds the factorisation, the settings and the names of the parameters, under a checksum. It holds no
-        model, no data, no code, and no device; metadata requests are left out too. It takes the place of ``path`` once
-        it is complete, so that an interrupted save loses nothing.
-
-        Parameters
-        ----------
-        path : str or Path
-            Overwritten where it exists.
-
-        Raises
-        ------
-        ValueError
-            For a method that solves with the model, such as ``"cg"``, and for settings that are not plain.
-
-        Examples
-        --------
-        >>> import tempfile
-        >>> X = np.array([[2.0, 0.0], [0.0, 2.0]])
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     HessianInverter("direct", 2.0).fit(X).save(f"{folder}/inverse.safetensors")
-        ...     load(f"{folder}/inverse.safetensors").transform(np.array([[4.0, 8.0]]))
-        array([[1., 2.]])
-        """
-        check_is_fitted(self, "n_features_in_")
-        if type(self) is not HessianInverter:
-            raise TypeError(must_be("save", "called on a HessianInverter itself", type(self).__name__, "Try pickle."))
-        if self.inverse_ is None or self.inverse_.keeps_operator:
+    def _file_state(self) -> State:
+        if not self._serves_alone():
             hint = "It solves with model and data, which a file of arrays cannot hold. Try pickle or joblib."
             raise ValueError(must_be("method for save", "one that factorises, such as 'direct'", self.method_, hint))
-        state = self.__getstate__()
-        for private in ("_metadata_request", "_skl_callbacks"):
-            state.pop(private, None)
-        state["answer"] = answer(self.inverse_)
-        save_state(path, type(self).__name__, state, file_fields(HessianInverter), OPTIONAL)
+        state = {name: value for name, value in self.__getstate__().items() if name not in UNSAVED}
+        return {**state, "answer": answer(self._factorised("save"))}
+
+    @classmethod
+    def _file_fields(cls) -> tuple[Mapping[str, str], frozenset[str]]:
+        return file_fields(cls), OPTIONAL
+
+    @classmethod
+    def _restored(cls, state: State) -> Self:
+        check_answer(state)
+        return super()._restored(state)
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
-    def _rows(self, b: Any) -> Rows:
+    def _rows(self, b: Array) -> Rows:
         check_is_fitted(self, "n_features_in_")
-        if isinstance(self.__dict__.get("_model"), TorchTwiceDifferentiable):
-            self._model.check_unchanged()
+        if (model := vars(self).get("_model")) is not None:
+            model.check_unchanged()
         refuse_parameters(b)
         target = self.curvature_ if self.inverse_ is None else self.inverse_
-        if self.model is not None and len(np.shape(b)) == 2 and np.shape(b)[1] != target.size:
-            hint = "Rows are gradients, no inputs. In a pipeline they go to its last step: `pipe[-1].transform(b)`."
-            raise ValueError(must_be("b", f"of shape (k, {target.size})", f"shape {tuple(np.shape(b))}", hint))
+        if self.model is not None:
+            refuse_inputs(b, target.size)
         if not isinstance(b, torch.Tensor):
-            b = validate_data(self, self._by_name(b), dtype=[np.float64, np.float32], reset=False)
+            if isinstance(b, Columned) and "feature_names_in_" not in vars(self):
+                # Columns that are the parameters', which fit has not seen.
+                b = without_names(b, self.get_feature_names_out().tolist(), strict=self._layout is not None)
+            b = validate_data(self, b, dtype=[np.float64, np.float32], reset=False)
         return Rows.of(b, target)
 
-    def _by_name(self, b: Any) -> Any:
-        """Return ``b``; as an array where it is a frame whose columns are the parameters', which fit has not seen."""
-        if not hasattr(b, "columns") or hasattr(self, "feature_names_in_"):
-            return b
-        names = self.get_feature_names_out().tolist()
-        if self._layout is not None:
-            check_columns(b, names)
-        if not has_columns(b) or list(b.columns) != names:
-            return b
-        return check_array(b, dtype=[np.float64, np.float32])
-
     def _exact(self) -> LinearOperator:
-        self._need("curvature_", "residual")
-        return Shifted(self.curvature_, self.hessian_perturbation_)
+        return Shifted(self._at_hand("curvature_", "residual"), self.hessian_perturbation_)
 
-    def _need(self, name: str, what: str) -> None:
-        if getattr(self, name, None) is None:
+    def _at_hand(self, name: str, what: str) -> Any:
+        """Return a fitted attribute that pickles and files leave out; raise where it was."""
+        found = vars(self).get(name)
+        if found is None:
             hint = "A saved or pickled factorisation leaves out model and data: call `fit` again."
             raise ValueError(must_be(f"{what}'s model and data", "at hand", "a loaded inverter", hint))
+        return found
 
     def _named(self) -> ParameterLayout:
         check_is_fitted(self, "n_features_in_")
         if self._layout is None:
             raise TypeError(must_be("flatten and unflatten", "called after a fit on a model", "a fit on plain rows"))
         return self._layout
-
-
-def load(path: str | os.PathLike[str], device: Any = None) -> HessianInverter:
-    """Return the inverter that ``HessianInverter.save`` wrote: it transforms as the one saved, to the last bit.
-
-    No code in the file is run: it holds numbers, plain values and names of skinvert's own classes. To fit again, give
-    model and loss again.
-
-    Parameters
-    ----------
-    path : str or Path
-        The file.
-    device : str or torch.device, default=None
-        Where it solves: None is the CPU, wherever it was fitted; "auto" a GPU when there is one.
-
-    Returns
-    -------
-    HessianInverter
-        Fitted.
-
-    Raises
-    ------
-    ValueError
-        For a file that is truncated, altered, of a newer format, or none of ``save``'s.
-    """
-    where = resolve_device(device, torch.device("cpu"))
-    state = load_state(path, HessianInverter.__name__, where, file_fields(HessianInverter), OPTIONAL)
-    with refusing_damage(path, "one whose inverse gives another answer than it was saved with"):
-        check_answer(state)
-    inverter = object.__new__(HessianInverter)
-    inverter.__setstate__(state)
-    return inverter
-
-
-def as_data(X: Any, y: Any) -> Any:
-    """Return what ``fit(X, y)`` with a model means: a pair, or a list of samples where a search indexed a data set."""
-    if y is not None:
-        return (X, y)
-    return Samples(X) if isinstance(X, list) else X

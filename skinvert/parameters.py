@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import numpy as np
 import torch
 
+from ._types import Array, Partition
 from ._validation import check_choice, must_be
 
 __all__ = ["ParameterLayout", "select_parameters", "split_blocks"]
@@ -64,7 +64,7 @@ class ParameterLayout:
             for index in np.ndindex(*shape)
         ]
 
-    def flatten(self, mapping: Mapping[str, Any] | Iterable[Any]) -> Any:
+    def flatten(self, mapping: Mapping[str, Array] | Iterable[Array]) -> Array:
         """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row.
 
         A sequence, such as ``torch.autograd.grad`` returns, is taken in the order of ``names``.
@@ -81,7 +81,7 @@ class ParameterLayout:
             return torch.cat([torch.as_tensor(value).reshape(k, -1) for value in values], dim=1)
         return np.concatenate([np.asarray(value).reshape(k, -1) for value in values], axis=1)
 
-    def _values(self, mapping: Any) -> list[Any]:
+    def _values(self, mapping: object) -> list[Array]:
         """Return the parameters' values in order, as tensors or arrays."""
         what, must = "flatten's argument", f"a mapping of exactly the names {list(self.names)}"
         if not isinstance(mapping, Mapping):
@@ -98,7 +98,7 @@ class ParameterLayout:
         values = [mapping[name] for name in self.names]
         return [value if isinstance(value, torch.Tensor) else np.asarray(value) for value in values]
 
-    def unflatten(self, rows: Any) -> dict[str, Any]:
+    def unflatten(self, rows: Array) -> dict[str, Array]:
         """Return named tensors or arrays (k, *shape) of rows (k, p)."""
         rows = rows if isinstance(rows, torch.Tensor) else np.asarray(rows)
         if rows.ndim != 2 or rows.shape[1] != self.num_params:
@@ -137,7 +137,7 @@ def select_parameters(named: Sequence[tuple[str, torch.Tensor]], params: str | I
     return chosen
 
 
-def split_blocks(names: Sequence[str], blocks: Any) -> dict[str, list[str]]:
+def split_blocks(names: Sequence[str], blocks: Partition) -> dict[str, list[str]]:
     """Return the parameter names of each block: ``"layer"``, ``"parameter"``, or a mapping of names to globs.
 
     Raises

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import psutil
@@ -21,10 +21,11 @@ import torch
 
 from ._schema import check_fields
 from ._state import unpack
+from ._types import Array, State
 from ._validation import must_be
 from .encoding import LeftOut, Writer, decode_state, plain
 
-__all__ = ["left_out", "load_state", "require_present", "save_state"]
+__all__ = ["left_out", "load_state", "refusing_damage", "require_present", "save_state"]
 
 FORMAT, VERSION = "skinvert", 2
 HEADER = ("format", "version", "kind", "state", "sha256")
@@ -32,12 +33,12 @@ HEADER = ("format", "version", "kind", "state", "sha256")
 HEADER_BYTES = 16 * 2**20
 
 
-def left_out(value: Any) -> Any:
+def left_out(value: object) -> object:
     """Return what a file holds of a model or a loss: a name as it is, else a ``LeftOut``."""
     return value if value is None or isinstance(value, str | LeftOut) else LeftOut(type(value).__name__)
 
 
-def require_present(value: Any, name: str) -> Any:
+def require_present(value: Array, name: str) -> Array:
     """Return ``value``; raise where a file left it out."""
     if isinstance(value, LeftOut):
         hint = f"Try set_params({name}=...)."
@@ -51,7 +52,7 @@ def require_present(value: Any, name: str) -> Any:
 def save_state(
     path: str | os.PathLike[str],
     kind: str,
-    state: dict[str, Any],
+    state: State,
     fields: Mapping[str, str],
     optional: frozenset[str] = frozenset(),
 ) -> None:
@@ -103,13 +104,11 @@ def save_state(
 
 
 def load_state(
-    path: str | os.PathLike[str],
-    kind: str,
-    device: torch.device,
-    fields: Mapping[str, str],
-    optional: frozenset[str] = frozenset(),
-) -> dict[str, Any]:
-    """Return the state that ``save_state`` wrote, checked entry by entry, with its operators on ``device``.
+    path: str | os.PathLike[str], kinds: Mapping[str, tuple[Mapping[str, str], frozenset[str]]], device: torch.device
+) -> tuple[str, State]:
+    """Return which of ``kinds`` a file is of, and the state that ``save_state`` wrote, its operators on ``device``.
+
+    It is checked entry by entry against the fields of its kind, of which some may be missing.
 
     Raises
     ------
@@ -122,15 +121,16 @@ def load_state(
     header, arrays = _read(path)
     if header["sha256"] != _checksum(header, arrays):
         raise ValueError(_damaged(path, "contents that do not fit their checksum"))
-    if header["kind"] != kind:
-        raise ValueError(must_be(f"{os.fspath(path)!r}", f"the file of a {kind}", f"one of a {header['kind']}"))
+    kind = header["kind"]
+    if kind not in kinds:
+        raise ValueError(must_be(f"{os.fspath(path)!r}", f"the file of a {' or '.join(kinds)}", f"one of a {kind}"))
     with refusing_damage(path, "a state that cannot be read"):
         state = decode_state(json.loads(header["state"]), arrays, device)
-        check_fields(kind, fields, state, optional)
-        return state
+        check_fields(kind, kinds[kind][0], state, kinds[kind][1])
+        return kind, state
 
 
-def _check_path(path: Any) -> None:
+def _check_path(path: object) -> None:
     if not isinstance(path, str | os.PathLike):
         raise TypeError(must_be("path", "a str or a Path", type(path).__name__))
 
@@ -257,7 +257,7 @@ def _remove_abandoned(folder: Path) -> None:
                 left.unlink()
 
 
-def _safetensors() -> Any:
+def _safetensors() -> ModuleType:
     try:
         import safetensors
         import safetensors.numpy

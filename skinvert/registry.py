@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
+
+from sklearn.base import clone
 
 from . import methods
 from ._autograd import ordinary
@@ -12,19 +14,20 @@ from ._frames import check_columns, refuse_parameters
 from ._linear_map import solve_linear
 from ._rows import Rows
 from ._telling import warn
-from ._validation import check_hessian_perturbation, check_number, check_shift, must_be
-from .curvature import CURVATURES, build_curvature, seeded_curvature
-from .data import as_batches
+from ._types import Array, RandomState, State
+from ._validation import check_hessian_perturbation, must_be
 from .methods.base import Method
-from .models import TorchTwiceDifferentiable, TwiceDifferentiable, as_model, describe, fixed_at
+from .models import TorchTwiceDifferentiable, TwiceDifferentiable, as_model
 from .results import InverseHvpResult, InversionMethod
+from .system import Function, Inverter, assemble, is_method, seeded_method
 
-__all__ = ["InversionRegistry", "solve_hvp"]
+__all__ = ["InversionRegistry", "find_method", "solve_hvp"]
 
 SIGNATURE = ("model", "training_data", "b", "hessian_perturbation")
 # What `solve_hvp` takes beside a method's own settings.
 OWN = (
     "batch_size",
+    "blocks",
     "curvature",
     "device",
     "dtype",
@@ -59,6 +62,7 @@ class InversionRegistry:
     --------
     A function of one's own, used by name:
 
+    >>> from skinvert import TorchTwiceDifferentiable
     >>> @InversionRegistry.register(TorchTwiceDifferentiable, "identity")
     ... def solve_identity(model, training_data, b, hessian_perturbation=0.0):
     ...     return InverseHvpResult(b, {})
@@ -66,12 +70,12 @@ class InversionRegistry:
     True
     """
 
-    registry: ClassVar[dict[tuple[type, str], Any]] = {}
+    registry: ClassVar[dict[tuple[type, str], Inverter]] = {}
 
     @classmethod
     def register(
         cls, model_type: type, inversion_method: InversionMethod | str, overwrite: bool = False
-    ) -> Callable[[Any], Any]:
+    ) -> Callable[[Inverter], Inverter]:
         """Decorate a function or a ``Method`` class that inverts for a type of model.
 
         Parameters
@@ -93,7 +97,7 @@ class InversionRegistry:
         """
         key = (_check_type(model_type), _check_name(inversion_method))
 
-        def decorate(inverter: Any) -> Any:
+        def decorate(inverter: Inverter) -> Inverter:
             _check_signature(inverter)
             if key in cls.registry and not overwrite:
                 warn(
@@ -108,7 +112,7 @@ class InversionRegistry:
         return decorate
 
     @classmethod
-    def get(cls, model_type: type, inversion_method: InversionMethod | str) -> Any:
+    def get(cls, model_type: type, inversion_method: InversionMethod | str) -> Inverter:
         """Return what is registered for a type of model or the nearest of its bases; ValueError where nothing is."""
         _check_type(model_type)
         name = _check_name(inversion_method)
@@ -122,49 +126,75 @@ class InversionRegistry:
     def call(
         cls,
         inversion_method: InversionMethod | str,
-        model: Any,
-        training_data: Any,
-        b: Any,
+        model: object,
+        training_data: object,
+        b: Array,
         hessian_perturbation: float = 0.0,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> InverseHvpResult:
         """Solve (H + λI) x = b for each row of b; see ``solve_hvp``."""
+        given: State = kwargs
         if not isinstance(model, TwiceDifferentiable):
-            model = as_model(model, kwargs.pop("loss", None), kwargs.pop("weight_decay", 0.0))
+            model = as_model(model, given.pop("loss", None), given.pop("weight_decay", 0.0))
         found = cls.get(type(model), inversion_method)
-        settings, own = _split_settings(found, inversion_method, kwargs)
+        settings, own = _split_settings(found, inversion_method, given)
         # A model that brings its own is told so.
         as_model(model, own.pop("loss", None), own.pop("weight_decay", 0.0))
         if not is_method(found):
             return solve_linear(b, lambda rows: found(model, training_data, rows, hessian_perturbation, **settings))
         shift = check_hessian_perturbation(hessian_perturbation)
-        method, verbose = found(**settings), own.pop("verbose", 0)
-        # A method that draws has it among its settings too.
-        own["curvature"] = seeded_curvature(own.get("curvature", "auto"), own.pop("random_state", None))
-        A, names = _curvature(method, model, training_data, verbose=verbose, **own)
+        # Of the method and of the curvature alike, as the estimator's.
+        random_state = own.pop("random_state", None)
+        if "random_state" in settings:
+            random_state, settings["random_state"] = settings["random_state"], None
+        method = seeded_method(found(**settings), random_state)
         refuse_parameters(b)
-        check_columns(b, names)
-        Rows.of(b, A)
-        check_requirements(method, A)
-        inverse = ordinary(method.invert)(A, check_shift(shift, A.dtype), verbose)
+        system = assemble(model, training_data, method=method, random_state=random_state, **own)
+        check_columns(b, system.layout.feature_names() if system.layout else ())
+        Rows.of(b, system.curvature)
+        _, inverse = system.invert(method, shift, own.get("verbose", 0))
 
         @ordinary
-        def solve(b: Any) -> InverseHvpResult:
-            rows = Rows.of(b, A)
-            x, info = rows.through(inverse).solve(rows.tensor)
-            return rows.result(x, info)
+        def solve(b: Array) -> InverseHvpResult:
+            rows = Rows.of(b, inverse)
+            return rows.result(*rows.through(inverse).solve(rows.tensor))
 
         return solve_linear(b, solve)
+
+
+def find_method(
+    method: str | InversionMethod | Method, model_type: type | None, random_state: RandomState
+) -> Method | Function:
+    """Return a configured method, seeded where it draws, or a user's function; for plain rows of no type no function.
+
+    Parameters
+    ----------
+    method : str, InversionMethod or Method
+        A registered name, or an instance, which is cloned.
+    model_type : type or None
+        Of the adapted model.
+    random_state : int, RandomState or None
+        See ``seeded_method``.
+    """
+    if isinstance(method, Method):
+        return seeded_method(clone(method), random_state)
+    found = InversionRegistry.get(model_type or TorchTwiceDifferentiable, method)
+    if is_method(found):
+        return seeded_method(found(), random_state)
+    if model_type is None:
+        must = "a Method for plain arrays"
+        raise ValueError(must_be("method", must, f"the function {method!r}, which wants a model"))
+    return found
 
 
 def solve_hvp(
     inversion_method: InversionMethod | str,
     model: TwiceDifferentiable,
-    training_data: Any,
-    b: Any,
+    training_data: object,
+    b: Array,
     *,
     hessian_perturbation: float = 0.0,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> InverseHvpResult:
     r"""Solve (H + λI) x = b for the curvature of a model and each row of b.
 
@@ -182,8 +212,8 @@ def solve_hvp(
         λ ≥ 0.
     **kwargs
         The method's settings, and of ``HessianInverter``'s ``curvature``, ``loss``, ``weight_decay``, ``params``,
-        ``batch_size`` (``"lissa"``'s own is its minibatch), ``device``, ``dtype``, ``random_state``, ``verbose``, and
-        ``sample_weight``. A registered function takes what its signature has.
+        ``blocks``, ``batch_size`` (``"lissa"``'s own is its minibatch), ``device``, ``dtype``, ``random_state``,
+        ``verbose``, and ``sample_weight``. A registered function takes what its signature has.
 
     Returns
     -------
@@ -193,6 +223,7 @@ def solve_hvp(
     Examples
     --------
     >>> import torch
+    >>> from skinvert import TorchTwiceDifferentiable
     >>> model = TorchTwiceDifferentiable(torch.nn.Linear(2, 1, bias=False), "mse")
     >>> X, y = torch.eye(2), torch.zeros(2, 1)
     >>> x, info = solve_hvp("direct", model, (X, y), torch.tensor([[3.0, 6.0]]), hessian_perturbation=2.0)
@@ -202,7 +233,7 @@ def solve_hvp(
     return InversionRegistry.call(inversion_method, model, training_data, b, hessian_perturbation, **kwargs)
 
 
-def _split_settings(found: Any, name: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split_settings(found: Inverter, name: InversionMethod | str, kwargs: State) -> tuple[State, State]:
     """Return the settings that go to the method, and those of the curvature; TypeError for one that is neither."""
     parameters = inspect.signature(found).parameters
     known = [key for key in parameters if key not in (*SIGNATURE, "self")]
@@ -218,52 +249,13 @@ def _split_settings(found: Any, name: Any, kwargs: dict[str, Any]) -> tuple[dict
     return {key: value for key, value in kwargs.items() if key in known}, own
 
 
-@ordinary
-def _curvature(
-    method: Method,
-    model: Any,
-    data: Any,
-    *,
-    curvature: Any = "auto",
-    params: Any = None,
-    batch_size: int | None = None,
-    device: Any = None,
-    dtype: Any = None,
-    sample_weight: Any = None,
-    verbose: int = 0,
-) -> tuple[Any, list[str]]:
-    """Return the curvature that the method inverts, and the names of its columns."""
-    if batch_size is not None:
-        check_number(batch_size, "batch_size", low=1, integer=True)
-    fixed = fixed_at(model, params, dtype, device)
-    read = fixed.read(data) if hasattr(fixed, "read") else data
-    batches = as_batches(read, batch_size=batch_size, sample_weight=sample_weight, **describe(fixed))
-    A = build_curvature(method.default_curvature if curvature == "auto" else curvature, fixed, batches, verbose)
-    return A, fixed.layout.feature_names() if isinstance(fixed, TorchTwiceDifferentiable) else []
-
-
-def is_method(value: Any) -> bool:
-    """Return whether a registered value is a ``Method`` class, rather than a function."""
-    return isinstance(value, type) and issubclass(value, Method)
-
-
-def check_requirements(method: Method, A: Any) -> None:
-    """Raise where an operator lacks what a method declares; the error names the curvatures that have it."""
-    for needed in method.requires:
-        if needed not in A.faces:
-            names = [name for name, kind in CURVATURES.items() if needed in kind.faces]
-            hint = f"Try curvature= one of {names}." if names else ""
-            got = f"{type(A).__name__}, which has none"
-            raise ValueError(must_be(f"The curvature for {method.name}", f"one with `{needed}`", got, hint))
-
-
-def _check_type(model_type: Any) -> type:
+def _check_type(model_type: object) -> type:
     if not isinstance(model_type, type):
         raise TypeError(must_be("model_type", "a type", repr(model_type)))
     return model_type
 
 
-def _check_name(inversion_method: Any) -> str:
+def _check_name(inversion_method: object) -> str:
     if isinstance(inversion_method, InversionMethod):
         return inversion_method.value
     if not isinstance(inversion_method, str):
@@ -271,7 +263,7 @@ def _check_name(inversion_method: Any) -> str:
     return inversion_method
 
 
-def _check_signature(inverter: Any) -> None:
+def _check_signature(inverter: Inverter) -> None:
     if is_method(inverter):
         return
     names = tuple(inspect.signature(inverter).parameters)[: len(SIGNATURE)]
@@ -281,4 +273,5 @@ def _check_signature(inverter: Any) -> None:
 
 
 for _name in methods.__all__:
-    InversionRegistry.register(TwiceDifferentiable, getattr(methods, _name).name)(getattr(methods, _name))
+    _method = vars(methods)[_name]
+    InversionRegistry.register(TwiceDifferentiable, _method.name)(_method)

@@ -12,11 +12,14 @@ from sklearn.exceptions import ConvergenceWarning
 
 from ._memory import rows_within
 from ._telling import warn
-from ._validation import must_be
+from ._validation import check_sample_weight, must_be
+from .curvature import held_out_curvature
+from .data import batches_of
 from .methods.base import InverseOperator
 from .methods.spectrum import extreme_eigenvalues
+from .models import TwiceDifferentiable
 
-__all__ = ["HeldOut", "quadratic_path", "quadratic_score"]
+__all__ = ["HeldOut", "held_out", "held_out_rows", "quadratic_path", "quadratic_score"]
 
 
 @dataclass
@@ -43,6 +46,21 @@ class HeldOut:
     def factors(self) -> Iterable[torch.Tensor]:
         """Yield the rows' own factors in chunks (r, c, p)."""
         return [self.gradients[:, None]] if self.sample_factors is None else self.sample_factors()
+
+
+def held_out(
+    model: TwiceDifferentiable, curvature_name: str, data: object, batch_size: int | None, sample_weight: object
+) -> HeldOut:
+    """Return what a score needs of data that were not fitted, of a model and the name of the inverter's curvature."""
+    batches = batches_of(model, data, batch_size=batch_size, sample_weight=sample_weight)
+    curvature, gradients, weights = held_out_curvature(curvature_name, model, batches)
+    return HeldOut(gradients, weights, curvature.penalty, curvature.sample_factors)
+
+
+def held_out_rows(rows: torch.Tensor, sample_weight: object) -> HeldOut:
+    """Return what a score needs of plain rows (m, p) that were not fitted."""
+    weights = check_sample_weight(sample_weight, len(rows))
+    return HeldOut(rows, rows.new_ones(len(rows)) if weights is None else torch.from_numpy(weights).to(rows))
 
 
 def quadratic_score(inverse: InverseOperator, held: HeldOut, rhs: torch.Tensor | None = None) -> float:

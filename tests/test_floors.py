@@ -22,6 +22,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "skinvert"
 
 FLOORS = {
+    "_types": 0,
     "_autograd": 0,
     "_validation": 0,
     "_memory": 0,
@@ -41,16 +42,17 @@ FLOORS = {
     "_linear_map": 0,
     "operators": 1,
     "models": 2,
-    "sources": 2,
     "data": 2,
     "curvature": 3.1,
     "methods": 3.2,
     "_arguments": 3.3,
+    "system": 3.3,
     "registry": 3.3,
     "scores": 3.3,
     "encoding": 3.3,
     "answers": 3.3,
     "persistence": 3.3,
+    "files": 3.3,
     "checkpoint": 3.3,
     "inverter": 4,
     "gradients": 4,

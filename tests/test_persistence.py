@@ -422,8 +422,9 @@ def test_a_device_that_is_not_there_is_named(tmp_path):
 
 def test_operators_move_to_the_device(tmp_path):
     on_rows().save(tmp_path / "file")
-    fields = file_fields(HessianInverter)
-    inverse = load_state(tmp_path / "file", "HessianInverter", torch.device("meta"), fields, OPTIONAL)["inverse_"]
+    kinds = {"HessianInverter": (file_fields(HessianInverter), OPTIONAL)}
+    _, state = load_state(tmp_path / "file", kinds, torch.device("meta"))
+    inverse = state["inverse_"]
     assert inverse.device.type == inverse.matrix.device.type == inverse.cholesky.device.type == "meta"
 
 
@@ -572,7 +573,7 @@ def test_a_signed_state_that_is_none_is_an_error(state, tmp_path):
 def test_the_file_of_something_else_of_ours_is_named(tmp_path):
     on_rows().save(tmp_path / "file")
     signed(tmp_path / "file", kind="InfluenceFunction")
-    with pytest.raises(ValueError, match="the file of a HessianInverter. Got one of a InfluenceFunction"):
+    with pytest.raises(ValueError, match="the file of a HessianInverter.*Got one of a InfluenceFunction"):
         skinvert.load(tmp_path / "file")
 
 

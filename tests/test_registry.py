@@ -296,3 +296,37 @@ def test_a_lacking_operator_is_named_with_the_curvatures_that_serve():
     InversionRegistry.register(TwiceDifferentiable, "mine")(NeedsFactor)
     with pytest.raises(ValueError, match=r"`factor`. Got Hessian.*\['ggn', 'fisher', 'empirical_fisher'\]"):
         solve_hvp("mine", model, data, b)
+
+
+# -- one system, whoever asks ------------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "a curvature that draws": {"method": "direct", "curvature": "sampled_fisher"},
+    "both draw": {"method": "nystroem", "curvature": "sampled_fisher"},
+    "a method that draws": {"method": "arnoldi", "rank": 3},
+    "weights, batches, parameters": {"method": "cg", "batch_size": 3, "params": "0.*", "weights": True},
+    "blocks": {"method": "direct", "blocks": "layer"},
+    "another dtype": {"method": "auto", "dtype": "float32"},
+    "a method's own curvature": {"method": "ekfac"},
+}
+
+
+@pytest.mark.parametrize("seed", [3, np.random.RandomState], ids=["int", "generator"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_solve_hvp_and_the_estimator_are_one(settings, seed):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    data = (torch.randn(11, 3).double(), torch.randint(0, 2, (11,)))
+    settings = dict(settings)
+    name, weights = settings.pop("method"), np.arange(1.0, 12) if settings.pop("weights", False) else None
+    own = {key: settings[key] for key in ("rank",) if key in settings}
+    method = InversionRegistry.get(TwiceDifferentiable, name)(**own)
+    shared = {key: value for key, value in settings.items() if key not in own} | {"loss": "cross_entropy"}
+    seeds = [seed(7) if callable(seed) else seed for _ in range(2)]
+    fitted = HessianInverter(method, 0.5, random_state=seeds[0], **shared).fit(net, data, sample_weight=weights)
+    b = torch.randn(2, fitted.n_features_in_).double()
+    expected, told = fitted.solve(b)
+    drawn = {"random_state": seeds[1]} | settings | {"loss": "cross_entropy", "sample_weight": weights}
+    x, info = solve_hvp(name, net, data, b, hessian_perturbation=0.5, **drawn)
+    assert torch.equal(x, expected)
+    assert torch.equal(info["residual"], told["residual"])

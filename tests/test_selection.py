@@ -129,12 +129,12 @@ def test_blocks_and_a_stratified_splitter_equal_a_grid_search():
     assert_same_choice(received, grid_search(X, y, StratifiedKFold(3), **settings))
 
 
-def test_a_method_without_at_is_inverted_for_each():
+def test_a_method_that_inverts_anew_at_each():
     class Solve(methods.base.Method):
         name = "solve"
 
         def invert(self, A, hessian_perturbation, verbose=0):
-            return _Solve(A.to_dense() + hessian_perturbation * torch.eye(A.size, dtype=A.dtype))
+            return _Solve(A.to_dense(), hessian_perturbation)
 
     X = np.random.default_rng(0).standard_normal((40, 5))
     received = HessianInverterCV(SHIFTS, cv=3, method=Solve()).fit(X)
@@ -144,15 +144,14 @@ def test_a_method_without_at_is_inverted_for_each():
 class _Solve(methods.base.InverseOperator):
     positive_definite = True
 
-    def __init__(self, matrix):
-        self.matrix = matrix
-
-    @property
-    def operator(self):
-        return Dense(self.matrix)
+    def __init__(self, matrix, hessian_perturbation):
+        self.curvature, self.hessian_perturbation = Dense(matrix), hessian_perturbation
 
     def solve(self, B):
-        return InverseHvpResult(torch.linalg.solve(self.matrix, B.mT).mT, {})
+        return InverseHvpResult(torch.linalg.solve(self.operator.to_dense(), B.mT).mT, {})
+
+    def at(self, hessian_perturbation):
+        return _Solve(self.curvature.matrix, hessian_perturbation)
 
 
 def test_weights_are_split_with_the_rows():
@@ -223,6 +222,52 @@ def test_is_afterwards_an_inverter_at_the_chosen_perturbation():
     assert received.score(X, y) == pytest.approx(expected.score(X, y), rel=1e-12)
     assert list(received.get_feature_names_out()) == list(expected.get_feature_names_out())
     assert received.n_samples_ == len(X)
+
+
+ATTRIBUTES = [
+    *("n_features_in_", "n_samples_", "method_", "inverse_", "curvature_", "curvature_name_", "hessian_perturbation_"),
+    *("parameter_names_", "gradient_norm_", "eigenvalues_"),
+]
+
+
+def test_has_all_that_the_inverter_has_that_it_chose():
+    X, y, settings = classification()
+    # Its eigenvalues are known at every λ.
+    unfitted = HessianInverterCV(SHIFTS, cv=3, method=Arnoldi(rank=43), curvature="ggn", **settings)
+    assert not any(hasattr(unfitted, name) for name in ATTRIBUTES)
+    fitted = clone(unfitted).fit(X, y)
+    public = {name for name in dir(fitted.inverter_) if not name.startswith("_")}
+    assert public - {"hessian_perturbation"} - set(dir(fitted)) == set()
+    assert all(getattr(fitted, name) is getattr(fitted.inverter_, name) for name in ATTRIBUTES)
+    rows = np.eye(3, fitted.n_features_in_)
+    named = fitted.unflatten(rows)
+    assert list(named) == fitted.parameter_names_
+    np.testing.assert_array_equal(fitted.flatten(named), rows)
+    A = fitted.curvature_.to_dense().numpy() + fitted.hessian_perturbation_ * np.eye(len(rows.T))
+    expected = np.linalg.solve(A, rows.T).T
+    np.testing.assert_allclose(fitted.transform(rows), expected, rtol=1e-6)
+    np.testing.assert_allclose(fitted.aslinearoperator() @ rows.T, expected.T, rtol=1e-6)
+    np.testing.assert_allclose(fitted.path(rows, [fitted.hessian_perturbation_])[0], expected, rtol=1e-6)
+    assert fitted.residual(rows, expected).max() < 1e-10
+    assert fitted.spectrum().largest[0] == pytest.approx(np.linalg.eigvalsh(fitted.curvature_.to_dense()).max())
+
+
+def test_an_attribute_that_the_inverter_lacks_is_lacking():
+    fitted = HessianInverterCV([0.1, 1.0], method="cg").fit(np.random.default_rng(0).standard_normal((20, 3)))
+    lacking = [name for name in ATTRIBUTES if not hasattr(fitted, name)]
+    assert lacking == ["parameter_names_", "gradient_norm_", "eigenvalues_"]
+    with pytest.raises(TypeError, match="after a fit on a model"):
+        fitted.flatten({})
+
+
+def test_a_search_at_the_end_of_a_pipeline_is_scored_and_solved():
+    X, y, settings = classification()
+    pipe = make_pipeline(StandardScaler(), HessianInverterCV(SHIFTS, cv=3, curvature="ggn", **settings)).fit(X, y)
+    Xt, b = pipe[0].transform(X), np.ones((2, 43))
+    assert pipe.score(X, y) == pipe[1].inverter_.score(Xt, y)
+    assert make_quadratic_scorer(b)(pipe, X, y) == make_quadratic_scorer(b)(pipe[1].inverter_, Xt, y)
+    pipe.set_output(transform="pandas")
+    assert list(pipe[-1].transform(b).columns) == list(pipe[-1].get_feature_names_out())
 
 
 def test_results_have_the_keys_of_a_grid_search():

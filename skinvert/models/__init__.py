@@ -1,9 +1,9 @@
 """Models that can be inverted: PyTorch modules, skorch nets, scikit-learn models, any ``TwiceDifferentiable``."""
 
-from .adapt import as_margin, as_model, describe, fixed_at, is_model, register_model
+from .adapt import FittedSearch, as_margin, as_model, is_model, register_model
 from .affine import Affine
 from .base import TwiceDifferentiable
-from .batches import labels_key, leading_length, map_tensors, row_axes, with_row_axis
+from .batches import labels_key, leading_length, map_tensors, rebuilt, row_axes, with_row_axis
 from .losses import (
     LOSSES,
     DiagonalHessian,
@@ -28,6 +28,7 @@ __all__ = [
     "DiagonalHessian",
     "FactoredHessian",
     "IndependentLabels",
+    "FittedSearch",
     "Loss",
     "ModuleLoss",
     "OutputHessian",
@@ -40,14 +41,13 @@ __all__ = [
     "as_loss",
     "as_margin",
     "as_model",
-    "describe",
-    "fixed_at",
     "is_model",
     "labels_key",
     "leading_length",
     "map_tensors",
     "names_with_predictive",
     "register_loss",
+    "rebuilt",
     "register_model",
     "row_axes",
     "with_row_axis",

@@ -6,10 +6,8 @@ import copy
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
-import numpy as np
-import torch
 from sklearn.base import BaseEstimator, is_classifier
 from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
@@ -17,6 +15,7 @@ from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
 from sklearn.pipeline import Pipeline, make_pipeline
 from torch import nn
 
+from .._types import Decay
 from .._validation import must_be
 from .base import TwiceDifferentiable
 from .losses import Margin
@@ -25,14 +24,35 @@ from .sklearn import SklearnTwiceDifferentiable
 from .skorch import SkorchTwiceDifferentiable
 from .torch import TorchTwiceDifferentiable
 
-__all__ = ["as_margin", "as_model", "describe", "fixed_at", "is_model", "register_model"]
+__all__ = ["FittedSearch", "as_margin", "as_model", "is_model", "register_model"]
 
 ACCEPTED = "a torch.nn.Module, an initialised skorch net, a fitted scikit-learn model or a TwiceDifferentiable"
 
-_adapters: dict[type, Callable[[Any], TwiceDifferentiable]] = {}
+if TYPE_CHECKING:
+    import skorch
 
 
-def register_model(model_type: type, adapter: Callable[[Any], TwiceDifferentiable]) -> None:
+@runtime_checkable
+class FittedSearch(Protocol):
+    """A search that has been fitted, of scikit-learn or another library."""
+
+    best_estimator_: BaseEstimator
+
+
+@runtime_checkable
+class _Estimator(Protocol):
+    """An estimator, of other libraries too, which keep scikit-learn's contract without its base class."""
+
+    def get_params(self, deep: bool = True) -> dict[str, object]: ...
+
+
+# Of models of one type, whichever that is.
+Adapter: TypeAlias = Callable[..., TwiceDifferentiable]
+
+_adapters: dict[type, Adapter] = {}
+
+
+def register_model(model_type: type, adapter: Adapter) -> None:
     """Say how models of a type, and of its subclasses, become a ``TwiceDifferentiable``.
 
     The nearest registered base counts, before what is built in; registering a type again replaces its adapter.
@@ -64,14 +84,14 @@ def register_model(model_type: type, adapter: Callable[[Any], TwiceDifferentiabl
     _adapters[model_type] = adapter
 
 
-def is_model(value: Any) -> bool:
+def is_model(value: object) -> bool:
     """Return whether ``value`` is something that was trained, rather than data."""
     # A class is no model either, but an attempt at one: `as_model` says so.
     adapted = isinstance(value, nn.Module | TwiceDifferentiable | type) or _is_skorch(value)
-    return adapted or hasattr(value, "get_params") or _adapter_of(value) is not None
+    return adapted or isinstance(value, _Estimator) or _adapter_of(value) is not None
 
 
-def as_model(model: Any, loss: Any = None, weight_decay: Any = 0.0) -> TwiceDifferentiable:
+def as_model(model: object, loss: object = None, weight_decay: Decay = 0.0) -> TwiceDifferentiable:
     """Return ``model`` adapted; ``loss`` and ``weight_decay`` are for what does not bring its own."""
     model = _unwrap(model)
     if isinstance(model, TwiceDifferentiable):
@@ -96,65 +116,43 @@ def as_model(model: Any, loss: Any = None, weight_decay: Any = 0.0) -> TwiceDiff
     raise TypeError(must_be("model", ACCEPTED, f"a {type(model).__name__}", _way_to_a_model(model)))
 
 
-def as_margin(model: Any) -> TwiceDifferentiable:
+def as_margin(model: object) -> TwiceDifferentiable:
     """Return ``model`` adapted, with the margin of its outputs as its loss; a bare module's outputs are logits."""
     model = _unwrap(model)
     if isinstance(model, nn.Module):
         return TorchTwiceDifferentiable(model, Margin())
     adapted = copy.copy(as_model(model))
-    estimator = getattr(adapted, "estimator", None)
-    if not isinstance(adapted, TorchTwiceDifferentiable) or (estimator is not None and not is_classifier(estimator)):
+    regressor = isinstance(adapted, SklearnTwiceDifferentiable) and not is_classifier(adapted.estimator)
+    if not isinstance(adapted, TorchTwiceDifferentiable) or regressor:
         raise TypeError(must_be("The model for the margin", "a classifier", type(model).__name__))
     adapted.loss = Margin() if adapted.loss is None else Margin(adapted.loss.takes)
     return adapted
 
 
-def describe(model: TwiceDifferentiable) -> dict[str, Any]:
-    """Return the dtype and device that a model computes with, and what reads its batches."""
-    if isinstance(model, TorchTwiceDifferentiable):
-        return {"dtype": model.dtype, "device": model.device, "model": model}
-    first = model.parameters[0]
-    if isinstance(first, torch.Tensor):
-        return {"dtype": first.dtype, "device": first.device}
-    return {"dtype": getattr(torch, np.asarray(first).dtype.name), "device": torch.device("cpu")}
-
-
-def fixed_at(model: TwiceDifferentiable, params: Any, dtype: Any, device: Any) -> Any:
-    """Return ``model`` at today's θ, of these parameters; ValueError for settings that a model of one's own lacks."""
-    if isinstance(model, TorchTwiceDifferentiable):
-        return model.at_point(params, dtype, device)
-    for name, value in (("params", params), ("dtype", dtype), ("device", device)):
-        if value is not None and value != "auto":
-            hint = "Its own θ says where and what it is. Subclass TorchTwiceDifferentiable for the choice."
-            raise ValueError(must_be(name, f"None for a {type(model).__name__}", repr(value), hint))
-    return model
-
-
-def _unwrap(model: Any) -> Any:
+def _unwrap(model: object) -> object:
     while isinstance(model, SharedModel | FrozenEstimator):
         model = model.model if isinstance(model, SharedModel) else model.estimator
     return model
 
 
-def _adapter_of(model: Any) -> Callable[[Any], TwiceDifferentiable] | None:
+def _adapter_of(model: object) -> Adapter | None:
     return next((_adapters[base] for base in type(model).__mro__ if base in _adapters), None)
 
 
-def _checked(adapted: Any, model: Any) -> TwiceDifferentiable:
+def _checked(adapted: object, model: object) -> TwiceDifferentiable:
     if not isinstance(adapted, TwiceDifferentiable):
         what = f"What the adapter registered for a {type(model).__name__} returns"
         raise TypeError(must_be(what, "a TwiceDifferentiable", type(adapted).__name__))
     return adapted
 
 
-def _refuse_search(model: Any) -> None:
-    # Searches of other kinds and libraries have it too, once they are fitted.
-    if isinstance(model, GridSearchCV | RandomizedSearchCV) or hasattr(model, "best_estimator_"):
+def _refuse_search(model: object) -> None:
+    if isinstance(model, GridSearchCV | RandomizedSearchCV | FittedSearch):
         got = f"a {type(model).__name__}, a search for one"
         raise TypeError(must_be("model", ACCEPTED, got, "Try its `.best_estimator_`, once it is fitted."))
 
 
-def _way_to_a_model(value: Any) -> str:
+def _way_to_a_model(value: object) -> str:
     if isinstance(value, Mapping):
         return "A `state_dict` holds tensors alone: load it into its module."
     if isinstance(value, str | bytes | Path):
@@ -164,30 +162,30 @@ def _way_to_a_model(value: Any) -> str:
     return "Models of other types: `register_model`."
 
 
-def _refuse_own(model: Any, loss: Any, weight_decay: Any) -> None:
+def _refuse_own(model: object, loss: object, weight_decay: Decay) -> None:
     if loss is not None or weight_decay:
         name = "loss" if loss is not None else "weight_decay"
         hint = f"A {type(model).__name__} brings its own: give it there."
         raise ValueError(must_be(name, "left at its default", repr(loss if loss is not None else weight_decay), hint))
 
 
-def _is_skorch(value: Any) -> bool:
+def _is_skorch(value: object) -> TypeGuard[skorch.NeuralNet]:
     # Without importing skorch for those who do not use it.
     skorch = sys.modules.get("skorch")
     return skorch is not None and isinstance(value, skorch.NeuralNet)
 
 
-def _adapt_skorch(net: Any, loss: Any, weight_decay: Any) -> TwiceDifferentiable:
+def _adapt_skorch(net: skorch.NeuralNet, loss: object, weight_decay: Decay) -> TwiceDifferentiable:
     if loss is not None:
         hint = "A skorch net brings its criterion; for another loss, pass `net.module_`."
         raise ValueError(must_be("loss", "None for a skorch net", repr(loss), hint))
-    if not getattr(net, "initialized_", False):
+    if not net.initialized_:
         hint = f"Call `net.initialize()` or `net.fit(X, y)` first; {UNFITTED}"
         raise NotFittedError(must_be(f"The {type(net).__name__}", "initialised", "an uninitialised net", hint))
     return SkorchTwiceDifferentiable(net, weight_decay)
 
 
-def _adapt_pipeline(pipeline: Any, loss: Any, weight_decay: Any) -> TwiceDifferentiable:
+def _adapt_pipeline(pipeline: Pipeline, loss: object, weight_decay: Decay) -> TwiceDifferentiable:
     """Return the last step's model, which reads data through the steps before it."""
     adapted = as_model(pipeline.steps[-1][1], loss, weight_decay)
     if len(pipeline) == 1:

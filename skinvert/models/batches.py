@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -18,11 +18,19 @@ __all__ = [
     "labels_key",
     "leading_length",
     "map_tensors",
+    "rebuilt",
     "row_axes",
     "split_labels",
     "takes",
     "with_row_axis",
 ]
+
+
+@runtime_checkable
+class _NamedTuple(Protocol):
+    _fields: tuple[str, ...]
+
+    def _make(self, values: Iterable[Any]) -> Any: ...
 
 
 def map_tensors(function: Any, batch: Any) -> Any:
@@ -41,8 +49,15 @@ def map_tensors(function: Any, batch: Any) -> Any:
         return {key: map_tensors(function, value) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
         parts = [map_tensors(function, value) for value in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+        return rebuilt(batch, parts)
     return batch
+
+
+def rebuilt(container: tuple[Any, ...] | list[Any], parts: Iterable[Any]) -> Any:
+    """Return ``parts`` in a container of the same type: a named tuple takes them one by one."""
+    if isinstance(container, tuple) and isinstance(container, _NamedTuple):
+        return container._make(parts)
+    return type(container)(parts)
 
 
 def row_axes(batch: Any) -> Any:
@@ -51,7 +66,7 @@ def row_axes(batch: Any) -> Any:
         return {key: row_axes(value) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
         parts = [row_axes(value) for value in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+        return rebuilt(batch, parts)
     return 0 if isinstance(batch, torch.Tensor) and batch.ndim else None
 
 
@@ -61,7 +76,7 @@ def with_row_axis(row: Any, axes: Any) -> Any:
         return {key: with_row_axis(value, axes[key]) for key, value in row.items()}
     if isinstance(row, tuple | list):
         parts = [with_row_axis(*pair) for pair in zip(row, axes, strict=True)]
-        return type(row)(*parts) if hasattr(row, "_fields") else type(row)(parts)
+        return rebuilt(row, parts)
     return row if axes is None else row[None]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .._telling import warn
+from .._types import Decay
 from .._validation import must_be
 from .compiled import unwrapped
 from .losses import (
@@ -60,7 +61,7 @@ class SkorchTwiceDifferentiable(TorchTwiceDifferentiable):
         like; the decoupled one of AdamW, and those that differ between parameter groups, are warned of and left out.
     """
 
-    def __init__(self, net: Any, weight_decay: float = 0.0) -> None:
+    def __init__(self, net: Any, weight_decay: Decay = 0.0) -> None:
         self.net = net
         criterion = unwrapped(net.criterion_)
         loss = SkorchLoss(net, criterion) if is_torch_loss(criterion) else SkorchCallable(net, criterion)

@@ -216,16 +216,6 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
             hint = "They were too large to copy. Call `fit` again."
             raise ValueError(must_be("The frozen parameters", "those of fit", f"others in {changed}", hint))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of θ."""
-        return self.theta[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of θ."""
-        return self.theta[0].device
-
     # The fitted steps of a pipeline before the model; None where it sees the data as they are.
     features: Any = None
     # Over a copy until its first forward pass: a look-out for what it still shares with the user's model.

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from ..curvature import CURVATURES, Gram, build_curvature
-from ..data import Batches, as_batches
+from ..data import Batches
+from ..data import batches_of as batches_of_data
 from ..methods.base import InverseOperator, Method
-from ..models import TorchTwiceDifferentiable, describe
+from ..models import TorchTwiceDifferentiable
 from ..operators import LinearOperator
 from .tabulated import Tabulated
 
@@ -150,4 +151,4 @@ def batches_of(
     """Return the network's data, or the rows of these indices, in batches of so many rows."""
     X, y = network(model.dtype)[1]
     data = (X, y) if chosen is None else (X[chosen], y[chosen])
-    return as_batches(data, batch_size=batch_size, sample_weight=sample_weight, **describe(model))
+    return batches_of_data(model, data, batch_size=batch_size, sample_weight=sample_weight)

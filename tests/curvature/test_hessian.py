@@ -6,6 +6,7 @@ import torch
 from oracles import matrix_error, relative_error, solution
 
 from skinvert import HessianInverter, TwiceDifferentiable, solve_hvp
+from skinvert.parameters import ParameterLayout
 
 N, P = 11, 4
 RNG = np.random.default_rng(0)
@@ -96,6 +97,26 @@ def test_own_model(model, method, batch_size):
     b = RNG.standard_normal((3, P))
     inverter = HessianInverter(method, 0.1, batch_size=batch_size).fit(model(), (X, Y))
     assert relative_error(inverter.transform(b), solution(logistic_hessian(X, np.ones(N)), 0.1, b)) <= 1e-7
+
+
+class Placed(TorchLogistic):
+    """Says itself what is else read off θ."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtype, self.device = torch.float64, "cpu"
+        self.layout = ParameterLayout(("slope",), ((P,),))
+
+
+def test_what_a_model_does_not_say_is_read_off_its_parameters():
+    b = RNG.standard_normal((3, P))
+    fitted = [HessianInverter("direct", 0.1).fit(model(), (X, Y)) for model in (TorchLogistic, NumpyLogistic, Placed)]
+    assert [inverter.parameter_names_ for inverter in fitted] == [["parameter0"], ["parameter0"], ["slope"]]
+    assert fitted[2].get_feature_names_out()[0] == "slope[0]"
+    for inverter in fitted:
+        assert inverter.inverse_.dtype == torch.float64
+        assert relative_error(inverter.transform(b), solution(logistic_hessian(X, np.ones(N)), 0.1, b)) <= 1e-7
+    assert (TorchLogistic().dtype, TorchLogistic().device) == (torch.float64, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("model", OWN)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 
-from ._autograd import own_tensor
-from ._checksum import checksum
-from ._memory import working_memory
-from ._validation import check_sample_weight, must_be, to_plain_array
-from .models import TorchTwiceDifferentiable, labels_key, leading_length, map_tensors
+from .._autograd import own_tensor
+from .._checksum import checksum
+from .._memory import working_memory
+from .._types import Batch
+from .._validation import check_sample_weight, must_be, to_plain_array
+from ..models import TwiceDifferentiable, labels_key, leading_length, map_tensors, rebuilt
+from .loaders import Source
 from .sources import is_numbers, source_of
 
-__all__ = ["Batches", "as_batches"]
+__all__ = ["Batches", "as_batches", "batches_of"]
 
 
 @dataclass
@@ -33,14 +34,14 @@ class Batches:
         None is a weight of one for each row.
     """
 
-    source: Callable[[], Iterable[Any]]
+    source: Source
     dtype: torch.dtype
     device: torch.device
     sample_weight: np.ndarray | None = None
     n_samples: int = 0
-    kept: list[Any] | None = None
+    kept: list[Batch] | None = None
 
-    def __iter__(self) -> Iterator[tuple[Any, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Batch, torch.Tensor]]:
         """Yield ``(batch, weights)`` over all rows."""
         start = 0
         for batch in self.raw():
@@ -48,7 +49,7 @@ class Batches:
             yield batch, self._weights(start, m)
             start += m
 
-    def raw(self) -> Iterable[Any]:
+    def raw(self) -> Iterable[Batch]:
         """Yield the batches as tensors, from memory where they are kept."""
         if self.kept is not None:
             return self.kept
@@ -90,21 +91,21 @@ class Batches:
 
 
 def as_batches(
-    data: Any,
+    data: object,
     *,
     dtype: torch.dtype,
     device: torch.device,
-    model: Any = None,
+    model: TwiceDifferentiable | None = None,
     batch_size: int | None = None,
-    sample_weight: Any = None,
+    sample_weight: object = None,
     needs_row_order: bool = False,
     hold: bool = True,
 ) -> Batches:
     """Return ``data``, in any accepted form, as ``Batches``; collated once and kept where it fits the memory.
 
     What is kept is a copy, which later changes of the user's arrays do not reach; what is not is held against the
-    checksums of the first pass, unless ``hold`` is False: for what one pass alone decides. A torch ``model`` says how
-    its batches are read as pairs (inputs, targets).
+    checksums of the first pass, unless ``hold`` is False: for what one pass alone decides. A ``model`` says how its
+    batches are read as pairs (inputs, targets).
     """
     source = source_of(data, batch_size, needs_row_order or sample_weight is not None)
     batches = Batches(_SameEveryPass(source, dtype, device, hold), dtype, device)
@@ -112,16 +113,38 @@ def as_batches(
     if not batches.n_samples:
         raise ValueError(must_be("data", "one with at least one row", "0 samples: minimum of 1 is required"))
     batches.sample_weight = check_sample_weight(sample_weight, batches.n_samples)
-    if isinstance(model, TorchTwiceDifferentiable):
+    if model is not None:
         model.learn_labels(batches.raw)
         batches.source = _Paired(batches.source, model)
         batches.kept = None if batches.kept is None else [model.pair(batch) for batch in batches.kept]
     return batches
 
 
+def batches_of(
+    model: TwiceDifferentiable,
+    data: object,
+    *,
+    batch_size: int | None = None,
+    sample_weight: object = None,
+    needs_row_order: bool = False,
+    hold: bool = True,
+) -> Batches:
+    """Return ``data`` as a model reads it, as ``Batches`` in its dtype and on its device."""
+    return as_batches(
+        model.read(data),
+        dtype=model.dtype,
+        device=model.device,
+        model=model,
+        batch_size=batch_size,
+        sample_weight=sample_weight,
+        needs_row_order=needs_row_order,
+        hold=hold,
+    )
+
+
 def _collect(batches: Batches) -> None:
     """Count the rows, check them, and keep copies of the batches while they fit the working memory."""
-    kept: list[Any] | None = []
+    kept: list[Batch] | None = []
     size = 0
     for batch in batches.raw():
         batches.n_samples += leading_length(batch)
@@ -135,13 +158,13 @@ def _collect(batches: Batches) -> None:
 class _SameEveryPass:
     """Raw batches as tensors, each pass held against the first one's checksums."""
 
-    source: Callable[[], Iterable[Any]]
+    source: Source
     dtype: torch.dtype
     device: torch.device
     hold: bool = True
-    seen: list[Any] | None = field(default=None, repr=False)
+    seen: list[list[object]] | None = field(default=None, repr=False)
 
-    def __call__(self) -> Iterator[Any]:
+    def __call__(self) -> Iterator[Batch]:
         """Yield the batches; ValueError where they are not those of the first pass."""
         first = self.seen is None
         known = [] if self.seen is None else self.seen
@@ -166,10 +189,10 @@ class _SameEveryPass:
 class _Paired:
     """Raw batches as the pairs that a model reads in them."""
 
-    source: Callable[[], Iterable[Any]]
-    model: TorchTwiceDifferentiable
+    source: Source
+    model: TwiceDifferentiable
 
-    def __call__(self) -> Iterator[Any]:
+    def __call__(self) -> Iterator[Batch]:
         return (self.model.pair(batch) for batch in self.source())
 
 
@@ -182,13 +205,13 @@ def _differs(got: str) -> str:
     return must_be("The data", must, got, hint)
 
 
-def _checksums(batch: Any) -> list[Any]:
-    found: list[Any] = []
+def _checksums(batch: Batch) -> list[object]:
+    found: list[object] = []
     map_tensors(lambda tensor: found.append(checksum(tensor)), batch)
     return found
 
 
-def _to_tensors(batch: Any, dtype: torch.dtype, device: torch.device) -> Any:
+def _to_tensors(batch: Batch, dtype: torch.dtype, device: torch.device) -> Batch:
     """Return a batch on the device; the targets of a pair or a labelled mapping are never short integers."""
     if isinstance(batch, Mapping):
         label = labels_key(batch)
@@ -198,7 +221,7 @@ def _to_tensors(batch: Any, dtype: torch.dtype, device: torch.device) -> Any:
     return _tensor(batch, dtype, device)
 
 
-def _tensor(value: Any, dtype: torch.dtype, device: torch.device, target: bool = False) -> Any:
+def _tensor(value: object, dtype: torch.dtype, device: torch.device, target: bool = False) -> Batch:
     """Return a part of a batch: floats in ``dtype``, short integers widened, but the bytes of inputs as they are."""
     if isinstance(value, np.ndarray | np.generic) or is_numbers(value):
         value = torch.from_numpy(np.array(to_plain_array(value, "A batch"), copy=True))
@@ -214,11 +237,11 @@ def _tensor(value: Any, dtype: torch.dtype, device: torch.device, target: bool =
         return {key: _tensor(part, dtype, device, target) for key, part in value.items()}
     if isinstance(value, tuple | list):
         parts = [_tensor(part, dtype, device, target) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        return rebuilt(value, parts) if isinstance(value, tuple) else tuple(parts)
     return value
 
 
-def _merged(parts: list[Any]) -> list[Any]:
+def _merged(parts: list[Batch]) -> list[Batch]:
     """Return the parts as one batch, or as they are where they cannot be joined."""
     try:
         return [_joined(parts)] if len(parts) > 1 else parts
@@ -226,7 +249,7 @@ def _merged(parts: list[Any]) -> list[Any]:
         return parts
 
 
-def _joined(parts: list[Any]) -> Any:
+def _joined(parts: list[Batch]) -> Batch:
     first = parts[0]
     if isinstance(first, torch.Tensor) and first.ndim:
         return torch.cat(parts)
@@ -234,7 +257,7 @@ def _joined(parts: list[Any]) -> Any:
         return {key: _joined([part[key] for part in parts]) for key in first}
     if isinstance(first, tuple | list):
         joined = [_joined(list(values)) for values in zip(*parts, strict=True)]
-        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
+        return rebuilt(first, joined)
     raise ValueError(must_be("A joined batch", "of tensors", type(first).__name__))
 
 
@@ -244,7 +267,7 @@ def _check_finite(tensor: torch.Tensor) -> None:
         raise ValueError(must_be("data", "finite", kind, "Try to impute or drop those rows."))
 
 
-def _nbytes(batch: Any) -> int:
+def _nbytes(batch: Batch) -> int:
     sizes: list[int] = []
     map_tensors(lambda tensor: sizes.append(tensor.nbytes), batch)
     return sum(sizes)

@@ -1,0 +1,112 @@
+"""What is asked of data as the user holds them: what `fit` means by them, how many rows there are, and some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from sklearn.utils import check_consistent_length
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
+
+from .._frames import Frame
+from .._types import Array, Batch
+from .._validation import must_be
+from ..models import map_tensors
+
+__all__ = ["as_data", "as_pair", "count", "holds_tensors", "is_data", "take"]
+
+
+class _Samples(Dataset[Batch]):
+    """A list of samples, as a search over a data set leaves it."""
+
+    def __init__(self, samples: list[Batch]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.samples[index]
+
+
+def as_data(X: object, y: object) -> object:
+    """Return what ``fit(X, y)`` with a model means: a pair, or a list of samples where a search indexed a data set."""
+    if y is not None:
+        return (X, y)
+    return _Samples(X) if isinstance(X, list) else X
+
+
+def as_pair(data: object) -> tuple[object, object]:
+    """Return data as the two arguments X and y of ``fit``."""
+    if isinstance(data, tuple) and len(data) == 2:
+        return data
+    return data, None
+
+
+def is_data(value: object) -> bool:
+    """Return whether ``value`` is data for a model, which no plain rows or targets could be."""
+    if isinstance(value, tuple):
+        return any(isinstance(part, np.ndarray | torch.Tensor | Mapping | Frame) for part in value)
+    return isinstance(value, DataLoader | Dataset | Iterator)
+
+
+def count(data: object) -> tuple[int, Array]:
+    """Return how many rows there are to split, and the targets where they are at hand."""
+    if isinstance(data, np.ndarray | Frame):
+        return len(data), None
+    if isinstance(data, tuple) and len(data) == 2 and data[1] is not None:
+        X, y = data
+        inputs = X.values() if isinstance(X, Mapping) else X if isinstance(X, tuple) else [X]
+        check_consistent_length(*inputs, y)
+        return len(y), y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else y
+    dataset = data
+    if isinstance(data, DataLoader) and data.batch_size is not None:
+        dataset = data.dataset if type(data.sampler) in (SequentialSampler, RandomSampler) else None
+    if isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset):
+        return len(dataset), None  # type: ignore[arg-type]
+    must = "an (X, y) tuple, a map-style Dataset, or a DataLoader of one without a sampler of its own"
+    raise TypeError(must_be("Data to split into folds", must, type(data).__name__, "Batches hide their rows."))
+
+
+def take(data: object, rows: np.ndarray) -> object:
+    """Return the ``rows`` of data in the form that it has: a tuple, a Dataset, a DataLoader or one array."""
+    if isinstance(data, tuple):
+        return tuple(_taken(part, rows) for part in data)
+    if isinstance(data, DataLoader):
+        return DataLoader(
+            Subset(data.dataset, rows.tolist()),
+            batch_size=data.batch_size,
+            collate_fn=data.collate_fn,
+            num_workers=data.num_workers,
+        )
+    return Subset(data, rows.tolist()) if isinstance(data, Dataset) else _taken(data, rows)
+
+
+def _taken(values: Array, rows: np.ndarray) -> Array:
+    if isinstance(values, Mapping):
+        return {key: _taken(part, rows) for key, part in values.items()}
+    if isinstance(values, tuple):
+        return tuple(_taken(part, rows) for part in values)
+    if isinstance(values, torch.Tensor):
+        return values[torch.from_numpy(rows).to(values.device)]
+    if isinstance(values, Frame):
+        return values.iloc[rows]
+    return [values[i] for i in rows] if isinstance(values, list) else values[rows]
+
+
+def holds_tensors(data: Batch) -> bool:
+    """Return whether the inputs are tensors as the user holds them."""
+    if isinstance(data, tuple):
+        return _any_tensor(data[0])
+    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+        return _any_tensor(data.collate_fn([data.dataset[0]]))
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return _any_tensor(data[0])
+    return _any_tensor(next(iter(data)))
+
+
+def _any_tensor(batch: Batch) -> bool:
+    found: list[torch.Tensor] = []
+    map_tensors(found.append, batch[0] if isinstance(batch, tuple | list) and batch else batch)
+    return bool(found)

@@ -1,0 +1,297 @@
+"""λ by cross-validation: one factorisation a fold serves every λ."""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Self
+
+import numpy as np
+import scipy.linalg
+import scipy.stats
+import torch
+from sklearn.model_selection import check_cv
+from sklearn.utils import check_array
+
+from .._arguments import check_fit_arguments, check_method
+from .._autograd import ordinary
+from .._fitting import fit_whole
+from .._frames import Frame
+from .._progress import progress
+from .._schema import check_fields
+from .._types import Decay, Device, Globs, Partition, RandomState, State
+from .._validation import check_hessian_perturbation, check_sample_weight, check_shift, must_be
+from ..answers import check_container, setting_fields
+from ..curvature import SampledFisher
+from ..data import as_data, as_pair, batches_of, count, take
+from ..files import UNSAVED, savable
+from ..inverter import HessianInverter
+from ..methods.base import Method
+from ..models import SklearnTwiceDifferentiable, as_model, is_model
+from ..persistence import left_out, require_present
+from .chosen import ChosenInverter
+from .scorer import QuadraticScorer
+
+__all__ = ["HessianInverterCV"]
+
+# Settings that HessianInverter does not have.
+OWN = ("hessian_perturbations", "cv", "scoring")
+# What a file holds beside the settings.
+FITTED = {
+    "inverter_": "state",
+    "cv_results_": "plain",
+    "best_index_": "int",
+    "best_score_": "float",
+    "n_splits_": "int",
+    "_sklearn_output_config": "plain",
+}
+
+
+@savable
+class HessianInverterCV(ChosenInverter):
+    r"""A ``HessianInverter`` that chooses λ by cross-validation, then fits on all rows.
+
+    As ``GridSearchCV`` over ``hessian_perturbation``, but the curvature of a fold is assembled and factorised once for
+    every λ, and the held-out rows' gradients and curvature are computed once.
+
+    Parameters
+    ----------
+    hessian_perturbations : iterable of float, default=(1e-6, 1e-5, ..., 1e2)
+        λ ≥ 0 to choose from, on the scale of the mean loss.
+    cv : int, splitter or iterable of (train, test), default=5
+        Folds of rows; an int takes consecutive rows, unshuffled, as ``KFold`` does.
+    scoring : callable, default=None
+        ``scorer(estimator, X, y)``; None is ``HessianInverter.score``. See ``make_quadratic_scorer``. Where there are
+        weights it must take ``sample_weight`` by name.
+    method, curvature, model, loss, weight_decay, params, blocks, batch_size, device, dtype, random_state
+        As for ``HessianInverter``.
+    check_residual, verbose
+        As for ``HessianInverter``.
+
+    Attributes
+    ----------
+    inverter_ : HessianInverter
+        Fitted on all rows, at the λ of the highest mean score. Its attributes are this estimator's too.
+    hessian_perturbation_ : float
+        That λ.
+    best_score_ : float
+        The score at it.
+    best_index_ : int
+        Its place in ``hessian_perturbations``.
+    cv_results_ : dict of str to ndarray or list
+        ``params``, ``param_hessian_perturbation``, ``split{i}_test_score``, ``mean_test_score``, ``std_test_score`` and
+        ``rank_test_score``, one entry per λ, as ``GridSearchCV`` has them.
+    n_splits_ : int
+        Number of folds.
+
+    See Also
+    --------
+    HessianInverter : Has the other attributes.
+
+    Notes
+    -----
+    The limits of ``HessianInverter.score`` are its own. ``sample_weight`` weighs training and held-out rows.
+
+    Examples
+    --------
+    >>> X = np.random.default_rng(0).standard_normal((40, 10))
+    >>> HessianInverterCV([1e-3, 1e-1, 1e3]).fit(X).hessian_perturbation_
+    0.1
+    """
+
+    def __init__(
+        self,
+        hessian_perturbations: Iterable[float] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2),
+        *,
+        cv: object = 5,
+        scoring: Callable[..., float] | None = None,
+        method: str | Method = "auto",
+        curvature: str | SampledFisher = "auto",
+        model: object = None,
+        loss: object = None,
+        weight_decay: Decay = 0.0,
+        params: Globs = None,
+        blocks: Partition = None,
+        batch_size: int | None = None,
+        device: Device = None,
+        dtype: object = None,
+        random_state: RandomState = None,
+        check_residual: bool = True,
+        verbose: int = 0,
+    ) -> None:
+        self.hessian_perturbations = hessian_perturbations
+        self.cv = cv
+        self.scoring = scoring
+        self.method = method
+        self.curvature = curvature
+        self.model = model
+        self.loss = loss
+        self.weight_decay = weight_decay
+        self.params = params
+        self.blocks = blocks
+        self.batch_size = batch_size
+        self.device = device
+        self.dtype = dtype
+        self.random_state = random_state
+        self.check_residual = check_residual
+        self.verbose = verbose
+
+    @ordinary
+    def fit(
+        self, X: object, y: object = None, sample_weight: object = None, groups: object = None
+    ) -> HessianInverterCV:
+        """Choose λ, and fit the inverse at it on all rows.
+
+        Parameters
+        ----------
+        X : model, array of shape (n, ...) or data
+            As for ``HessianInverter.fit``: a model, with its data as ``y``; else inputs for ``self.model``; else plain
+            rows (n, p). Batches that are already made cannot be split into folds.
+        y : data or array of shape (n, ...), default=None
+            ``(X, y)``, a Dataset or a DataLoader after a model; targets after inputs.
+        sample_weight : array of shape (n,), default=None
+            Weights wᵢ ≥ 0.
+        groups : array of shape (n,), default=None
+            Labels of groups of rows, for a ``cv`` that keeps them together, such as ``GroupKFold``.
+
+        Returns
+        -------
+        HessianInverterCV
+            Itself.
+        """
+        check_method(self.method)
+        check_fit_arguments(X, y, self.model)
+        shifts = _check_shifts(self.hessian_perturbations)
+        fit_whole(self, lambda fresh: fresh._search(X, y, sample_weight, groups, shifts))
+        return self
+
+    def _search(self, X: object, y: object, sample_weight: object, groups: object, shifts: list[float]) -> None:
+        model, data = self._model_and_data(X, y)
+        n, targets = count(data)
+        weights = check_sample_weight(sample_weight, n)
+        folded = self._settled(model, data, weights)
+        splitter = check_cv(require_present(self.cv, "cv"), targets, classifier=False)
+        splits = list(splitter.split(np.zeros((n, 1)), targets, groups))
+        folds = progress(splits, "folds", self.verbose, len(splits))
+        scores = np.array([self._fold_scores(folded, data, weights, shifts, *fold) for fold in folds]).T
+        self._choose(shifts, scores)
+        self.inverter_ = self._inverter(shifts[self.best_index_]).fit(X, y, sample_weight)
+
+    def _model_and_data(self, X: object, y: object) -> tuple[object, object]:
+        """Return the model that ``fit`` is given before its data, and the data to split: rows where there is none."""
+        if is_model(X):
+            return X, y
+        if self.model is not None:
+            return None, as_data(X, y)
+        rows = X.detach().cpu().numpy() if isinstance(X, torch.Tensor) else X
+        checked = check_array(rows, dtype=[np.float64, np.float32], estimator=self, input_name="X")
+        # The folds of a frame are frames, and know its columns.
+        return None, rows if isinstance(rows, Frame) else checked
+
+    def _settled(self, model: object, data: object, weights: np.ndarray | None) -> object:
+        """Return the model of the folds: scikit-learn's penalties are divided by the rows of the fit, not of a fold."""
+        given = require_present(self.model if model is None else model, "model")
+        if given is None:
+            return None
+        adapted = as_model(given, require_present(self.loss, "loss"), self.weight_decay)
+        if not isinstance(adapted, SklearnTwiceDifferentiable) or adapted.totals is not None:
+            return model
+        adapted.settle(batches_of(adapted, data, batch_size=self.batch_size, sample_weight=weights))
+        return adapted
+
+    def _inverter(self, shift: float) -> HessianInverter:
+        settings = {name: value for name, value in self.get_params(deep=False).items() if name not in OWN}
+        return HessianInverter(hessian_perturbation=shift, **settings)
+
+    def _fold_scores(
+        self,
+        model: object,
+        data: object,
+        weights: np.ndarray | None,
+        shifts: list[float],
+        train: np.ndarray,
+        test: np.ndarray,
+    ) -> list[float]:
+        # λ = 0 may want another factorisation than λ > 0, which is at hand then for every λ.
+        inverter = self._inverter(0.0 if 0.0 in shifts else max(shifts))
+        seen, held = take(data, train), take(data, test)
+        part, rest = (None, None) if weights is None else (weights[train], weights[test])
+        with warnings.catch_warnings():
+            # Of a λ that is only where the path starts from; indefinite ones score -inf, and are warned of.
+            warnings.simplefilter("ignore", scipy.linalg.LinAlgWarning)
+            inverter.fit(*((model, seen) if model is not None else as_pair(seen)), sample_weight=part)
+        for shift in shifts:
+            check_shift(shift, inverter._factorised("another λ").dtype)
+        scoring = QuadraticScorer(None) if self.scoring is None else require_present(self.scoring, "scoring")
+        if isinstance(scoring, QuadraticScorer):
+            return scoring.path(inverter, shifts, (*as_pair(held), rest))
+        if not callable(scoring):
+            raise TypeError(must_be("scoring", "None or a callable (estimator, X, y)", repr(scoring)))
+        weighed = {} if rest is None else {"sample_weight": rest}
+        if weighed and "sample_weight" not in inspect.signature(scoring).parameters:
+            must = "one that takes sample_weight by name, where there are weights"
+            raise TypeError(must_be("scoring", must, repr(scoring), "Try `make_quadratic_scorer()`."))
+        return [float(scoring(inverter._at(shift), *as_pair(held), **weighed)) for shift in shifts]
+
+    def _choose(self, shifts: list[float], scores: np.ndarray) -> None:
+        scores = np.where(np.isnan(scores), -np.inf, scores)
+        mean = scores.mean(1)
+        if not np.isfinite(mean).any():
+            hint = f'Try λ > {max(shifts):.3g}, or curvature="ggn".'
+            got = f"a score of -inf in some fold for each of {', '.join(f'{shift:.3g}' for shift in shifts)}"
+            raise ValueError(must_be("hessian_perturbations", "such that one λ serves every fold", got, hint))
+        with np.errstate(invalid="ignore"):
+            std = scores.std(1)
+        rank = scipy.stats.rankdata(-mean, method="min").astype(np.int32)
+        self.cv_results_: State = {
+            "params": [{"hessian_perturbation": shift} for shift in shifts],
+            "param_hessian_perturbation": np.ma.array(shifts),
+            **{f"split{i}_test_score": column for i, column in enumerate(scores.T)},
+            "mean_test_score": mean,
+            "std_test_score": std,
+            "rank_test_score": rank,
+        }
+        self.best_index_, self.n_splits_ = int(rank.argmin()), scores.shape[1]
+        self.best_score_ = float(mean[self.best_index_])
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def _file_state(self) -> State:
+        state = {name: value for name, value in self.__getstate__().items() if name not in UNSAVED}
+        # Splitters and scorers are code; shifts may be any iterable.
+        state["cv"] = int(self.cv) if isinstance(self.cv, numbers.Integral) else left_out(self.cv)
+        state["scoring"] = left_out(self.scoring)
+        state["hessian_perturbations"] = [entry["hessian_perturbation"] for entry in self.cv_results_["params"]]
+        return {**state, "inverter_": self.inverter_._file_state()}
+
+    @classmethod
+    def _file_fields(cls) -> tuple[Mapping[str, str], frozenset[str]]:
+        return {**setting_fields(cls), **FITTED}, frozenset({"_sklearn_output_config"})
+
+    @classmethod
+    def _restored(cls, state: State) -> Self:
+        inner, results = state["inverter_"], state["cv_results_"]
+        check_fields(
+            HessianInverter.__name__, HessianInverter._file_fields()[0], inner, HessianInverter._file_fields()[1]
+        )
+        check_container(state)
+        state["inverter_"] = inverter = HessianInverter._restored(inner)
+        chosen = results["params"][state["best_index_"]]["hessian_perturbation"]
+        if chosen != inverter.hessian_perturbation_:
+            raise ValueError(
+                must_be("The λ chosen", f"that of the inverse, {inverter.hessian_perturbation_:g}", chosen)
+            )
+        # Arrays of a file have no masks.
+        results["param_hessian_perturbation"] = np.ma.array(results["param_hessian_perturbation"])
+        return super()._restored(state)
+
+
+def _check_shifts(values: object) -> list[float]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(must_be("hessian_perturbations", "an iterable of λ ≥ 0", repr(values)))
+    shifts = [check_hessian_perturbation(value, "HessianInverterCV") for value in values]
+    if not shifts:
+        raise ValueError(must_be("hessian_perturbations", "at least one λ", "none"))
+    return shifts

@@ -1,0 +1,168 @@
+"""The system that is inverted: the curvature of a model over its data, or of plain rows, and what is known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeGuard
+
+import torch
+from sklearn.utils import check_random_state
+
+from ._autograd import ordinary
+from ._types import Device, Globs, Partition, RandomState
+from ._validation import check_number, check_sample_weight, check_shift, must_be, resolve_device, resolve_dtype
+from .curvature import (
+    CURVATURES,
+    Gram,
+    SampledFisher,
+    build_blocks,
+    build_curvature,
+    curvature_name,
+    seeded_curvature,
+)
+from .data import Batches, batches_of
+from .methods.base import InverseOperator, Method
+from .methods.blocks import invert_blocks
+from .models import TwiceDifferentiable
+from .operators import BlockDiagonal, LinearOperator
+from .parameters import ParameterLayout, split_blocks
+
+__all__ = [
+    "Function",
+    "Inverter",
+    "System",
+    "assemble",
+    "check_requirements",
+    "is_method",
+    "random_seed",
+    "seeded_method",
+]
+
+# A user's own function, registered in place of a method: it takes the model and the data themselves.
+Function: TypeAlias = Callable[..., Any]
+Inverter: TypeAlias = type[Method] | Function
+
+
+@dataclass(frozen=True)
+class System:
+    """A curvature H and what it was made from.
+
+    Parameters
+    ----------
+    curvature : LinearOperator
+        H, the whole of it.
+    curvature_name : str
+        Which; ``"gram"`` for plain rows.
+    n_samples : int
+        Number of rows.
+    gradient_norm : float or None
+        ‖∇L(θ)‖; None for plain rows, as all that follows.
+    model : TwiceDifferentiable or None
+        At a fixed θ.
+    batches : Batches or None
+        The data.
+    layout : ParameterLayout or None
+        Names and shapes of θ.
+    blocks : BlockDiagonal or None
+        The part of H that is inverted, where it is not the whole.
+    """
+
+    curvature: LinearOperator
+    curvature_name: str
+    n_samples: int
+    gradient_norm: float | None = None
+    model: TwiceDifferentiable | None = None
+    batches: Batches | None = None
+    layout: ParameterLayout | None = None
+    blocks: BlockDiagonal | None = None
+
+    @ordinary
+    def invert(self, method: Method, hessian_perturbation: float, verbose: int = 0) -> tuple[Method, InverseOperator]:
+        """Return the method that inverts, which is what ``method`` chooses, and the inverse at λ."""
+        A, shift = self.curvature, check_shift(hessian_perturbation, self.curvature.dtype)
+        check_requirements(method, A)
+        if self.blocks is not None:
+            return method, invert_blocks(method, self.blocks, shift, verbose).judged_by(A)
+        chosen = method.choose(A, shift)
+        return chosen, chosen.invert(A, shift, verbose)
+
+
+@ordinary
+def assemble(
+    model_or_rows: TwiceDifferentiable | torch.Tensor,
+    data: object = None,
+    *,
+    method: Method | Function,
+    curvature: str | SampledFisher = "auto",
+    params: Globs = None,
+    blocks: Partition = None,
+    batch_size: int | None = None,
+    device: Device = None,
+    dtype: object = None,
+    sample_weight: object = None,
+    random_state: RandomState = None,
+    verbose: int = 0,
+) -> System:
+    """Return the system of an adapted model over its data, or of plain rows (n, p).
+
+    The settings are those of ``HessianInverter``. A method that draws is seeded by ``seeded_method`` before, so that a
+    generator is drawn from in one order whoever asks.
+    """
+    if batch_size is not None:
+        check_number(batch_size, "batch_size", owner="HessianInverter", low=1, integer=True)
+    if isinstance(model_or_rows, torch.Tensor):
+        return _of_rows(model_or_rows, curvature, blocks, device, dtype, sample_weight)
+    model = model_or_rows.at_point(params, dtype, device)
+    default = method.default_curvature if isinstance(method, Method) else "hessian"
+    chosen = seeded_curvature(default if curvature == "auto" else curvature, random_state)
+    name = curvature_name(chosen)
+    batches = batches_of(model, data, batch_size=batch_size, sample_weight=sample_weight)
+    A: Any = build_curvature(chosen, model, batches, verbose)
+    parts = None
+    if blocks is not None:
+        if not isinstance(method, Method):
+            raise ValueError(must_be("blocks", "None for a method that is a function", repr(blocks)))
+        parts = build_blocks(chosen, model, batches, split_blocks(model.layout.names, blocks), verbose)
+    return System(A, name, batches.n_samples, A.gradient_norm, model, batches, model.layout, parts)
+
+
+def _of_rows(
+    rows: torch.Tensor, curvature: object, blocks: object, device: object, dtype: object, sample_weight: object
+) -> System:
+    weights = check_sample_weight(sample_weight, len(rows))
+    if blocks is not None:
+        raise ValueError(must_be("blocks for plain rows", "None", repr(blocks), "They have no layers."))
+    if curvature not in ("auto", "gram"):
+        hint = "Plain rows have one curvature, XᵀX/n. For a model's, give a model."
+        raise ValueError(must_be("curvature for plain rows", "'auto'", repr(curvature), hint))
+    rows = rows.detach().to(resolve_device(device, rows.device), resolve_dtype(dtype, rows.dtype))
+    return System(Gram(rows, None if weights is None else torch.from_numpy(weights).to(rows)), "gram", len(rows))
+
+
+def seeded_method(method: Method, random_state: RandomState) -> Method:
+    """Return ``method``, a random state given to it where it draws and has none of its own."""
+    if random_state is not None and method.get_params().get("random_state", 0) is None:
+        seed = random_seed(random_state)
+        method.set_params(random_state=random_state if isinstance(random_state, int) else seed)
+    return method
+
+
+def random_seed(random_state: RandomState) -> int:
+    """Return a seed that is drawn from a random state."""
+    return int(check_random_state(random_state).randint(2**31 - 1))
+
+
+def is_method(value: object) -> TypeGuard[type[Method]]:
+    """Return whether a registered value is a ``Method`` class, rather than a function."""
+    return isinstance(value, type) and issubclass(value, Method)
+
+
+def check_requirements(method: Method, A: LinearOperator) -> None:
+    """Raise where an operator lacks what a method declares; the error names the curvatures that have it."""
+    for needed in method.requires:
+        if needed not in A.faces:
+            names = [name for name, kind in CURVATURES.items() if needed in kind.faces]
+            hint = f"Try curvature= one of {names}." if names else ""
+            got = f"{type(A).__name__}, which has none"
+            raise ValueError(must_be(f"The curvature for {method.name}", f"one with `{needed}`", got, hint))
