@@ -1,4 +1,4 @@
-"""CONTRIBUTING's recipes are followed to the letter: in a copy of the package, each, and the kit is run on the result."""
+"""The recipes of CONTRIBUTING are followed to the letter, each in a copy of the package, and the kit is run on each."""
 
 import os
 import re

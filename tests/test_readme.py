@@ -1,10 +1,10 @@
 """The README runs: its python blocks, in order, in one namespace."""
 
 import re
+import runpy
 from pathlib import Path
 
 from skinvert import methods
-from skinvert.curvature import CURVATURES, Gram
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -19,26 +19,14 @@ def test_readme_runs(tmp_path, monkeypatch):
         exec(compile(block, str(README), "exec"), namespace)
 
 
-def test_readme_has_every_method_as_its_class_says():
-    table = README.read_text(encoding="utf-8").split("## Methods")[1].split("\n## ")[0]
-    received = re.findall(r'^\| `".*\|$', table, flags=re.MULTILINE)
-    expected = [row_of(name, getattr(methods, name)) for name in methods.__all__]
-    assert sorted(received) == sorted(expected)
+def test_the_table_of_methods_is_what_the_command_writes(monkeypatch):
+    command = runpy.run_path(str(README.parent / "docs" / "methods_table.py"))
+    text = README.read_text(encoding="utf-8")
+    assert command["table"](text) == text
+    assert len(command["ROW"].findall(text)) == len(methods.__all__)
 
-
-def row_of(name, kind):
-    assert kind.cost and kind.memory and kind.exactness and kind.choose_it_for
-    cells = (kind.cost, kind.memory, kind.exactness, curvatures_of(kind), kind.choose_it_for)
-    return f'| `"{kind.name}"` | `{name}` | {" | ".join(cells)} |'
-
-
-def curvatures_of(kind):
-    """Return what has all that a method declares."""
-    served = [name for name, curvature in CURVATURES.items() if all(need in curvature.faces for need in kind.requires)]
-    plain = all(need in Gram.faces for need in kind.requires)
-    if len(served) == len(CURVATURES):
-        return "all" if plain else "all but plain rows"
-    return ", ".join([*served, "plain rows"] if plain else served)
+    monkeypatch.setattr(methods.CG, "cost", "nothing at all")
+    assert command["table"](text) != text
 
 
 def test_blocks_keep_their_line_numbers():
