@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["PARTS", "is_attention", "taken_apart"]
+__all__ = ["PARTS", "Key", "is_attention", "taken_apart"]
 
 PARTS = ("q", "k", "v")
 
-Record = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+# What a call is recorded under: the module, or an attention and which of its projections.
+Key: TypeAlias = nn.Module | tuple[nn.MultiheadAttention, str]
+# Of a key, the input and the result; it returns the result.
+Record: TypeAlias = Callable[[Key, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def is_attention(module: nn.Module) -> bool:
+def is_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     """Whether a module is torch's own ``MultiheadAttention`` with torch's own forward pass."""
     return type(module) is nn.MultiheadAttention and "forward" not in module.__dict__
 
@@ -40,8 +43,13 @@ def taken_apart(modules: Sequence[nn.MultiheadAttention], record: Record) -> Ite
 class _Apart:
     """The forward pass of an attention: projections, torch's attention between identity projections, ``out_proj``."""
 
-    def __init__(self, module: Any, record: Record) -> None:
+    def __init__(self, module: nn.MultiheadAttention, record: Record) -> None:
         self.module, self.record = module, record
+
+    @property
+    def _own_weights(self) -> tuple[torch.Tensor, ...]:
+        """The weights of the three projections, where they are not packed into one tensor."""
+        return (self.module.q_proj_weight, self.module.k_proj_weight, self.module.v_proj_weight)
 
     def __call__(
         self,
@@ -92,6 +100,6 @@ class _Apart:
         module, size = self.module, self.module.embed_dim
         rows = slice(j * size, (j + 1) * size)
         packed = module.in_proj_weight
-        weight = getattr(module, f"{PARTS[j]}_proj_weight") if packed is None else packed[rows]
+        weight = self._own_weights[j] if packed is None else packed[rows]
         bias = None if module.in_proj_bias is None else module.in_proj_bias[rows]
         return self.record((module, PARTS[j]), a, F.linear(a, weight, bias))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from ..models.compiled import eager
 from ..models.plain_functions import PlainFunctions
 from ..models.structural_copy import structural_copy
 
-__all__ = ["gradient_rows", "jacobian_rows"]
+__all__ = ["gradient_rows", "jacobian_rows", "split_batch"]
 
 
 @ordinary
@@ -39,6 +39,13 @@ def jacobian_rows(model: TorchTwiceDifferentiable, batch: Any, directions: torch
         return (rows[1].mT @ outputs.reshape(len(outputs), -1)[:, :, None])[:, :, 0]
 
     return _rows(model, (batch, directions), _Values("projected", projected, lambda pair: pair[0]))
+
+
+def split_batch(batch: Any, weights: torch.Tensor, size: int) -> Iterator[tuple[Any, torch.Tensor]]:
+    """Yield a batch in chunks of at most ``size`` rows."""
+    for start in range(0, len(weights), size):
+        rows = slice(start, start + size)
+        yield map_tensors(lambda tensor, rows=rows: tensor[rows], batch), weights[rows]
 
 
 class _Values(NamedTuple):
