@@ -31,6 +31,7 @@ FLOORS = {
     "_state": 0,
     "_schema": 0,
     "_telling": 0,
+    "_types": 0,
     "results": 0,
     "parameters": 0,
     "_scaling": 0,

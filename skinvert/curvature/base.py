@@ -11,9 +11,10 @@ from typing import ClassVar
 import torch
 
 from .._memory import working_memory
+from .._types import Batch
 from ..models import map_tensors
 from ..operators import LinearOperator
-from .objective import Batch, MeanLoss
+from .objective import MeanLoss
 from .products import Products
 
 __all__ = ["Curvature", "Share"]

@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 
 from .._progress import progress
+from .._types import Batch
 from ..models import FactoredHessian
 from .columns import Columns
 from .layered import Layered
 from .layers import Signals
-from .objective import Batch
 
 __all__ = ["EmpiricalFisher"]
 

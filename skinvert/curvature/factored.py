@@ -11,10 +11,11 @@ import torch
 
 from .._memory import check_memory, rows_within, working_memory
 from .._progress import progress
+from .._types import Batch
 from .._validation import must_be
 from ..operators import LinearOperator, LowRank, add_to_diagonal, symmetrise
 from .base import Curvature
-from .objective import Batch, Objective
+from .objective import Objective
 from .per_sample import split_batch
 from .products import Products
 
@@ -132,7 +133,7 @@ class Factored(Curvature):
         """Return an unbiased estimate from the samples ``rows`` (m,): rows of F where it is kept."""
         if self._factor is None:
             return super().minibatch(rows)
-        own = self._factor.unflatten(0, (self.n_samples, self.rank))[rows.to(self.device)]
+        own = self._factor.reshape(self.n_samples, self.rank, self.size)[rows.to(self.device)]
         return LowRank(math.sqrt(self.n_samples / len(rows)) * own.flatten(0, 1), self.penalty)
 
     def to_dense(self, verbose: int = 0) -> torch.Tensor:

@@ -13,12 +13,13 @@ import torch
 from sklearn.base import BaseEstimator
 
 from .._memory import working_memory
+from .._types import Batch
 from .._validation import check_number
 from ..data import Batches
 from ..models import DiagonalHessian, OutputHessian, leading_length
 from ..operators import TensorState
 from .ggn import GGN
-from .objective import Batch, Objective
+from .objective import Objective
 from .predictive import SampledHessian, predictive_of
 
 __all__ = ["Fisher", "SampledFisher"]

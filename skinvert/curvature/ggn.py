@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from .._memory import check_memory, rows_within
+from .._types import Batch
 from .._validation import must_be
 from ..block_operators import KroneckerFactors
 from ..models import FactoredHessian, OutputHessian, map_tensors
@@ -17,7 +18,7 @@ from .columns import Columns
 from .layered import Layered
 from .layers import Signals
 from .loss_curvature import check_convex, loss_products, output_factor
-from .objective import Batch, Objective
+from .objective import Objective
 from .per_sample import jacobian_rows, split_batch
 from .products import Products, flat_products, forward_products
 
@@ -78,7 +79,8 @@ class GGN(Layered):
 
     def outputs(self, batch: Batch) -> torch.Tensor:
         """Return the model's outputs f on a batch, with gradients on."""
-        return self.objective.model.forward(self.data_of(batch))
+        outputs: torch.Tensor = self.objective.model.forward(self.data_of(batch))
+        return outputs
 
     def output_hessian(self, outputs: torch.Tensor, batch: Batch) -> OutputHessian:
         """Return ∇²_f sᵢ: the closed form, else by an eigendecomposition (m, c, c)."""
@@ -101,7 +103,7 @@ class GGN(Layered):
         row_bytes = 3 * outputs.numel() * outputs.element_size()
 
         def products(V: torch.Tensor) -> torch.Tensor:
-            parts = V.split(rows_within(row_bytes))
+            parts = torch.split(V, rows_within(row_bytes))
             return torch.cat([back(middle(along(rows)).flatten(1)) for rows in parts])
 
         return Share(products, middle.nbytes)

@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 
 from .._telling import warn
+from .._types import Batch
 from ..block_operators import KroneckerFactors
 from ..models.second_derivative import SecondDerivativeError
 from .base import Curvature
 from .differences import DifferencedGradient
 from .ggn import GGN
-from .objective import Batch, GenericObjective, Objective
+from .objective import GenericObjective, Objective
 from .products import Products, flat_products
 
 __all__ = ["GenericHessian", "Hessian"]

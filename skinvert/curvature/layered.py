@@ -7,11 +7,11 @@ from collections.abc import Collection
 
 import torch
 
+from .._types import Batch
 from ..block_operators import KroneckerFactors
 from ..operators import add_to_diagonal, symmetrise
 from .factored import Factored
 from .layers import Signals, dense_from_layers, kronecker_factors
-from .objective import Batch
 
 __all__ = ["Layered"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from .._types import Batch
 from .._validation import must_be
 from ..models import TorchTwiceDifferentiable
-from .objective import Batch
 from .products import Products, flat_products
 
 __all__ = ["check_convex", "loss_products", "output_factor"]
@@ -17,7 +17,8 @@ def output_factor(model: TorchTwiceDifferentiable, outputs: torch.Tensor, batch:
     values, vectors = torch.linalg.eigh(_output_hessians(model, outputs, batch))
     if bool((values < 0).any()) and float(values.min()) < -_rounding(model, outputs, batch, values):
         raise _not_convex(float(values.min()))
-    return vectors * values.clamp(min=0).sqrt()[:, None, :]
+    factor: torch.Tensor = vectors * values.clamp(min=0).sqrt()[:, None, :]
+    return factor
 
 
 def check_convex(model: TorchTwiceDifferentiable, outputs: torch.Tensor, batch: Batch) -> None:
@@ -50,6 +51,7 @@ def _extreme(products: Products, f: torch.Tensor, shift: float) -> torch.Tensor:
     generator = torch.Generator(f.device).manual_seed(0)
     v = torch.randn(1, len(f), f[0].numel(), generator=generator, dtype=f.dtype, device=f.device)
     tiny = torch.finfo(f.dtype).tiny
+    value = torch.zeros(len(f), dtype=f.dtype, device=f.device)
     for _ in range(10):
         v = v / v.norm(dim=2, keepdim=True).clamp(min=tiny)
         Hv = products(v)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator
-from typing import Any, Self, TypeAlias
+from typing import Self
 
 import numpy as np
 import torch
 
 from .._progress import progress
+from .._types import Array, Batch
 from .._validation import must_be
 from ..data import Batches
 from ..models import TorchTwiceDifferentiable, TwiceDifferentiable
@@ -19,10 +20,7 @@ from .first_pass import FirstPass
 from .loss_values import LossValues
 from .per_sample import gradient_rows
 
-__all__ = ["Batch", "GenericObjective", "MeanLoss", "Objective"]
-
-# What the data yield: (X, y), a mapping, or whatever a model of the user's reads.
-Batch: TypeAlias = Any
+__all__ = ["GenericObjective", "MeanLoss", "Objective"]
 
 
 class MeanLoss:
@@ -131,7 +129,8 @@ class Objective(MeanLoss):
 
     def gradients(self, batch: Batch) -> torch.Tensor:
         """Return gᵢ = ∇ℓᵢ (m, p) of a batch's rows, the penalty left out."""
-        return self.scale * gradient_rows(self.model, batch)
+        rows: torch.Tensor = gradient_rows(self.model, batch)
+        return self.scale * rows
 
     def places(self, names: Collection[str]) -> torch.Tensor:
         """Return where the entries of the named parameters lie in a flat row, in its order."""
@@ -202,7 +201,7 @@ class GenericObjective(MeanLoss):
                 self.gradient += weight * self.tensor(model.grad(x, y))
         self.gradient /= self.weight_sum
 
-    def parts(self, batch: Batch, weights: torch.Tensor) -> Iterator[tuple[Any, Any, float]]:
+    def parts(self, batch: Batch, weights: torch.Tensor) -> Iterator[tuple[Array, Array, float]]:
         """Yield (x, y, Σ wᵢ) in the model's own type of array, what weighs nothing left out.
 
         A batch of equal weights is yielded as it is, another one row by row.
@@ -216,7 +215,7 @@ class GenericObjective(MeanLoss):
             rows = [(x[i : i + 1], y[i : i + 1], float(weight)) for i, weight in enumerate(weights)]
         yield from (row for row in rows if row[2])
 
-    def own(self, tensor: torch.Tensor) -> Any:
+    def own(self, tensor: torch.Tensor) -> Array:
         """Return a tensor in the model's own type of array."""
         return tensor.cpu().numpy() if self.reads_arrays else tensor
 

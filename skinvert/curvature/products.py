@@ -47,8 +47,10 @@ class _FlatProducts:
     def __call__(self, V: torch.Tensor) -> torch.Tensor:
         if self.batched and len(V) > 1:
             try:
-                parts = [self._grad(rows, True) for rows in V.split(64)]
-                self.batched = all(self._agree(rows, part) for rows, part in zip(V.split(64), parts, strict=True))
+                parts = [self._grad(rows, True) for rows in torch.split(V, 64)]
+                self.batched = all(
+                    self._agree(rows, part) for rows, part in zip(torch.split(V, 64), parts, strict=True)
+                )
             except RuntimeError:
                 # Some layers have no batching rule.
                 self.batched = False

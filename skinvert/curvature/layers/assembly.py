@@ -69,20 +69,26 @@ class _PairSums:
                 _add_pair(total, Z[i], Z[j], inputs[i], inputs[j])
 
     def matrix(self) -> torch.Tensor:
-        """Return the sums as one matrix (p, p), each entry at its place in a flat row."""
+        """Return the sums as one matrix (p, p), each entry at its place in a flat row; they are used up."""
+        order = torch.cat([layer.index.reshape(-1) for layer in self.layers]).argsort()
+        # One axis at a time: no more than two matrices are held.
+        matrix = self._by_layers()
+        matrix = matrix[order]
+        return matrix[:, order]
+
+    def _by_layers(self) -> torch.Tensor:
+        """Return the matrix in the order of the layers' own matrices, one layer after the other."""
         sizes = [layer.index.numel() for layer in self.layers]
-        stops = torch.tensor(sizes).cumsum(0).tolist()
+        stops = torch.tensor(sizes, device="cpu").cumsum(0).tolist()
         rows = [slice(stop - size, stop) for stop, size in zip(stops, sizes, strict=True)]
-        first = next(iter(self.sums.values()))
-        matrix = first.new_empty(stops[-1], stops[-1])
+        matrix = self.sums[0, 0].new_empty(stops[-1], stops[-1])
         for i, j in list(self.sums):
             (d, a), (e, b) = self.layers[i].index.shape, self.layers[j].index.shape
             block = self.sums.pop((i, j)).reshape(d, e, a, b).permute(0, 2, 1, 3)
-            matrix[rows[i], rows[j]].unflatten(0, (d, a)).unflatten(2, (e, b)).copy_(block)
+            matrix[rows[i], rows[j]].view(d, a, e, b).copy_(block)
             if i != j:
-                matrix[rows[j], rows[i]].unflatten(0, (e, b)).unflatten(2, (d, a)).copy_(block.permute(2, 3, 0, 1))
-        order = torch.cat([layer.index.reshape(-1) for layer in self.layers]).argsort()
-        return matrix[order][:, order]
+                matrix[rows[j], rows[i]].view(e, b, d, a).copy_(block.permute(2, 3, 0, 1))
+        return matrix
 
 
 def _add_pair(total: torch.Tensor, Z: torch.Tensor, Y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeAlias, TypeGuard
 
 import torch
@@ -67,9 +68,7 @@ class _Apart:
         q, k, v = (self._projected(j, a) for j, a in enumerate((query, key, value)))
         if batch_first:
             q, k, v = (one.transpose(0, 1) for one in (q, k, v))
-        # Products with the identity are exact: torch's own masks, zero and bias rows apply.
-        one = torch.eye(module.embed_dim, dtype=q.dtype, device=q.device)
-        seen, weights = F.multi_head_attention_forward(
+        seen, weights = self._attention(q)(
             q,
             k,
             v,
@@ -81,20 +80,28 @@ class _Apart:
             module.bias_v,
             module.add_zero_attn,
             0.0,
-            one,
-            None,
-            training=False,
             key_padding_mask=key_padding_mask,
             need_weights=need_weights,
             attn_mask=attn_mask,
-            use_separate_proj_weight=True,
-            q_proj_weight=one,
-            k_proj_weight=one,
-            v_proj_weight=one,
             average_attn_weights=average_attn_weights,
             is_causal=is_causal,
         )
         return module.out_proj(seen.transpose(0, 1) if batch_first else seen), weights
+
+    def _attention(self, q: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+        """Return torch's attention with identities for all projections: products with these are exact."""
+        # Torch's own masks, zero and bias rows apply.
+        one = torch.eye(self.module.embed_dim, dtype=q.dtype, device=q.device)
+        return partial(
+            F.multi_head_attention_forward,
+            out_proj_weight=one,
+            out_proj_bias=None,
+            training=False,
+            use_separate_proj_weight=True,
+            q_proj_weight=one,
+            k_proj_weight=one,
+            v_proj_weight=one,
+        )
 
     def _projected(self, j: int, a: torch.Tensor) -> torch.Tensor:
         module, size = self.module, self.module.embed_dim

@@ -136,7 +136,7 @@ class Convolution(Rows):
         for j, (size, dilation, step) in enumerate(zip(self.kernel, self.dilation, stride, strict=True)):
             a = a.unfold(2 + j, dilation * (size - 1) + 1, step)[..., ::dilation]
         positions, kernel = range(3, 3 + n), range(3 + n, 3 + 2 * n)
-        a = a.unflatten(1, (q, -1)).permute(0, 1, *positions, 2, *kernel)
+        a = a.reshape(len(a), q, -1, *a.shape[2:]).permute(0, 1, *positions, 2, *kernel)
         rows = a.reshape(*a.shape[:2], a.shape[2 : 2 + n].numel(), a.shape[2 + n :].numel())
         return rows[:, 0] if q == 1 else rows
 

@@ -37,31 +37,38 @@ class Layers(NamedTuple):
 def layers_of(model: TorchTwiceDifferentiable) -> Layers:
     """Return the layers that hold selected parameters, and why each other selected parameter is in none of them."""
     owners = {id(tensor): name for name, tensor in zip(model.layout.names, model.theta, strict=True)}
+    modules = model.module.named_modules()
+    held = [(name or type(module).__name__, module, _own(module, owners)) for name, module in modules]
     holders: dict[str, list[str]] = {name: [] for name in model.layout.names}
-    held: list[tuple[str, nn.Module, dict[str, str]]] = []
-    attentions: list[nn.MultiheadAttention] = []
-    for name, module in model.module.named_modules():
-        own = {
-            ROLES.get(role, role): owners[id(tensor)]
-            for role, tensor in module.named_parameters(recurse=False, remove_duplicate=False)
-            if id(tensor) in owners
-        }
+    for name, _, own in held:
         for owner in own.values():
-            holders[owner].append(name or type(module).__name__)
-        if own:
-            held.append((name or type(module).__name__, module, own))
-        if is_attention(module) and any(id(tensor) in owners for tensor in module.parameters()):
-            attentions.append(module)
+            holders[owner].append(name)
     layers: list[Layer] = []
     reasons: dict[str, str] = {}
     for name, module, own in held:
+        if not own:
+            continue
         tied = [owner for owner in own.values() if len(holders[owner]) > 1]
         reason = f"tied weights: in {' and '.join(holders[tied[0]])}" if tied else _reason(module, own)
         if reason:
             reasons.update(dict.fromkeys(own.values(), reason))
         else:
             layers += _Matrices(model).layers(name, module, own)
+    attentions = [
+        module
+        for _, module, _ in held
+        if is_attention(module) and any(id(tensor) in owners for tensor in module.parameters())
+    ]
     return Layers(layers, attentions, reasons)
+
+
+def _own(module: nn.Module, owners: dict[int, str]) -> dict[str, str]:
+    """Return the role and the name of each selected parameter that a module itself holds."""
+    return {
+        ROLES.get(role, role): owners[id(tensor)]
+        for role, tensor in module.named_parameters(recurse=False, remove_duplicate=False)
+        if id(tensor) in owners
+    }
 
 
 def refuse(reasons: dict[str, str]) -> None:

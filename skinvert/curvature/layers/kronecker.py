@@ -70,13 +70,11 @@ def kronecker_factors(
 
 
 def _summed(passes: Passes, approx: str) -> KroneckerFactors:
-    curvature, found = passes.curvature, passes.found
-    objective = curvature.objective
+    objective, layers = passes.curvature.objective, passes.found.layers
     sums = [
-        _Factors(layer, objective, approx) if isinstance(layer, KroneckerLayer) else _Squares(layer)
-        for layer in found.layers
+        _Factors(layer, objective, approx) if isinstance(layer, KroneckerLayer) else _Squares(layer) for layer in layers
     ]
-    for seen, mass, inputs in passes.over(found.layers):
+    for seen, mass, inputs in passes.over(layers):
         for one, a in zip(sums, inputs, strict=True):
             if a is not None:
                 one.add_inputs(a, mass)
@@ -84,18 +82,23 @@ def _summed(passes: Passes, approx: str) -> KroneckerFactors:
             for one, g in zip(sums, parts, strict=True):
                 if g is not None:
                     one.add_signals(g)
-    diagonals = [one for one in sums if isinstance(one, _Squares)]
-    places = torch.cat([*(one.layer.index for one in diagonals), objective.places(found.reasons)])
-    values = [one.entries(curvature.penalty) for one in diagonals]
-    values += [curvature.diagonal_at(found.reasons)] if found.reasons else []
+    places, values = _rest(passes, [one for one in sums if isinstance(one, _Squares)])
     blocks = []
     # Its sums are the block's own now.
     while sums:
         if isinstance(one := sums.pop(0), _Factors):
-            blocks.append(one.block(curvature.penalty))
-    empty = torch.empty(0, dtype=objective.dtype, device=objective.device)
-    refit = _Refit(passes, [layer for layer in found.layers if isinstance(layer, KroneckerLayer)])
-    return KroneckerFactors(tuple(blocks), places, torch.cat([*values, empty]), refit)
+            blocks.append(one.block(passes.curvature.penalty))
+    refit = _Refit(passes, [layer for layer in layers if isinstance(layer, KroneckerLayer)])
+    return KroneckerFactors(tuple(blocks), places, values, refit)
+
+
+def _rest(passes: Passes, norms: Sequence[_Squares]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the places of the parameters without factors, those of norms first, and the exact diagonal there."""
+    curvature, reasons = passes.curvature, passes.found.reasons
+    places = [*(one.layer.index for one in norms), curvature.objective.places(reasons)]
+    values = [one.entries(curvature.penalty) for one in norms] + ([curvature.diagonal_at(reasons)] if reasons else [])
+    empty = torch.empty(0, dtype=curvature.objective.dtype, device=curvature.objective.device)
+    return torch.cat(places), torch.cat([*values, empty])
 
 
 @dataclass

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
+from ..._types import Batch
 from ...models import leading_length, map_tensors
-from ..objective import Batch
 from .found import Layers, layers_of
 from .kinds import Inputs, Layer
 from .recording import Captured, PulledBack, captured

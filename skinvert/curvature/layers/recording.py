@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from ..._types import Batch
 from ..._validation import must_be
 from ..columns import Columns
-from ..objective import Batch, Objective
+from ..objective import Objective
 from .attention import Key, taken_apart
 from .kinds import Call, Inputs, Layer
 
@@ -145,34 +146,46 @@ def captured(
 def _recording(
     layers: Sequence[Layer], attentions: list[nn.MultiheadAttention], m: int
 ) -> Iterator[dict[Key, list[Call]]]:
-    """Record every call of the layers; the result of one that sees the same for every sample is expanded over them."""
-    calls: dict[Key, list[Call]] = {}
-    by_key = {layer.key: layer for layer in layers}
+    """Record every call of the layers on m samples while the context lasts."""
+    recorder = _Recorder({layer.key: layer for layer in layers}, m)
+    modules = {id(layer.module): layer.module for layer in layers if layer.key is layer.module}
+    with ExitStack() as stack:
+        stack.enter_context(taken_apart(attentions, recorder.record))
+        for module in modules.values():
+            handle = module.register_forward_hook(recorder.hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield recorder.calls
 
-    def record(key: Key, a: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        layer = by_key.get(key)
+
+class _Recorder:
+    """Takes down the calls of layers; the result of one that sees the same for every sample is expanded over them."""
+
+    def __init__(self, layers: dict[Key, Layer], m: int) -> None:
+        self.layers, self.m = layers, m
+        self.calls: dict[Key, list[Call]] = {}
+
+    def record(self, key: Key, a: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """Take down a call, and return its result as the rest of the model is to see it."""
+        layer = self.layers.get(key)
         if layer is None:
             return result
         _check_dtype(layer, result)
         if layer.shared:
             whole = a.ndim > 1 and len(a) == 1 and layer.dims in (None, a.ndim)
-            a, result = _expanded(a, m, whole), _expanded(result, m, whole)
+            a, result = _expanded(a, self.m, whole), _expanded(result, self.m, whole)
         edge = get_gradient_edge(result) if result.requires_grad else None
-        calls.setdefault(key, []).append(Call(a, result.shape, edge))
+        self.calls.setdefault(key, []).append(Call(a, result.shape, edge))
         return result
 
     def hook(
-        module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], result: torch.Tensor
+        self,
+        module: nn.Module,
+        args: tuple[torch.Tensor, ...],
+        kwargs: dict[str, torch.Tensor],
+        result: torch.Tensor,
     ) -> torch.Tensor:
-        return record(module, args[0] if args else next(iter(kwargs.values())), result)
-
-    modules = {id(layer.module): layer.module for layer in layers if layer.key is layer.module}
-    with ExitStack() as stack:
-        stack.enter_context(taken_apart(attentions, record))
-        for module in modules.values():
-            handle = module.register_forward_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
-        yield calls
+        """Take down a call of a module."""
+        return self.record(module, args[0] if args else next(iter(kwargs.values())), result)
 
 
 def _check_dtype(layer: Layer, result: torch.Tensor) -> None:

@@ -1,0 +1,24 @@
+"""Names for what users hand over, and get back, where no class says what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+__all__ = ["Array", "Batch", "Decay", "Device", "Globs", "Partition", "RandomState", "State"]
+
+# An array, tensor or frame; what is returned is of the kind that was given.
+Array: TypeAlias = Any
+# Tensors, or what becomes them, in tuples, lists and mappings as deep as the user's own.
+Batch: TypeAlias = Any
+# An object's attributes by name, as pickles and files have them: each is checked where it is read.
+State: TypeAlias = dict[str, Any]
+
+Decay: TypeAlias = float | Mapping[str, float]
+Device: TypeAlias = str | torch.device | None
+Globs: TypeAlias = str | Sequence[str] | None
+Partition: TypeAlias = str | Mapping[str, str | Sequence[str]] | None
+RandomState: TypeAlias = int | np.random.RandomState | None
