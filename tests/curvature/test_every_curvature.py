@@ -193,6 +193,16 @@ def test_factors(name):
     assert matrix_error(received + R, expected_matrix(case, name)) <= 1e-12
 
 
+@pytest.mark.parametrize("name", ["ggn", "fisher", "empirical_fisher", "by_class"])
+def test_the_diagonal_at_some_parameters(name):
+    case = case_of()
+    A, names = curvature_of(case, name), ["0.bias", "2.weight"]
+    layout = A.objective.layout
+    assert set(names) < set(layout.names)
+    places = np.concatenate([np.arange(case.p)[layout.slices[one]] for one in layout.names if one in names])
+    assert matrix_error(A.diagonal_at(names), np.diag(expected_matrix(case, name))[places]) <= 1e-12
+
+
 def test_the_eigenvalues_of_ekfac_are_the_exact_diagonal_for_a_stranger_too():
     case = case_of()
     H = torch.from_numpy(expected_matrix(case, "by_class") - 0.1 * np.eye(case.p))
