@@ -12,7 +12,15 @@ from sklearn.base import BaseEstimator, TransformerMixin
 
 from ._validation import must_be
 
-__all__ = ["RowTransformer", "check_columns", "has_columns", "refuse_parameters", "rows_of"]
+__all__ = [
+    "RowTransformer",
+    "check_columns",
+    "check_inputs",
+    "columns_of",
+    "has_columns",
+    "refuse_parameters",
+    "rows_of",
+]
 
 
 class RowTransformer(TransformerMixin, BaseEstimator):
@@ -35,22 +43,52 @@ def rows_of(data: Any) -> Any:
 
 
 def has_columns(b: Any) -> bool:
-    """Return whether ``b`` is a frame whose columns have names."""
-    columns = getattr(b, "columns", ())
-    return len(columns) > 0 and all(isinstance(name, str) for name in columns)
+    """Return whether ``b`` is a frame whose columns have names, or some of them."""
+    return any(isinstance(name, str) for name in getattr(b, "columns", ()))
 
 
 def check_columns(b: Any, names: Sequence[str]) -> None:
-    """Raise where ``b`` is a frame whose named columns are not ``names`` in their order; their number is told apart."""
-    if not has_columns(b) or len(b.columns) != len(names):
+    """Raise where ``b`` is a frame whose columns are not ``names`` in their order, or are 0 to p − 1 in another."""
+    columns = list(getattr(b, "columns", ()))
+    if not names or not columns:
         return
-    columns = list(b.columns)
+    hint = "Try `b[list(inverter.get_feature_names_out())]`, or `b.to_numpy()` to go by position."
+    if not has_columns(b):
+        if sorted(map(str, columns)) == sorted(map(str, range(len(names)))) and columns != list(range(len(names))):
+            hint = "Try `b[sorted(b)]` for the order of the numbers, `b.to_numpy()` for that of the frame."
+            raise ValueError(must_be("The columns of b", f"0 to {len(names) - 1} in order", columns[:10], hint))
+        return
+    if len(columns) != len(names):
+        beyond, missing = [c for c in columns if c not in set(names)], [n for n in names if n not in set(columns)]
+        got = f"{len(columns)} columns, with {beyond[:5]} beyond them and without {missing[:5]}"
+        raise ValueError(must_be("The columns of b", f"the {len(names)} of `get_feature_names_out()`", got, hint))
     for place, (column, name) in enumerate(zip(columns, names, strict=True)):
         if column != name:
             order = ", in this order" if set(columns) == set(names) else ""
-            hint = "Try `b[list(inverter.get_feature_names_out())]`, or `b.to_numpy()` to go by position."
             must = f"`get_feature_names_out()`{order}"
             raise ValueError(must_be("The columns of b", must, f"{column!r} for {name!r} at {place}", hint))
+
+
+def columns_of(data: Any, place: str = "") -> dict[str, list[str]]:
+    """Return the columns of each frame of several named columns within data, by its place there."""
+    if isinstance(data, Mapping | tuple):
+        parts = data.items() if isinstance(data, Mapping) else enumerate(data)
+        return {where: found for key, part in parts for where, found in columns_of(part, f"{place}[{key!r}]").items()}
+    columns = list(data.columns) if hasattr(data, "iloc") and has_columns(data) else []
+    return {place: columns} if len(columns) > 1 else {}
+
+
+def check_inputs(data: Any, fitted: Mapping[str, list[str]]) -> None:
+    """Raise where a frame within data has other columns than ``fitted``, what ``columns_of`` returned at the fit.
+
+    A module takes its inputs by position, so that columns in another order would pass.
+    """
+    for place, columns in columns_of(data).items():
+        known = fitted.get(place, columns)
+        if columns != known:
+            order = ", in this order" if set(columns) == set(known) else ""
+            must = f"those of the fit, {known[:10]}{order}"
+            raise ValueError(must_be(f"The columns of data{place}", must, columns[:10], "Try `X[columns]`."))
 
 
 def refuse_parameters(b: Any) -> None:

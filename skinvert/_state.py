@@ -11,7 +11,7 @@ import torch
 
 from ._validation import must_be
 
-__all__ = ["Packed", "TensorState", "pack", "unpack"]
+__all__ = ["Packed", "TensorState", "pack", "unpack", "within"]
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ def pack(value: Any) -> Any:
         return Packed("device", str(value))
     if isinstance(value, np.dtype):
         return Packed("numpy dtype", value.name)
-    return _within(pack, value)
+    return within(pack, value)
 
 
 def unpack(value: Any) -> Any:
     """Return what was packed."""
-    return value.unpack() if isinstance(value, Packed) else _within(unpack, value)
+    return value.unpack() if isinstance(value, Packed) else within(unpack, value)
 
 
 class TensorState:
@@ -130,7 +130,8 @@ class TensorState:
         self.__dict__.update({name: unpack(value) for name, value in state.items()})
 
 
-def _within(function: Any, value: Any) -> Any:
+def within(function: Any, value: Any) -> Any:
+    """Return ``function`` of each item of a list, a tuple or a dict, in one of its kind; else ``value``."""
     # Exactly these types: another container may hold its items in its own way.
     if type(value) in (list, tuple):
         return type(value)(function(item) for item in value)

@@ -108,10 +108,13 @@ def to_plain_array(value: Any, name: str) -> np.ndarray:
     if np.iscomplexobj(array):
         message = f"Complex data not supported: {must_be(name, 'real', f'dtype {array.dtype}')}"
         raise ValueError(message)
-    if array.dtype == object or array.dtype.kind in "USV":
+    if array.dtype == object or array.dtype.kind in "USVMm":
         hint = "Try `.astype(float)`, or encode the labels as integers."
         raise ValueError(must_be(name, "numeric", f"dtype {array.dtype}", hint))
-    return array
+    if array.dtype.kind == "f" and array.itemsize > 8:
+        array = array.astype(np.float64)
+    # Torch takes no other byte order, as files of FITS or NetCDF have it.
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def check_rows(b: Any, size: int, name: str = "b") -> None:

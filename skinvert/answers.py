@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ._validation import must_be
-from .methods.base import InverseOperator
+from .methods.base import InverseOperator, default_tolerance
+from .methods.blocks import BlockInverse
 
 __all__ = ["OPTIONAL", "answer", "check_answer", "file_fields"]
 
@@ -38,7 +39,8 @@ TOLERANCE = {torch.float32: 5e-2, torch.float64: 1e-3}
 def file_fields(cls: type) -> dict[str, str]:
     """Return the types of all that a file of ``cls`` may hold: its settings, which ``fit`` checks, and FITTED."""
     settings = dict.fromkeys(inspect.signature(cls).parameters, "plain|Method|SampledFisher|LeftOut")
-    return {**settings, **FITTED}
+    # `fit` takes True and False alone, and each solve asks for it.
+    return {**settings, "check_residual": "bool", **FITTED}
 
 
 def answer(inverse: InverseOperator) -> torch.Tensor:
@@ -64,6 +66,7 @@ def check_answer(state: dict[str, Any]) -> None:
     if not inverse.size == expected.shape[1] == state["n_features_in_"]:
         got = f"an inverse of size {inverse.size} for {state['n_features_in_']} parameters"
         raise ValueError(must_be("The inverse", f"of size {expected.shape[1]}", got))
+    inverse.check()
     found, expected = answer(inverse).double(), expected.double()
     if found.shape != expected.shape:
         raise ValueError(must_be("The answer", f"of shape {tuple(found.shape)}", f"shape {tuple(expected.shape)}"))
@@ -88,9 +91,23 @@ def _check_twice_kept(state: dict[str, Any], inverse: InverseOperator, layout: A
     names = state.get("parameter_names_")
     if layout is not None and names is not None and list(names) != list(layout.names):
         raise ValueError(must_be("The names of the parameters", "those of the layout", repr(names)[:80]))
+    columns = state.get("feature_names_in_")
+    if (layout is None) != (names is None) or (columns is not None and (layout or len(columns) != inverse.size)):
+        must = "of the parameters after a fit on a model, of the p columns after one on rows"
+        raise ValueError(must_be("The names", must, "others"))
+    _check_rtol(state["method_"], inverse)
     if inverse.hessian_perturbation != state["hessian_perturbation_"]:
         got = f"{inverse.hessian_perturbation:g}"
         raise ValueError(must_be("λ of the inverse", f"{state['hessian_perturbation_']:g}", got))
     container = state.get("_sklearn_output_config", {})
     if type(container) is not dict or container not in [{}, *({"transform": name} for name in CONTAINERS)]:
         raise ValueError(must_be("_sklearn_output_config", f"one of {CONTAINERS}", repr(container)[:80]))
+
+
+def _check_rtol(method: Any, inverse: InverseOperator) -> None:
+    """Raise where a factorisation calls another residual converged than its method does, or than the default."""
+    for block in inverse.inverses if isinstance(inverse, BlockInverse) else [inverse]:
+        asked = method.get_params().get("rtol")
+        rtol = default_tolerance(block.dtype) if asked is None else asked
+        if vars(block).get("rtol", rtol) != rtol:
+            raise ValueError(must_be("rtol of the inverse", f"its method's, {rtol}", vars(block)["rtol"]))

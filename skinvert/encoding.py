@@ -13,11 +13,11 @@ import torch
 from sklearn.base import BaseEstimator
 
 from ._schema import check_fields
-from ._state import Packed, TensorState, pack, unpack
+from ._state import Packed, TensorState, pack, unpack, within
 from ._validation import must_be
 from .parameters import ParameterLayout
 
-__all__ = ["LeftOut", "Writer", "decode_state"]
+__all__ = ["LeftOut", "Writer", "decode_state", "plain"]
 
 # More levels than any state of ours has, and more objects, each counted as often as it is reached from the root.
 DEPTH, OBJECTS = 32, 2**20
@@ -92,7 +92,7 @@ class Writer:
 
     def encode(self, value: Any, where: str) -> Any:
         """Return ``value`` as JSON; ``where`` it stands is for the error."""
-        value = pack(_plain(value))
+        value = pack(plain(value))
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, Packed):
@@ -133,7 +133,7 @@ class Writer:
             transient = getattr(value, "_transient", ())
             state = {name: part for name, part in value.__getstate__().items() if name not in transient}
             fields: Any = _fields_of(type(value))
-            check_fields(type(value).__name__, fields, unpack(state), frozenset())
+            check_fields(type(value).__name__, fields, plain(unpack(state)), frozenset())
             entry[1] = self.encode(state, f"{where}.{type(value).__name__}")
         return ["object", self._seen[key]]
 
@@ -141,13 +141,13 @@ class Writer:
         return must_be(f"What save writes, {where},", "plain, or skinvert's own", got, "Try pickle or joblib.")
 
 
-def _plain(value: Any) -> Any:
-    """Return NumPy scalars as Python's, and classes that name a dtype as dtypes."""
+def plain(value: Any) -> Any:
+    """Return NumPy scalars as Python's, and classes that name a dtype as dtypes; in lists, tuples and dicts too."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, type) and (value in (float, int) or issubclass(value, np.generic)):
         return np.dtype(value)
-    return value
+    return within(plain, value)
 
 
 def decode_state(content: Any, arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Any]:

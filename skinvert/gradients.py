@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ._autograd import ordinary
 from ._fitting import clone_sharing, fit_whole
-from ._frames import RowTransformer, rows_of
+from ._frames import RowTransformer, check_inputs, columns_of, rows_of
 from ._memory import check_memory, rows_within
 from ._progress import progress
 from ._validation import check_number, must_be
@@ -109,7 +109,7 @@ class PerSampleGradient(RowTransformer):
         warn_of_unreached(objective.unreached)
         self.loss_scale_, self.n_features_out_ = objective.scale, model.num_params
         self.parameter_names_, self._layout = list(model.layout.names), model.layout
-        self._totals = model.totals
+        self._totals, self._columns = model.totals, columns_of(X if y is None else (X, y))
 
     @ordinary
     def transform(self, X: Any, y: Any = None) -> Any:
@@ -127,6 +127,7 @@ class PerSampleGradient(RowTransformer):
         model = self._at_point()
         model.adopt(self._totals)
         batches = self._batches(model, X, None, None)
+        check_inputs(X, self._columns)
         way_out = "Try fewer rows at a time, or fewer parameters with `params`."
         # Measured: what the passes leave to the allocator comes to some 0.4 of the rows.
         needed = int(1.4 * batches.n_samples * model.num_params * model.dtype.itemsize)

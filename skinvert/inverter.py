@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from ._arguments import check_fit_arguments, check_method
 from ._autograd import ordinary
 from ._fitting import clone_sharing, fit_whole
-from ._frames import check_columns, has_columns, refuse_parameters
+from ._frames import check_columns, check_inputs, columns_of, has_columns, refuse_parameters
 from ._linear_map import apply_linear, solve_linear
 from ._rows import Rows
 from ._scaling import times_powers
@@ -476,6 +476,7 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         # fit(model, data) knows batches in a list; a search over `model=` passes samples in one.
         data = X if self.model is None and y is None else as_data(X, y)
         batches = self._batches(self._model, data, sample_weight)
+        check_inputs(data, columns_of(self._data))
         curvature, gradients, weights = held_out_curvature(self.curvature_name_, self._model, batches)
         return HeldOut(gradients, weights, curvature.penalty, curvature.sample_factors)
 
@@ -629,12 +630,12 @@ class HessianInverter(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def _by_name(self, b: Any) -> Any:
         """Return ``b``; as an array where it is a frame whose columns are the parameters', which fit has not seen."""
-        if not has_columns(b) or hasattr(self, "feature_names_in_"):
+        if not hasattr(b, "columns") or hasattr(self, "feature_names_in_"):
             return b
         names = self.get_feature_names_out().tolist()
         if self._layout is not None:
             check_columns(b, names)
-        elif list(b.columns) != names:
+        if not has_columns(b) or list(b.columns) != names:
             return b
         return check_array(b, dtype=[np.float64, np.float32])
 

@@ -22,7 +22,7 @@ import torch
 from ._schema import check_fields
 from ._state import unpack
 from ._validation import must_be
-from .encoding import LeftOut, Writer, decode_state
+from .encoding import LeftOut, Writer, decode_state, plain
 
 __all__ = ["left_out", "load_state", "require_present", "save_state"]
 
@@ -87,7 +87,7 @@ def save_state(
     writer = Writer()
     # The root first: what it refers to is collected on the way.
     root = writer.encode(state, kind)
-    check_fields(kind, fields, unpack(state), optional)
+    check_fields(kind, fields, plain(unpack(state)), optional)
     text = json.dumps({"root": root, "objects": writer.objects})
     header = {"format": FORMAT, "version": str(VERSION), "kind": kind, "state": text}
     header["sha256"] = _checksum(header, writer.arrays)

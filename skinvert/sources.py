@@ -42,7 +42,7 @@ def source_of(data: Any, batch_size: int | None, needs_row_order: bool) -> Calla
     if isinstance(data, DataLoader):
         return _loader(data, batch_size, needs_row_order)
     if _is_map_style(data) or (isinstance(data, list) and data and _is_sample(data[0])):
-        return _rebatched(data, range(len(data)), batch_size or 1024, _collate)
+        return _rebatched(data, range(_length(data)), batch_size or 1024, _collate)
     if isinstance(data, Mapping) and labels_key(data) is not None:
         return _arrays((data, None), batch_size)
     if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
@@ -67,6 +67,15 @@ class Samples(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         return self.samples[index]
+
+
+def _length(dataset: Any) -> int:
+    """Return the number of a data set's samples, which torch itself asks for only late."""
+    try:
+        return len(dataset)
+    except TypeError as error:
+        hint = "Define `__len__`, or make it an IterableDataset in a DataLoader."
+        raise TypeError(must_be("A map-style Dataset", "one with a length", type(dataset).__name__, hint)) from error
 
 
 def _is_map_style(data: Any) -> bool:
@@ -179,7 +188,7 @@ def _loader(loader: Any, batch_size: int | None, needs_row_order: bool) -> Calla
             loader.dataset, _drawn_batches(loader, needs_row_order), loader.collate_fn, loader.num_workers
         )
     sampler = loader.sampler if batched is None else batched.sampler
-    indices = _rows_of(sampler, len(loader.dataset), needs_row_order)
+    indices = _rows_of(sampler, _length(loader.dataset), needs_row_order)
     if loader.batch_sampler is None:
         whole = isinstance(indices, range)
         dataset = loader.dataset if whole else torch.utils.data.Subset(loader.dataset, indices)
@@ -190,7 +199,7 @@ def _loader(loader: Any, batch_size: int | None, needs_row_order: bool) -> Calla
 
 def _read_at_once(loader: Any, batch_size: int | None, needs_row_order: bool) -> _Rebatched:
     """Read a loader whose data set is given the indices of a batch, and returns it whole."""
-    indices = _rows_of(loader.sampler.sampler, len(loader.dataset), needs_row_order)
+    indices = _rows_of(loader.sampler.sampler, _length(loader.dataset), needs_row_order)
     size = batch_size or loader.sampler.batch_size
     batches = [list(indices[i : i + size]) for i in range(0, len(indices), size)]
     return _Rebatched(loader.dataset, batches, loader.collate_fn, loader.num_workers, at_once=True)
@@ -221,7 +230,7 @@ def _rows_of(sampler: Any, n: int, needs_row_order: bool) -> Sequence[int]:
 
 def _drawn_batches(loader: Any, needs_row_order: bool) -> list[Any]:
     """Return the batches of a batch sampler of the user's, drawn once, so that every pass sees the same rows."""
-    sampler, n = loader.batch_sampler, len(loader.dataset)
+    sampler, n = loader.batch_sampler, _length(loader.dataset)
     name = type(sampler).__name__
     if needs_row_order:
         hint = "Its rows cannot be told apart from their order. Try a plain DataLoader."

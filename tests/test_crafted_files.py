@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+import scipy.linalg
 import torch
 from torch import nn
 
@@ -17,6 +18,7 @@ from skinvert import HessianInverter
 from skinvert._state import Packed
 from skinvert.encoding import decode_state
 from skinvert.methods import EKFAC, KFAC, Arnoldi, Direct, Nystroem
+from skinvert.methods.direct import DenseInverse
 from skinvert.persistence import HEADER_BYTES, _checksum
 
 
@@ -88,6 +90,8 @@ def test_no_function_stands_anywhere(name, tmp_path):
         ("method_", "direct", "method_ must be of type Method"),
         ("method_", ["object", 1], "method_ must be of type Method"),
         ("n_features_in_", 10**15, "the inverse's|The inverse must be of size|layout"),
+        ("check_residual", None, "check_residual must be of type bool"),
+        ("check_residual", 0.5, "check_residual must be of type bool"),
         ("n_features_in_", 10**400, "n_features_in_ must be of type int"),
         ("hessian_perturbation_", float("nan"), "must be of type float"),
         ("answer", ["packed", "tensor", ["array", "array0"], [0, 1]], "answer must be of"),
@@ -151,6 +155,82 @@ def test_another_lambda_is_served_as_before(method, class_name, field, other, tm
 
     with pytest.raises(ValueError, match="another answer"):
         skinvert.load(crafted(tmp_path, change, fitted(method, on="net")))
+
+
+@pytest.mark.parametrize(
+    ("saved", "class_name", "field", "value", "message"),
+    [
+        # One block has a Cholesky factor, so that the whole is never asked for another λ, and one eigenvectors.
+        ("mixed", "DenseInverse", "eigenvectors", None, "all of the eigendecomposition"),
+        ("mixed", "DenseInverse", "inverted", None, "all of the eigendecomposition"),
+        ("mixed", "DenseInverse", "eigenvalues", None, "all of the eigendecomposition"),
+        ("mixed", "DenseInverse", "eigenvalues", "inverted", "DenseInverse.cut must be"),
+        ("mixed", "DenseInverse", "eigenvectors", "matrix", "eigendecomposition must be"),
+        ("mixed", "DenseInverse", "positive_definite", True, "DenseInverse.positive_definite must be"),
+        ("mixed", "DenseInverse", "cut", 0.5, "DenseInverse.cut must be"),
+        ("mixed", "BlockInverse", "positive_definite", True, "BlockInverse.positive_definite must be"),
+        ("mixed", "BlockInverse", "keeps_operator", True, "BlockInverse.keeps_operator must be"),
+        ("direct", "DenseInverse", "positive_definite", False, "a positive definite one"),
+        ("direct", "DenseInverse", "rtol", 0.5, "rtol of the inverse must be"),
+        ("direct", "DenseInverse", "rtol", -1.0, "rtol of the inverse must be"),
+        ("sample space", "SampleSpaceInverse", "positive_definite", False, "a positive definite one"),
+        ("sample space", "SampleSpaceInverse", "penalty", "inverse_shift", "shift must be that of λ"),
+        ("sample space", "SampleSpaceInverse", "damped", "shift", "a Cholesky factor, or"),
+        ("arnoldi", "LowRankInverse", "approximate", False, "LowRankInverse.approximate must be"),
+        ("arnoldi", "LowRankInverse", "positive_definite", False, "LowRankInverse.positive_definite must be"),
+        ("arnoldi", "LowRankInverse", "cut", 0.5, "LowRankInverse.cut must be"),
+        ("diagonal", "DiagonalInverse", "positive_definite", False, "DiagonalInverse.positive_definite must be"),
+        ("kfac", "KroneckerInverse", "positive_definite", False, "KroneckerInverse.positive_definite must be"),
+        ("kfac", "KroneckerInverse", "n_lost", 3, "KroneckerInverse.n_lost must be"),
+        ("kfac", "KroneckerInverse", "lost", "inverted", "KroneckerInverse.lost must be"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::scipy.linalg.LinAlgWarning")
+def test_what_contradicts_itself_is_refused(saved, class_name, field, value, message, tmp_path):
+    inverter = {
+        "mixed": lambda: fitted(on="net", blocks="layer", curvature="hessian"),
+        "sample space": lambda: fitted(on="net", curvature="empirical_fisher", weight_decay=0.1),
+        "arnoldi": lambda: fitted(Arnoldi(rank=3), on="net"),
+    }.get(saved, lambda: fitted(saved, on="net"))()
+
+    def change(state, arrays):
+        found = [entry[1][1] for entry in state["objects"] if entry[0].endswith(class_name)]
+        # Of the mixed blocks, the one with eigenvalues.
+        fields = next(each for each in found if saved != "mixed" or dict(each).get("eigenvalues", True) is not None)
+        pair = next(pair for pair in fields if pair[0] == field)
+        pair[1] = dict(fields)[value] if isinstance(value, str) else value
+
+    with pytest.raises(ValueError, match=message):
+        skinvert.load(crafted(tmp_path, change, inverter))
+
+
+@pytest.mark.parametrize("frame", [True, False])
+def test_names_are_those_of_the_fit_that_is_in_the_file(frame, tmp_path):
+    def unnamed(state, arrays):
+        entry(state, "_layout")[1] = None
+
+    def named(state, arrays):
+        state["root"][1].append(["feature_names_in_", ["list", ["a"]]])
+
+    with pytest.raises(ValueError, match="The names must be"):
+        skinvert.load(crafted(tmp_path, named if frame else unnamed, fitted(on="rows" if frame else "net")))
+
+
+def test_a_false_claim_of_semi_definiteness_clamps_nothing(tmp_path):
+    # Positive definite with λ, and indefinite without: the claim would make a negative eigenvalue zero.
+    A = np.diag([-0.05, 1.0, 2.0])
+    path = crafted_matrix(tmp_path, A)
+    with pytest.warns(scipy.linalg.LinAlgWarning, match="indefinite"):
+        received = skinvert.load(path).path(np.ones((1, 3)), [0.01])
+    np.testing.assert_allclose(received[0, 0], 1 / (np.diag(A) + 0.01), rtol=1e-10)
+
+
+def crafted_matrix(tmp_path, A):
+    """Return the file of the inverse of A + 0.1 I, which claims that A is positive semi-definite."""
+    inverter = fitted()
+    inverter.inverse_ = DenseInverse(torch.from_numpy(A), 0.1, 1e-6, "", is_psd=True)
+    inverter.save(tmp_path / "file")
+    return tmp_path / "file"
 
 
 # -- and nothing large is made of something small ----------------------------------------------------------------------
@@ -252,6 +332,8 @@ SAVED = [
     (KFAC(), "net", {"weight_decay": 0.1}),
     (EKFAC(), "net", {}),
     ("harmonic_mean", "net", {"curvature": "empirical_fisher"}),
+    ("direct", "net", {"curvature": "empirical_fisher", "weight_decay": 0.1}),
+    ("direct", "net", {"curvature": "hessian", "blocks": "layer"}),
 ]
 ATOMS = [
     *(None, True, False, 0, 1, -1, 2, 3, 10**9, 10**30, 10**400, 0.0, -0.5, 1e-320, 1e308, float("nan"), float("inf")),
@@ -310,26 +392,35 @@ def mutate(state, generator):
 def outcomes(saved, trials, seed, tmp_path):
     """Return how many mutated files are errors; assert that the others give the same answer."""
     method, on, settings = saved
-    inverter, generator, failed = fitted(method, on, **settings), np.random.default_rng(seed), 0
-    b = generator.standard_normal((2, inverter.n_features_in_))
-    path = tmp_path / "file"
-    inverter.save(path)
-    header, state, arrays = read(path)
+    generator, failed, path = np.random.default_rng(seed), 0, tmp_path / "file"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = inverter.transform(b)
+        inverter = fitted(method, on, **settings)
+        b = generator.standard_normal((2, inverter.n_features_in_))
+        inverter.save(path)
+        header, state, arrays = read(path)
+        expected = answers(inverter, b)
         for _ in range(trials):
             changed = copy.deepcopy(state)
             mutate(changed, generator)
             write(path, header, changed, arrays)
             try:
-                received = skinvert.load(path).set_output(transform="default").transform(b)
+                received = answers(skinvert.load(path).set_output(transform="default"), b)
             except ValueError as error:
                 assert "must be" in str(error)
                 failed += 1
             else:
-                np.testing.assert_allclose(received, expected, rtol=1e-5, atol=1e-8, err_msg=json.dumps(changed))
+                for one, other in zip(received, expected, strict=True):
+                    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-8, err_msg=json.dumps(changed))
     return failed
+
+
+def answers(inverter, b):
+    """Return all that a file can answer of rows b, and claim of it."""
+    x, info = inverter.solve(b)
+    path = inverter.path(b, [0.05, 0.7])
+    claims = [float(info["approximate"]), float(inverter.inverse_.positive_definite)]
+    return x, path, inverter.inverse_transform(b), claims
 
 
 @pytest.mark.parametrize("case", range(len(SAVED)))

@@ -1,5 +1,7 @@
 """Data frames: rows keep their index, columns their names, and a frame in another order is refused."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import sklearn
@@ -99,6 +101,13 @@ def test_arrays_get_a_plain_index():
         assert list(transformer.fit(*rows).transform(rows).index) == list(range(20))
 
 
+@pytest.mark.skipif(find_spec("polars") is not None, reason="polars is installed")
+def test_without_polars_it_says_what_to_install():
+    clf, X, y = split()
+    with pytest.raises(ImportError, match="requires polars to be installed"):
+        PerSampleGradient(clf).set_output(transform="polars").fit_transform(X, y)
+
+
 def test_polars():
     polars = pytest.importorskip("polars")
     clf, X, y = split()
@@ -153,10 +162,40 @@ def test_columns_without_names_go_by_position():
     np.testing.assert_array_equal(received, inverter.transform(array))
 
 
-def test_too_few_columns_are_told_by_their_number():
+@pytest.mark.parametrize("face", FACES)
+def test_columns_too_few_or_too_many_or_twice_are_told_by_their_names(face):
     inverter = fitted()
-    with pytest.raises(ValueError, match="8 features"):
-        inverter.transform(gradients(inverter)[0].iloc[:, :3])
+    frame, _ = gradients(inverter)
+    names = list(frame.columns)
+    with pytest.raises(ValueError, match=r"Got 3 columns, with \[\] beyond them and without \['weight\[1,0\]'"):
+        FACES[face](inverter, frame.iloc[:, :3])
+    with pytest.raises(ValueError, match=r"Got 9 columns, with \['more'\] beyond them and without \[\]"):
+        FACES[face](inverter, frame.assign(more=1.0))
+    with pytest.raises(ValueError, match="Got 9 columns"):
+        FACES[face](inverter, frame[[*names, names[0]]])
+    with pytest.raises(ValueError, match=r"Got 'weight\[0,0\]' for 'weight\[0,1\]' at 1"):
+        FACES[face](inverter, frame[[names[0], *names[:-1]]])
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_columns_of_which_some_have_names_are_refused(face):
+    inverter = fitted()
+    frame, _ = gradients(inverter)
+    with pytest.raises(ValueError, match=r"Got 0 for 'weight\[0,0\]' at 0"):
+        FACES[face](inverter, frame.rename(columns={"weight[0,0]": 0}))
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_numbers_for_columns_are_in_their_order(face):
+    inverter = fitted()
+    frame, array = gradients(inverter)
+    numbered = frame.set_axis(range(8), axis=1)
+    expected = FACES[face](inverter, array)
+    np.testing.assert_array_equal(FACES[face](inverter, numbered), expected)
+    # Numbers of another frame say nothing of the order.
+    np.testing.assert_array_equal(FACES[face](inverter, frame.set_axis(range(17, 9, -1), axis=1)), expected)
+    with pytest.raises(ValueError, match="must be 0 to 7 in order"):
+        FACES[face](inverter, numbered[[*range(1, 8), 0]])
 
 
 def test_the_functional_face_compares_columns_too():
@@ -168,6 +207,61 @@ def test_the_functional_face_compares_columns_too():
     np.testing.assert_allclose(received, inverter.transform(array), rtol=1e-5)
     with pytest.raises(ValueError, match="in this order"):
         solve_hvp("direct", model, (X, y), frame[frame.columns[::-1]], hessian_perturbation=0.1)
+
+
+def test_the_functional_face_refuses_what_the_others_do():
+    net, X, y = network()
+    frame, _ = gradients(fitted())
+    model = TorchTwiceDifferentiable(net, "cross_entropy")
+    others = (frame.iloc[:, :3], frame.rename(columns={"bias[0]": 0}), frame.set_axis([1, 0, *range(2, 8)], axis=1))
+    for other in others:
+        with pytest.raises(ValueError, match="The columns of b must be"):
+            solve_hvp("direct", model, (X, y), other, hessian_perturbation=0.1)
+
+
+# -- the columns of the data, which a module takes by their places ---------------------------------------------------
+
+
+def named_data():
+    net, X, y = network()
+    return net, pd.DataFrame(X.numpy(), columns=["a", "b", "c"]), y.numpy()
+
+
+@pytest.mark.parametrize("form", ["frame", "mapping"])
+def test_gradients_of_rows_in_another_order_of_columns_are_refused(form):
+    net, X, y = named_data()
+    given = {"frame": lambda frame: frame, "mapping": lambda frame: {"input": frame}}[form]
+    transformer = PerSampleGradient(net, loss="cross_entropy").fit(given(X), y)
+    np.testing.assert_array_equal(
+        transformer.transform((given(X), y)),
+        PerSampleGradient(net, loss="cross_entropy").fit(X.to_numpy(), y).transform((X.to_numpy(), y)),
+    )
+    with pytest.raises(ValueError, match=r"those of the fit, \['a', 'b', 'c'\], in this order. Got \['c', 'a', 'b'\]"):
+        transformer.transform((given(X[["c", "a", "b"]]), y))
+    with pytest.raises(ValueError, match="those of the fit"):
+        transformer.transform((given(X.rename(columns={"a": "z"})), y))
+    # An array has no names to compare.
+    transformer.transform((given(X.to_numpy()), y))
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_a_score_of_rows_in_another_order_of_columns_is_refused(chosen):
+    net, X, y = named_data()
+    settings = {"method": "direct", "curvature": "ggn", "loss": "cross_entropy"}
+    settings |= {"hessian_perturbations": [0.1, 1.0]} if chosen else {"hessian_perturbation": 0.1}
+    kind = HessianInverterCV if chosen else HessianInverter
+    inverter, expected = kind(**settings).fit(net, (X, y)), kind(**settings).fit(net, (X.to_numpy(), y))
+    assert inverter.score(X, y) == expected.score(X.to_numpy(), y)
+    with pytest.raises(ValueError, match="those of the fit"):
+        inverter.score(X[["b", "a", "c"]], y)
+
+
+def test_targets_in_another_order_of_columns_are_refused():
+    X = pd.DataFrame(np.random.default_rng(0).standard_normal((20, 3)).astype("f4"), columns=["a", "b", "c"])
+    targets = X[["a", "b"]] * 2
+    transformer = PerSampleGradient(nn.Linear(3, 2), loss="mse").fit(X, targets)
+    with pytest.raises(ValueError, match=r"data\[1\] must be those of the fit"):
+        transformer.transform((X, targets[["b", "a"]]))
 
 
 def test_frames_that_we_made_are_taken_back_without_a_warning():

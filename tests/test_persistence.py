@@ -24,7 +24,8 @@ import skinvert
 from skinvert import HessianInverter, methods
 from skinvert.answers import OPTIONAL, file_fields
 from skinvert.curvature import Gram
-from skinvert.methods import CG, Direct
+from skinvert.methods import CG, Arnoldi, Direct, Nystroem
+from skinvert.methods.direct import DenseInverse
 from skinvert.persistence import _checksum, load_state
 
 # -- the table: every method × fit × format, loaded in another process -------------------------------------------------
@@ -221,6 +222,36 @@ def test_settings_and_what_was_fitted_come_back(settings, form, tmp_path):
     assert all(torch.equal(part, inverter.unflatten(b)[name]) for name, part in loaded.unflatten(b).items())
 
 
+NUMPY = [
+    {"hessian_perturbation": np.float64(0.1)},
+    {"hessian_perturbation": np.int64(1), "batch_size": np.int64(5), "verbose": np.int64(0)},
+    {"method": Direct(rtol=np.float32(1e-3)), "weight_decay": {"weight": np.float64(0.1)}},
+    {"method": Arnoldi(rank=np.int64(3)), "random_state": np.int64(0)},
+    {"method": Nystroem(rank=np.int32(3), random_state=np.int64(0)), "curvature": "ggn"},
+]
+
+
+@pytest.mark.parametrize("settings", NUMPY, ids=["float", "int", "direct", "arnoldi", "nystroem"])
+def test_scalars_of_numpy_are_written_as_python_s(settings, tmp_path):
+    # As a grid of `np.logspace` or `np.arange` sets them.
+    inverter, X, y = on_model()
+    inverter = clone(inverter).set_params(**settings).fit(X, y)
+    loaded = reloaded(inverter, tmp_path)
+    b = np.random.default_rng(1).standard_normal((2, 8))
+    np.testing.assert_array_equal(loaded.transform(b), inverter.transform(b))
+    given, received = inverter.get_params(), loaded.get_params()
+    for name in {*settings, *(name for name in given if name.startswith("method__"))} - {"method"}:
+        assert received[name] == given[name]
+        assert type(received[name]).__module__ != "numpy"
+
+
+def test_the_best_of_a_search_over_ranges_of_numpy_is_saved(tmp_path):
+    X = np.random.default_rng(0).standard_normal((30, 4))
+    grid = {"hessian_perturbation": np.logspace(-2, 0, 3), "method__rank": np.arange(2, 4)}
+    best = GridSearchCV(HessianInverter(Arnoldi()), grid, cv=3).fit(X).best_estimator_
+    np.testing.assert_array_equal(reloaded(best, tmp_path).transform(X), best.transform(X))
+
+
 @pytest.mark.parametrize("form", ["skops", "safetensors"])
 def test_names_of_columns_and_output_container_come_back(form, tmp_path):
     pandas = pytest.importorskip("pandas")
@@ -270,12 +301,14 @@ def test_a_map_of_a_file_is_not_written_to(tmp_path):
 def test_an_object_met_twice_is_one_object(tmp_path):
     inverter = on_rows()
     inverter.method = inverter.method_
+    # The identity is its own basis of eigenvectors.
+    inverter.inverse_ = DenseInverse(torch.eye(3, dtype=torch.float64), 0.1, 1e-6, "").at(0.1)
     inverter.inverse_.eigenvectors = inverter.inverse_.matrix
     loaded = reloaded(inverter, tmp_path)
     assert loaded.method is loaded.method_
     assert loaded.inverse_.eigenvectors.data_ptr() == loaded.inverse_.matrix.data_ptr()
-    # The matrix, its factor, and the answer.
-    assert len(list(safetensors.safe_open(tmp_path / "file", framework="numpy").keys())) == 3
+    # The matrix, its eigenvalues, those inverted, and the answer.
+    assert len(list(safetensors.safe_open(tmp_path / "file", framework="numpy").keys())) == 4
 
 
 # -- model, loss and data stay behind ----------------------------------------------------------------------------------

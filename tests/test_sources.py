@@ -179,6 +179,28 @@ def test_faults_are_named(data, message):
         fitted(data)
 
 
+class WithoutLength(torch.utils.data.Dataset):
+    def __getitem__(self, i):
+        return X[i], Y[i]
+
+
+@pytest.mark.parametrize("data", [WithoutLength(), DataLoader(WithoutLength(), sampler=range(N))])
+def test_a_data_set_without_a_length(data):
+    with pytest.raises(TypeError, match="must be one with a length.*WithoutLength.*IterableDataset"):
+        fitted(data)
+
+
+@pytest.mark.parametrize("form", [lambda pair: pair, lambda pair: [pair]], ids=["tuple", "batches"])
+@pytest.mark.parametrize("dtypes", [(">f8", ">i8"), (np.longdouble, ">u2")], ids=["big-endian", "long double"])
+def test_numbers_that_torch_does_not_take(dtypes, form):
+    check(form((X.numpy().astype(dtypes[0]), Y.numpy().astype(dtypes[1]))))
+
+
+def test_dates_are_no_numbers():
+    with pytest.raises(ValueError, match=r"must be numeric. Got dtype datetime64\[D\]"):
+        fitted((X.numpy(), np.zeros(N, "datetime64[D]")))
+
+
 # -- several inputs ----------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +290,12 @@ def test_samples_by_chance_share_too():
 def test_wrong_names_are_told():
     with pytest.raises(TypeError, match=r"forward\(first, second, temperature=1.0\).*'third'.*`outputs`"):
         fitted(({"first": A, "third": B}, Y), Two())
+
+
+def test_a_name_too_many_is_told():
+    """A forward of one argument might have taken the mapping itself."""
+    with pytest.raises(TypeError, match=r"those that the module's forward\(input\) takes.*Leave out idx"):
+        fitted(({"input": X, "idx": torch.arange(N)}, Y))
 
 
 # -- labels and sparse rows --------------------------------------------------------------------------------------------

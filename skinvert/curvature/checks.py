@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from .._memory import naming_memory
+from .._telling import warn
 from .._types import Batch
 from .._validation import must_be
 from ..models import TorchTwiceDifferentiable, leading_length, map_tensors
 from ..models.plain_functions import refuse_frequencies
 
-__all__ = ["check_layers", "check_rows_alone", "explain_not_finite", "forward_or_tell"]
+__all__ = ["check_layers", "check_rows_alone", "check_rows_without_others", "explain_not_finite", "forward_or_tell"]
 
 # A batch to what must be each row's own of it.
 Of: TypeAlias = Callable[[Batch], torch.Tensor]
@@ -61,12 +62,49 @@ def check_rows_alone(model: TorchTwiceDifferentiable, outputs: Batch, batch: Bat
         if not together.is_floating_point() or together.ndim == 0:
             continue
         with torch.no_grad():
-            tolerance = 1e3 * torch.finfo(together.dtype).eps * together.detach().abs().max().clamp(min=1)
+            tolerance = _tolerance(together)
             if _differ(of(batch), together, tolerance):
                 hint = "Dropout must take `training=self.training`."
                 raise ValueError(_not_one("the same on every call", hint))
             for i in sorted({0, m // 2, m - 1}):
                 _check_alone(_alone(of, batch, i), together, i, tolerance)
+
+
+def check_rows_without_others(
+    model: TorchTwiceDifferentiable, outputs: Batch, batch: Batch, index: int, first: int
+) -> None:
+    """Raise where every other row of a batch, given without the rest, has other outputs: a branch may be taken late.
+
+    Of a batch of one row this is a second call. One row alone may stand at a jump (an ``argmax``, a rounding), where
+    the shape of a product decides: that is told, not refused.
+
+    Parameters
+    ----------
+    model : TorchTwiceDifferentiable
+        At a fixed point θ.
+    outputs, batch : outputs and batch
+        The outputs as they were on all of the batch.
+    index, first : int
+        The place of the batch among the batches, and of its first row in the data.
+    """
+    m = leading_length(batch)
+    # The other half from batch to batch.
+    start = index % 2 if m > 1 else 0
+    for together, of in _compared(model, outputs, batch):
+        if not together.is_floating_point() or together.ndim == 0:
+            continue
+        with torch.no_grad():
+            found = of(map_tensors(lambda tensor: tensor[start::2], batch))
+            rows = (start + 2 * _rows_that_differ(found, together[start::2])).tolist()
+        if rows:
+            hint = (
+                f"{_named(first, rows)} of the data, in batch {index}, without the others of the batch: a branch on "
+                "values that draws at random, or mixes rows?"
+            )
+            told = _not_one("one row's own and the same on every call, in every batch", hint)
+            if len(rows) > 1 or m < 3:
+                raise ValueError(told)
+            warn(told, UserWarning)
 
 
 def explain_not_finite(model: TorchTwiceDifferentiable, batch: Batch, index: int, rows: slice) -> str:
@@ -110,6 +148,23 @@ def _check_alone(alone: torch.Tensor, together: torch.Tensor, i: int, tolerance:
             "without `batch_first=True`?)."
         )
         raise ValueError(_not_one("one row's own", hint))
+
+
+def _rows_that_differ(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return the places of the rows that are not the same up to rounding; all where even the shapes differ."""
+    if found.shape != expected.shape:
+        return torch.arange(len(expected), device="cpu")
+    gaps = (found - expected.detach()).abs().reshape(len(expected), -1)
+    return (gaps > _tolerance(expected)).any(1).nonzero().flatten().cpu()
+
+
+def _tolerance(outputs: torch.Tensor) -> torch.Tensor:
+    return 1e3 * torch.finfo(outputs.dtype).eps * outputs.detach().abs().max().clamp(min=1)
+
+
+def _named(first: int, rows: list[int]) -> str:
+    listed = ", ".join(str(first + i) for i in rows[:3]) + (" and more" if len(rows) > 3 else "")
+    return f"{'Rows' if len(rows) > 1 else 'Row'} {listed}"
 
 
 def _alone(of: Of, batch: Batch, i: int) -> torch.Tensor:

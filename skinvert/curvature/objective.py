@@ -15,7 +15,13 @@ from .._validation import must_be
 from ..data import Batches
 from ..models import TorchTwiceDifferentiable, TwiceDifferentiable
 from ..parameters import ParameterLayout
-from .checks import check_layers, check_rows_alone, explain_not_finite, forward_or_tell
+from .checks import (
+    check_layers,
+    check_rows_alone,
+    check_rows_without_others,
+    explain_not_finite,
+    forward_or_tell,
+)
 from .first_pass import FirstPass
 from .loss_values import LossValues
 from .per_sample import gradient_rows
@@ -170,6 +176,8 @@ class Objective(MeanLoss):
         self.gradient += gradient
         self.weight_sum += float(weights.sum())
         self.mass_sum += float((weights * self.model.mass(outputs, batch)).sum())
+        # Last: the graph of the whole batch is no longer held.
+        check_rows_without_others(self.model, outputs, batch, index, rows.start)
 
     def _check_joined(self) -> None:
         """Check batches of one row each, of which a method may make larger ones."""

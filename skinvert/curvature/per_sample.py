@@ -101,8 +101,10 @@ def _at_once(model: TorchTwiceDifferentiable, batch: Batch, values: _Values) -> 
             parts = torch.vmap(torch.func.jacrev(of_row), in_dims=(None, axes))(theta, batch)
     except (RuntimeError, NotImplementedError, ValueError):
         return None
-    m = leading_length(batch)
-    return torch.cat([parts[name].detach().reshape(m, -1, theta[name].numel()) for name in model.layout.names], dim=2)
+    flat = [parts[name].detach() for name in model.layout.names]
+    return torch.cat(
+        [part.reshape(*part.shape[:2], theta[name].numel()) for name, part in zip(theta, flat, strict=True)], dim=2
+    )
 
 
 def _agree(model: TorchTwiceDifferentiable, batch: Batch, values: _Values, rows: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -159,6 +160,25 @@ class InverseOperator(TensorState, ABC):
         """Return M⁻¹ r for each row: ``apply``, or a form that serves conjugate gradients better."""
         return self.apply(R)
 
+    # -- a state from a file ---------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise ValueError where attributes contradict each other, as no fit leaves them; it factorises nothing.
+
+        Here: where what λ decides is not what it decides anew, from the same factorisation.
+        """
+        if self.moves:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.compare(self.at(self.hessian_perturbation))
+
+    def compare(self, anew: InverseOperator, but: tuple[str, ...] = ()) -> None:
+        """Raise ValueError where an attribute differs from that of ``anew``, beyond rounding; ``but`` are not asked."""
+        for name in sorted(set(anew.__dict__) - {*self._transient, "judges", *but}):
+            if not _agree(self.__dict__.get(name), anew.__dict__[name], self):
+                must = "what the others make it"
+                raise ValueError(must_be(f"{type(self).__name__}.{name}", must, repr(self.__dict__.get(name))[:80]))
+
     # -- the truth of a solution -----------------------------------------------------------------------------------
 
     def judged_by(self, exact: LinearOperator | None) -> Any:
@@ -193,6 +213,23 @@ class InverseOperator(TensorState, ABC):
             "residual_of_approximation": own,
             "approximate": self.approximate,
         }
+
+
+def _agree(one: Any, other: Any, inverse: InverseOperator) -> bool:
+    """Return whether two attributes are the same, to what another machine's rounding allows."""
+    if one is other:
+        return True
+    if isinstance(one, LinearOperator) and isinstance(other, LinearOperator):
+        b = torch.ones(1, inverse.size, dtype=inverse.dtype, device=inverse.device)
+        one, other = one.apply(b), other.apply(b)
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        gap, size = (one.double() - other.double()).norm(), other.double().norm()
+        return torch.equal(one, other) or bool(gap <= default_tolerance(inverse.dtype) * size)
+    if type(one) is float and type(other) is float:
+        return abs(one - other) <= default_tolerance(inverse.dtype) * abs(other)
+    return bool(one == other)
 
 
 def default_tolerance(dtype: torch.dtype) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .krylov import check_finite
+from .._scaling import norms
 from .row_cg import CGState
 
 __all__ = ["BlockRun", "orthonormal_rows"]
@@ -37,8 +37,11 @@ class BlockRun(CGState):
         if self.odd:
             return
         Q = self.apply(self.P)
-        check_finite("cg", Q, self.steps)
         S = self.P @ Q.mT
+        # Which row it was, and whether it is the curvature itself, rows of their own tell.
+        self.odd = not bool(torch.isfinite(norms(Q)).all() & torch.isfinite(S).all())
+        if self.odd:
+            return
         values, vectors = torch.linalg.eigh((S + S.mT) / 2)
         self.most_curvature = max(self.most_curvature, float(values.abs().max()))
         if float(values.min()) <= 10 * torch.finfo(S.dtype).eps * self.most_curvature:
@@ -49,6 +52,9 @@ class BlockRun(CGState):
         alpha = (self.R[rows] @ self.P.mT) @ inverse
         self.X[rows] += alpha @ self.P
         self.R[rows] -= alpha @ Q
+        self.odd = not bool(torch.isfinite(norms(self.R[rows])).all())
+        if self.odd:
+            return
         self.steps += 1
         self.n_iter[rows] += 1
         restart = self.check(self.claims())
@@ -64,7 +70,7 @@ class BlockRun(CGState):
 
 def orthonormal_rows(Z: torch.Tensor) -> torch.Tensor:
     """Return orthonormal rows (r, p) that span the rows of Z (k, p); r is their numerical rank."""
-    size = Z.norm(dim=1, keepdim=True)
+    size = norms(Z)[:, None].to(Z)
     # Each row counts alike, however far it has converged.
     Z = (Z / size)[size[:, 0] > 0]
     if not len(Z):

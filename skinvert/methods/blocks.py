@@ -107,6 +107,12 @@ class BlockInverse(InverseOperator):
         other.exact, other.judges = self.exact, self.judges
         return other
 
+    def check(self) -> None:
+        """Raise ValueError where a block contradicts itself, or the whole its blocks."""
+        for inverse in self.inverses:
+            inverse.check()
+        self.compare(BlockInverse(self.inverses, self._blocks, self.shift), but=("inverses",))
+
     def _residual(self, B: torch.Tensor, infos: Sequence[dict]) -> torch.Tensor:
         """Return ‖r‖ / ‖b‖ of the whole, from the blocks' own: a block with b = 0 has its absolute residual."""
         total = torch.zeros(len(B), dtype=torch.float64, device=B.device)

@@ -18,7 +18,7 @@ from .._validation import check_choice
 from ..operators import LinearOperator, Shifted
 from ..results import InverseHvpResult
 from .advice import advise, direct_fits
-from .base import InverseOperator, Method, shifted, warn_not_converged
+from .base import InverseOperator, Method, shifted, warn_not_converged, warn_of_overflow
 from .block_cg import BlockRun
 from .krylov import Problem, check_settings, products_with, starting_point, warn_of_lost, within
 from .preconditioners import as_preconditioner
@@ -127,11 +127,16 @@ class CGInverse(InverseOperator):
         """
         problem = Problem.of(self.operator, B, self.atol, starting_point(self.x0, B), products_with(self.operator))
         run = self._run(problem)
+        if self.operator.is_psd:
+            # It has no negative curvature: what looked like it is rounding.
+            run.stagnated |= run.negative
+            run.negative[:] = False
         X = self._without_null_part(run, problem) if bool(run.null.any()) else run.X
         residual = self._residual(run, problem, X)
-        X, lost = problem.back(X)
+        X, lost = problem.back(X, residual)
         converged = within(residual, problem.B, self.rtol, problem.atol) & ~run.negative & ~lost
-        self._warn(run, residual, converged, problem, lost)
+        held = torch.isfinite(warn_of_overflow("cg", X)).all(1)
+        self._warn(run, residual, converged, problem, lost, held)
         info = {
             "residual": residual,
             "converged": converged,
@@ -146,15 +151,18 @@ class CGInverse(InverseOperator):
         """Return the result at every λ: by one Krylov run without a preconditioner and a start, else one by one.
 
         The ``info`` of one run is ``residual``, ``converged`` and ``negative_curvature``, each (k,), and
-        ``n_products``, of all λ together.
+        ``n_products``, of all λ together. A λ at which a row has not converged is solved again by ``solve``, and judged
+        and warned of as there.
         """
         if self.preconditioner is not None or self.x0 is not None:
             return [self.at(shift).solve(B) for shift in hessian_perturbations]
-        args = (self.operator.operator, B, hessian_perturbations, self.rtol, self.atol, self.maxiter, self.verbose)
-        X, info = shifted_cg(*args)
+        shifts = list(hessian_perturbations)
+        X, info = shifted_cg(self.operator.operator, B, shifts, self.rtol, self.atol, self.maxiter, self.verbose)
         names = ("residual", "converged", "negative_curvature")
         whole = {"n_products": info["n_products"], "approximate": False}
-        return [InverseHvpResult(x, {name: info[name][i] for name in names} | whole) for i, x in enumerate(X)]
+        found = [InverseHvpResult(x, {name: info[name][i] for name in names} | whole) for i, x in enumerate(X)]
+        done = info["converged"].all(1).tolist()
+        return [found[i] if done[i] else self.at(shift).solve(B) for i, shift in enumerate(shifts)]
 
     def _run(self, problem: Problem) -> CGState:
         B, M = problem.B, self.preconditioner
@@ -174,7 +182,8 @@ class CGInverse(InverseOperator):
 
     def _row_by_row(self, run: BlockRun) -> CGState:
         """Go on from a block's iterates with rows of their own, which tell who met a null or negative direction."""
-        args = (run.products, run.B, run.X, run.tolerance, run.precondition)
+        start = torch.where(torch.isfinite(run.X).all(1, keepdim=True), run.X, 0.0)
+        args = (run.products, run.B, start, run.tolerance, run.precondition)
         rest = RowRun(*args)
         rest.n_iter, rest.steps, rest.n_products = run.n_iter, run.steps, rest.n_products + run.n_products
         while len(rest.rows) and rest.steps < self.maxiter:
@@ -218,12 +227,18 @@ class CGInverse(InverseOperator):
         return residual
 
     def _warn(
-        self, run: CGState, residual: torch.Tensor, converged: torch.Tensor, problem: Problem, lost: torch.Tensor
+        self,
+        run: CGState,
+        residual: torch.Tensor,
+        converged: torch.Tensor,
+        problem: Problem,
+        lost: torch.Tensor,
+        held: torch.Tensor,
     ) -> None:
         if bool(run.negative.any()):
             warn(self._indefinite(run, problem), ConvergenceWarning)
         warn_of_lost("cg", lost, problem.B.dtype)
-        rest = ~run.negative & ~lost
+        rest = ~run.negative & ~lost & held
         if bool((run.stagnated & ~converged)[rest].any()):
             hint = "Rounding does not allow less."
             if bool(run.null.any()):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-import numpy as np
-import scipy.linalg
-import scipy.sparse.linalg
 import torch
 
 from .._memory import check_memory, rows_within
@@ -17,6 +15,7 @@ from ..operators import Dense, LinearOperator, LowRank, Shifted, add_to_diagonal
 from ..results import InverseHvpResult
 from .assembly import assembled, check_factor
 from .base import InverseOperator, Method, default_tolerance, relative_residual, warn_not_converged
+from .condition import norm1, rcond
 from .low_rank import LowRankInverse
 from .null_space import invert_spectrum, warn_of_indefinite, warn_of_null_part
 
@@ -167,18 +166,36 @@ class DenseInverse(InverseOperator):
         warn_not_converged("direct", residual[~outside], converged[~outside], self.rtol, hint)
         return InverseHvpResult(X, {"residual": residual, "converged": converged, "approximate": False})
 
+    def check(self) -> None:
+        """Raise ValueError where the factors contradict each other, or the matrix."""
+        parts = [self.eigenvalues, self.eigenvectors, self.inverted]
+        if self.eigenvalues is None or any(part is None for part in parts):
+            if self.cholesky is None or any(part is not None for part in parts) or not self.positive_definite:
+                must = "a positive definite one with a Cholesky factor, or one with all of the eigendecomposition"
+                raise ValueError(must_be("DenseInverse", must, "neither"))
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.compare(self.at(self.shift), but=("cholesky",))
+        b = torch.ones(1, self.size, dtype=self.dtype, device=self.device)
+        rebuilt = (b @ self.eigenvectors * self.eigenvalues) @ self.eigenvectors.mT
+        gap = (rebuilt - b @ self.matrix).double().norm()
+        # Not (gap > ...): NaN compares false.
+        if not bool(gap <= 1e-3 * norm1(self.matrix) * b.double().norm()):
+            raise ValueError(must_be("The eigendecomposition", "that of the matrix", f"another, by {gap:.3g}"))
+
     def _factorise(self) -> None:
         """Take the Cholesky factor of A + λI where it is good enough."""
         # In place, and back: one matrix less at the peak.
         diagonal = self.matrix.diagonal().clone()
         try:
             add_to_diagonal(self.matrix, self.shift or None)
-            norm = _norm1(self.matrix)
+            norm = norm1(self.matrix)
             cholesky, info = torch.linalg.cholesky_ex(self.matrix)
         finally:
             self.matrix.diagonal().copy_(diagonal)
         floor = 10 * math.sqrt(self.size) * torch.finfo(self.matrix.dtype).eps
-        if int(info) == 0 and _rcond(cholesky, norm) >= floor:
+        if int(info) == 0 and rcond(cholesky, norm) >= floor:
             self.cholesky = cholesky
             generator = torch.Generator("cpu").manual_seed(0)
             b = torch.randn(1, self.size, dtype=torch.float64, generator=generator, device="cpu").to(cholesky)
@@ -189,8 +206,9 @@ class DenseInverse(InverseOperator):
     def _decompose(self) -> None:
         check_dense_memory(Dense(self.matrix), EIGEN_COPIES)
         self.eigenvalues, self.eigenvectors = torch.linalg.eigh(self.matrix)
-        if self.is_psd:
-            # Rounding alone makes zero eigenvalues slightly negative.
+        rounding = torch.finfo(self.dtype).eps ** 0.5 * float(self.eigenvalues.abs().max())
+        if self.is_psd and bool((self.eigenvalues >= -rounding).all()):
+            # Rounding alone makes zero eigenvalues slightly negative; where there is more, the claim is wrong.
             self.eigenvalues = self.eigenvalues.clamp(min=0)
         self._judge()
 
@@ -307,6 +325,10 @@ class SampleSpaceInverse(InverseOperator):
                 self._spectral.rtol = self.rtol
                 self._spectral.exact = LowRank(self.rows, R)
             return self._spectral.at(hessian_perturbation)
+        return self._anew(hessian_perturbation)
+
+    def _anew(self, hessian_perturbation: float) -> SampleSpaceInverse:
+        R = torch.zeros_like(self.shift) if self.penalty is None else self.penalty
         shift = R + check_hessian_perturbation(hessian_perturbation)
         if not bool((shift > 0).all()):
             what, got = "hessian_perturbation for fewer rows than parameters", hessian_perturbation
@@ -317,10 +339,27 @@ class SampleSpaceInverse(InverseOperator):
         return other
 
     def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> list[InverseHvpResult]:
-        """Return the results at every λ."""
+        """Return the results at every λ: a row that the singular vectors do not serve is solved as by ``solve``."""
         shifts = list(hessian_perturbations)
         first = self.at(shifts[0]) if shifts else self
-        return first.solve_path(B, shifts) if isinstance(first, LowRankInverse) else super().solve_path(B, shifts)
+        if not isinstance(first, LowRankInverse):
+            return super().solve_path(B, shifts)
+        found = first.untold().solve_path(B, shifts)
+        served = [bool(info["converged"].all()) for _, info in found]
+        return [found[i] if served[i] else self._anew(shift).solve(B) for i, shift in enumerate(shifts)]
+
+    def check(self) -> None:
+        """Raise ValueError where the factors and the shifts contradict each other."""
+        shift = torch.full_like(self.shift, self.perturbation)
+        shift = shift if self.penalty is None else shift + self.penalty
+        for kept, expected in ((self.shift, shift), (self.inverse_shift, 1 / shift)):
+            if not torch.allclose(kept, expected, rtol=default_tolerance(self.dtype), atol=0.0):
+                raise ValueError(must_be("SampleSpaceInverse's shift", "that of λ and the penalty", "another"))
+        by_vectors = self.damped is not None
+        incomplete = by_vectors and "vectors" not in self.__dict__
+        if incomplete or by_vectors == (self.cholesky is not None) or not self.positive_definite:
+            must = "a positive definite one with a Cholesky factor, or with damped and vectors"
+            raise ValueError(must_be("SampleSpaceInverse", must, "both or neither"))
 
     def _factorise(self, shift: torch.Tensor, hessian_perturbation: float) -> None:
         self.shift, self.inverse_shift, self.perturbation = shift, 1 / shift, float(hessian_perturbation)
@@ -385,31 +424,3 @@ def _positive_shift(A: LinearOperator, hessian_perturbation: float) -> torch.Ten
     shift = torch.full((A.size,), hessian_perturbation, dtype=A.dtype, device=A.device)
     shift = shift if penalty is None else shift + penalty
     return shift if bool((shift > 0).all()) else None
-
-
-def _norm1(matrix: torch.Tensor) -> float:
-    """Return the largest column sum of magnitudes, by blocks of a symmetric matrix's rows."""
-    step = rows_within(2 * matrix.shape[1] * matrix.element_size(), len(matrix))
-    return max(float(part.abs().sum(1).max()) for part in matrix.split(step))
-
-
-def _rcond(cholesky: torch.Tensor, norm: float) -> float:
-    """Estimate 1 / (‖A‖₁ ‖A⁻¹‖₁) from the Cholesky factor: LAPACK's ``pocon``, or its algorithm on a device."""
-    if norm == 0 or not math.isfinite(norm):
-        return 0.0
-    if cholesky.device.type == "cpu":
-        pocon = scipy.linalg.get_lapack_funcs("pocon", (cholesky.numpy(),))
-        # LAPACK reads columns: the transpose of a row-major lower factor is the upper one, without a copy.
-        by_columns = cholesky.mT.is_contiguous()
-        rcond, _ = pocon(cholesky.numpy() if by_columns else cholesky.numpy().T, norm, uplo="L" if by_columns else "U")
-        return float(rcond)
-
-    def solve(columns: np.ndarray) -> np.ndarray:
-        right = torch.from_numpy(np.ascontiguousarray(columns)).to(cholesky)
-        return torch.cholesky_solve(right.reshape(len(right), -1), cholesky).cpu().numpy().reshape(columns.shape)
-
-    inverse = scipy.sparse.linalg.LinearOperator(
-        cholesky.shape, matvec=solve, rmatvec=solve, matmat=solve, rmatmat=solve, dtype=np.float64
-    )
-    estimate = scipy.sparse.linalg.onenormest(inverse)
-    return 1 / (norm * estimate) if math.isfinite(estimate) and estimate > 0 else 0.0

@@ -141,13 +141,20 @@ class Problem:
         """Return ‖Ax − b‖ / ‖b‖ of some rows of scaled solutions X (k, p)."""
         return relative_residual(_Scaled(self), self.B[rows], X[rows])
 
-    def back(self, X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the solutions of the problem as it was given, and which are too small for the dtype."""
+    def back(self, X: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the solutions (..., k, p) of the problem as it was given, and which are too small for the dtype.
+
+        The ``residual`` of those that overflow is set to infinity; where all do, that is an error.
+        """
         found = times_powers(X, self.powers - self.products.exponent)
-        if not bool(torch.isfinite(found).all()):
+        overflow = ~torch.isfinite(found).all(-1)
+        if not bool(overflow.any()):
+            return found, lost_rows(X, found)
+        if bool((overflow | ~(self.B != 0).any(1)).all()):
             must = f"such that x is within the range of {X.dtype}"
             hint = "Try dtype=torch.float64, smaller right-hand sides, or a larger hessian_perturbation."
             raise ValueError(must_be("b and the curvature", must, "a solution that overflows", hint))
+        residual[overflow] = torch.inf
         return found, lost_rows(X, found)
 
     def _start(self, x0: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from .._scaling import norms
 from .._validation import check_number, must_be
 from ..operators import LinearOperator, Shifted
 from ..results import InverseHvpResult
-from .base import InverseOperator, Method, shifted, warn_not_converged
+from .base import InverseOperator, Method, shifted, warn_not_converged, warn_of_overflow
 from .krylov import Problem, starting_point, warn_of_lost, within
 from .spectrum import smallest_eigenvalue
 
@@ -161,10 +161,11 @@ class LiSSAInverse(InverseOperator):
             n_iter += run.n_iter
         residual = problem.residual(mean)
         rtol = float(self.settings.rtol or 0.0)
+        mean, lost = problem.back(mean, residual)
+        held = torch.isfinite(warn_of_overflow("lissa", mean)).all(1)
         converged = within(residual, problem.B, rtol)
-        if not bool(converged.all()):
-            warn_not_converged("lissa", residual, converged, rtol, self._hint())
-        mean, lost = problem.back(mean)
+        if not bool(converged[held].all()):
+            warn_not_converged("lissa", residual[held], converged[held], rtol, self._hint())
         warn_of_lost("lissa", lost, B.dtype)
         converged &= ~lost
         info = {"residual": residual, "converged": converged, "n_iter": n_iter, "scale": self.scale}

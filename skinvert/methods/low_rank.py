@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -78,6 +79,9 @@ class LowRankInverse(InverseOperator):
         "_lost": "mask[r]",
         "positive_definite": "bool",
     }
+    # Whether rows that are not solved are warned of.
+    _tells: bool = True
+    _transient = ("exact", "_tells")
 
     def __init__(
         self,
@@ -117,6 +121,12 @@ class LowRankInverse(InverseOperator):
         other._set(hessian_perturbation)
         return other
 
+    def check(self) -> None:
+        """Raise ValueError where an attribute contradicts the eigenpairs."""
+        super().check()
+        if self.approximate != (self.rank < self.size):
+            raise ValueError(must_be("LowRankInverse.approximate", "whether eigenpairs are left out", self.approximate))
+
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions, or pseudo-solutions where the operator is singular.
 
@@ -144,8 +154,15 @@ class LowRankInverse(InverseOperator):
             judged = torch.where(info["residual"].isnan(), judged, info["residual"])
             info["converged"] = info["residual"] <= self.rtol
         hint = "Try dtype=torch.float64 or a larger λ."
-        warn_not_converged(self.name, judged[~outside], judged[~outside] <= self.rtol, self.rtol, hint)
+        if self._tells:
+            warn_not_converged(self.name, judged[~outside], judged[~outside] <= self.rtol, self.rtol, hint)
         return InverseHvpResult(X, info)
+
+    def untold(self) -> LowRankInverse:
+        """Return this inverse without warnings of rows that it does not solve, for callers that solve them anew."""
+        other = copy.copy(self)
+        other._tells = False
+        return other
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return the solutions alone, by two GEMMs."""

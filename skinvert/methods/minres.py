@@ -12,7 +12,7 @@ from .._scaling import norms
 from ..operators import LinearOperator, Shifted
 from ..results import InverseHvpResult
 from .advice import advise
-from .base import InverseOperator, Method, shifted, warn_not_converged
+from .base import InverseOperator, Method, shifted, warn_not_converged, warn_of_overflow
 from .krylov import (
     Problem,
     check_finite,
@@ -120,10 +120,12 @@ class MINRESInverse(InverseOperator):
             run.step()
         X = run.result()
         residual = problem.residual(X)
-        X, lost = problem.back(X)
+        X, lost = problem.back(X, residual)
+        held = torch.isfinite(warn_of_overflow("minres", X)).all(1)
         converged = within(residual, problem.B, self.rtol, problem.atol)
         stagnated = run.stagnated & ~converged
-        warn_not_converged("minres", residual, converged, self.rtol, self._hint(bool(stagnated.any())))
+        hint = self._hint(bool(stagnated.any()))
+        warn_not_converged("minres", residual[held], converged[held], self.rtol, hint)
         warn_of_lost("minres", lost, B.dtype)
         converged &= ~lost
         info = {"residual": residual, "converged": converged, "n_iter": run.n_iter, "stagnated": stagnated}
@@ -195,9 +197,10 @@ class _Run:
 
     def step(self) -> None:
         """Advance all rows under way by one iteration."""
-        s, rows = self.state, self.rows
         v, alpha, rest, beta = self._lanczos()
+        s, rows = self.state, self.rows
 
+        self.norm[rows] = torch.maximum(self.norm[rows], torch.hypot(alpha, beta))
         # The last rotation on the new column of T, then the rotation that clears what is below its diagonal.
         delta, gbar, dbar = s.cs * s.dbar + s.sn * alpha, s.sn * s.dbar - s.cs * alpha, -s.cs * beta
         # ‖Ar‖ / ‖r‖ before this step: where it is rounding, r is in the null space and x a least-squares solution.
@@ -236,9 +239,15 @@ class _Run:
         alpha = (v * rest).sum(1).to(s.beta)
         rest = rest - _column(alpha / s.beta, rest) * s.current
         beta = norms(rest)
-        check_finite("minres", rest, self.steps)
-        self.norm[rows] = torch.maximum(self.norm[rows], torch.hypot(alpha, beta))
-        return v, alpha, rest, beta
+        finite = torch.isfinite(alpha) & torch.isfinite(beta)
+        if bool(finite.all()):
+            return v, alpha, rest, beta
+        # What overflows ends its own row alone, as long as another row has a product.
+        if self.steps == 1 and not bool(finite.any()):
+            check_finite("minres", rest, self.steps)
+        self.stagnated[rows[~finite]] = True
+        self._leave(~finite)
+        return v[finite], alpha[finite], rest[finite], beta[finite]
 
     def _check(self, claims: torch.Tensor) -> None:
         """Recompute r where a row claims to be done, and for all now and then; the others go on from their true r."""

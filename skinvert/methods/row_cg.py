@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .._scaling import norms
+from .._scaling import far_exponents, norms, times_powers
 from .krylov import check_finite
 
 __all__ = ["REFRESH", "CGState", "RowRun"]
@@ -121,42 +121,55 @@ class CGState:
 
 
 class RowRun(CGState):
-    """Each row with its own directions."""
+    """Each row with its own directions, whose sizes divide out: what overflows ends its own row alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Z, self.rz, _ = self._descent(self.R)
+        self.gauge = torch.zeros(len(self.B), dtype=torch.int64, device=self.B.device)
+        if self.precondition is not None:
+            # A preconditioner may shorten one row by all that the dtype holds, and lengthen another by as much.
+            self.gauge = far_exponents(self.preconditioned(self.R))
+        Z, self.rz, _ = self._descent(self.R, slice(None))
         self.P = Z.clone()
 
     def step(self) -> None:
         """Advance all rows under way by one iteration."""
-        P = self.P[self.rows]
+        powers = far_exponents(self.P[self.rows])
+        P = times_powers(self.P[self.rows], -powers)
         AP = self.apply(P)
-        curvature = (P * AP).sum(1)
-        check_finite("cg", curvature, self.steps)
-        size = P.square().sum(1)
-        good = self._judge(curvature / size, AP.square().sum(1) / size)
+        curvature, size, image = (P * AP).sum(1, dtype=torch.float64), norms(P).square(), norms(AP).square()
+        finite = torch.isfinite(curvature) & torch.isfinite(image)
+        if not self.steps and not bool(finite.any()):
+            check_finite("cg", AP, self.steps)
+        good = self._judge(curvature / size, image / size, finite)
         if not bool(good.all()):
-            P, AP, curvature = P[good], AP[good], curvature[good]
+            self.P[self.rows[~good]] = P[~good]
+            P, AP, curvature, powers = P[good], AP[good], curvature[good], powers[good]
             self.leave(~good)
         if len(self.rows):
-            self._advance(P, AP, curvature)
+            self._advance(P, AP, curvature, powers)
 
-    def _descent(self, R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _descent(self, R: torch.Tensor, rows: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return Z = M⁻¹R, rᵀz, and where z = r instead, as rounding has made M indefinite."""
-        Z = self.preconditioned(R)
-        rz = (R * Z).sum(1)
+        if self.precondition is None:
+            rz = norms(R).square()
+            return R, rz, ~(rz > 0)
+        Z = times_powers(self.preconditioned(R), -self.gauge[rows])
+        powers = far_exponents(Z)
+        rz = _times((R * times_powers(Z, -powers)).sum(1, dtype=torch.float64), powers)
         # Not (a ≤ b): NaN compares false.
         plain = ~(rz > 0)
-        if self.precondition is not None and bool(plain.any()):
+        if bool(plain.any()):
             Z = torch.where(plain[:, None], R, Z)
-            rz = torch.where(plain, R.square().sum(1), rz)
+            rz = torch.where(plain, norms(R).square(), rz)
         return Z, rz, plain
 
-    def _judge(self, quotient: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        """Tell rows that can go on from those that met a null or a negative direction."""
-        self.most_curvature = max(self.most_curvature, float(quotient.abs().max()))
-        eps = torch.finfo(quotient.dtype).eps * self.most_curvature
+    def _judge(self, quotient: torch.Tensor, image: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
+        """Tell rows that can go on from those that met a null or a negative direction, or what no number holds."""
+        self.stagnated[self.rows[~finite]] = True
+        quotient = torch.where(finite, quotient, torch.inf)
+        self.most_curvature = max(self.most_curvature, float(torch.where(finite, quotient.abs(), 0.0).max()))
+        eps = torch.finfo(self.B.dtype).eps * self.most_curvature
         small = quotient <= 10 * eps
         # (Ap)² ≤ |A| pᵀAp where A is positive semi-definite: a vanishing pᵀAp without a vanishing Ap proves it is not.
         null = small & (quotient >= -100 * eps) & (image <= 1e4 * eps * self.most_curvature)
@@ -165,11 +178,12 @@ class RowRun(CGState):
             self.least_curvature = min(self.least_curvature, float(quotient.min()))
             self.negative[self.rows[negative]] = True
         self.stagnated[self.rows[null]] = self.null[self.rows[null]] = True
-        return ~(negative | null)
+        return finite & ~(negative | null)
 
-    def _advance(self, P: torch.Tensor, AP: torch.Tensor, curvature: torch.Tensor) -> None:
+    def _advance(self, P: torch.Tensor, AP: torch.Tensor, curvature: torch.Tensor, powers: torch.Tensor) -> None:
+        """Step along directions p = 2 ** power · P."""
         rows, rz = self.rows, self.rz[self.rows]
-        alpha = (rz / curvature)[:, None]
+        alpha = (_times(rz, -powers) / curvature)[:, None].to(P)
         self.X[rows] += alpha * P
         self.R[rows] -= alpha * AP
         self.steps += 1
@@ -178,8 +192,11 @@ class RowRun(CGState):
         restart = self.check(self.claims())
         if len(self.rows) < len(before):
             stays = torch.isin(before, self.rows)
-            P, rz = P[stays], rz[stays]
-        R = self.R[self.rows]
-        Z, new, plain = self._descent(R)
+            rz = rz[stays]
+        Z, new, plain = self._descent(self.R[self.rows], self.rows)
         beta = torch.where(restart | plain, 0.0, new / rz)
-        self.P[self.rows], self.rz[self.rows] = Z + beta[:, None] * P, new
+        self.P[self.rows], self.rz[self.rows] = Z + beta[:, None].to(Z) * self.P[self.rows], new
+
+
+def _times(scalars: torch.Tensor, powers: torch.Tensor) -> torch.Tensor:
+    return times_powers(scalars[:, None], powers)[:, 0]

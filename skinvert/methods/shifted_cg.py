@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
 
 from .._memory import rows_within
 from .._progress import progress
 from .._scaling import norms
-from .._telling import warn
 from .._validation import check_hessian_perturbation
 from ..operators import LinearOperator, Shifted
-from .advice import advise
-from .base import warn_not_converged
-from .krylov import Problem, check_finite, warn_of_lost
-from .spectrum import smallest_eigenvalue
+from .krylov import Problem, check_finite
 
 __all__ = ["shifted_cg"]
 
@@ -92,11 +86,10 @@ def shifted_cg(
     for rows in open_.split(rows_within(max(1, 4 * len(sigma) * A.size * B.element_size()))) if len(sigma) else ():
         found = path.run(problem.B[rows], tolerance[rows])
         X[:, rows], residual[:, rows], negative[:, rows] = path.polish(found, problem.B[rows], tolerance[rows])
-    X, lost = problem.back(X)
+    X, lost = problem.back(X, residual)
     converged = (residual <= tolerance) & ~lost
     negative &= ~converged
     relative = torch.where(size > 0, residual / size, residual)
-    _warn(A, sigma, relative, converged, negative, lost, rtol)
     info = {"residual": relative, "converged": converged, "negative_curvature": negative}
     return X, {**info, "n_products": path.n_products}
 
@@ -132,9 +125,11 @@ class _Path:
                 break
             AP = self.products(state.P[rows])
             curvature = (state.P[rows] * AP).sum(1)
-            check_finite("cg", AP, step)
+            if not step and not bool(torch.isfinite(norms(AP)).any()):
+                check_finite("cg", AP, step)
             state.advance(rows, AP, curvature, self.scaled(self.delta)[:, None])
-        return state.X
+        # A row that overflowed is polished from zero.
+        return torch.where(torch.isfinite(state.X).all(2, keepdim=True), state.X, 0.0)
 
     def polish(
         self, X: torch.Tensor, B: torch.Tensor, tolerance: torch.Tensor
@@ -162,7 +157,8 @@ class _Path:
 
     def _gaps(self, X: torch.Tensor, B: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         R = B - self.products(X, delta.expand(len(X)))
-        return R, norms(R)
+        size = norms(R)
+        return R, torch.where(torch.isfinite(size), size, torch.inf)
 
     def _correct(
         self, R: torch.Tensor, delta: torch.Tensor, tolerance: torch.Tensor
@@ -171,17 +167,16 @@ class _Path:
         X, R, P, rr = torch.zeros_like(R), R.clone(), R.clone(), norms(R).square()
         negative, most = torch.zeros(len(R), dtype=torch.bool, device=R.device), 0.0
         rows = torch.arange(len(R), device=R.device)
-        for step in range(self.maxiter):
+        for _ in range(self.maxiter):
             # Half of the tolerance: the recurrence may drift by the other half.
             rows = rows[rr[rows].sqrt() > 0.5 * tolerance[rows]]
             if not len(rows):
                 break
             AP = self.products(P[rows], delta[rows])
             curvature = (P[rows] * AP).sum(1).to(rr)
-            check_finite("cg", AP, step)
             quotient = curvature / norms(P[rows]).square()
-            most = max(most, float(quotient.abs().max()))
-            good = quotient > 10 * torch.finfo(R.dtype).eps * most
+            most = max(most, float(torch.where(torch.isfinite(quotient), quotient.abs(), 0.0).max()))
+            good = torch.isfinite(quotient) & (quotient > 10 * torch.finfo(R.dtype).eps * most)
             negative[rows] = quotient < -100 * torch.finfo(R.dtype).eps * most
             rows, AP, curvature = rows[good], AP[good], curvature[good]
             alpha = (rr[rows] / curvature)[:, None].to(R)
@@ -217,8 +212,9 @@ class _Shifted:
         """Take one step of the seed, and the same step for every λ that is not frozen."""
         curvature = curvature.to(self.rr)
         quotient = curvature / norms(self.P[rows]).square()
-        self.most = max(self.most, float(quotient.abs().max()))
-        good = quotient > 10 * torch.finfo(AP.dtype).eps * self.most
+        finite = torch.isfinite(quotient) & torch.isfinite(norms(AP))
+        self.most = max(self.most, float(torch.where(finite, quotient.abs(), 0.0).max()))
+        good = finite & (quotient > 10 * torch.finfo(AP.dtype).eps * self.most)
         # A larger λ may still do: what has come so far is polished at its own.
         self.active[:, rows[~good]] = False
         rows, AP = rows[good], AP[good]
@@ -243,28 +239,3 @@ class _Shifted:
             self.X[i].addcmul_((on * alpha * ratio[i])[:, None].to(P), P)
             P.mul_((on * beta * ratio[i].square())[:, None].to(P)).addcmul_((on * self.zeta[i])[:, None].to(P), self.R)
         self.active &= self.zeta * self.rr.sqrt() > self.tolerance
-
-
-def _warn(
-    A: LinearOperator,
-    sigma: torch.Tensor,
-    residual: torch.Tensor,
-    converged: torch.Tensor,
-    negative: torch.Tensor,
-    lost: torch.Tensor,
-    rtol: float,
-) -> None:
-    if bool(negative.any()):
-        theta, error = smallest_eigenvalue(A)
-        worst = float(sigma[negative.any(1).cpu()].max())
-        need = f"hessian_perturbation must be > {-theta:.3g}" if math.isfinite(error) else "It must be larger"
-        warn(
-            f"A + λI is not positive definite for λ up to {worst:.3g} of the path, and cg stopped. {need}. {A.hint}",
-            ConvergenceWarning,
-        )
-    warn_of_lost("cg", lost, A.dtype)
-    rest = ~negative & ~lost
-    if len(sigma):
-        wider = ["dtype=torch.float64"] if A.dtype == torch.float32 else []
-        hint = advise(A, "a larger `maxiter` or `rtol`", *wider)
-        warn_not_converged("cg", residual[rest], converged[rest], rtol, hint)

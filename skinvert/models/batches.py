@@ -118,9 +118,27 @@ def call(module: nn.Module, x: Any) -> Any:
             hint = "Try the names that it takes, or subclass TorchTwiceDifferentiable and override `outputs`."
             must = f"what the module's forward{_signature(module)} takes"
             raise TypeError(must_be("The keys of a batch", must, sorted(map(str, x)), hint))
-    elif isinstance(x, tuple) and binds(module, *x):
+        return _of_mapping(module, x)
+    if isinstance(x, tuple) and binds(module, *x):
         return module(*x)
     return module(x)
+
+
+def _of_mapping(module: nn.Module, x: Mapping[Any, Any]) -> Any:
+    """Return ``module(x)`` of a mapping as it is; told by its keys where it was meant to be taken by name."""
+    signature = _signature(module)
+    try:
+        return module(x)
+    except TypeError as error:
+        known = {} if signature is None else signature.parameters
+        # Labels are tried with the inputs too.
+        inputs = {str(key) for key in x} - {"labels", "label"}
+        more = sorted(inputs.difference(known))
+        if not more or len(more) == len(inputs):
+            raise
+        hint = f"Leave out {', '.join(more)}, or subclass TorchTwiceDifferentiable and override `outputs`."
+        must = f"those that the module's forward{signature} takes"
+        raise TypeError(must_be("The keys of a batch", must, sorted(map(str, x)), hint)) from error
 
 
 def binds(module: nn.Module, *args: Any, **kwargs: Any) -> bool:

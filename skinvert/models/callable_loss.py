@@ -119,8 +119,14 @@ class CallableLoss(Loss):
                 raise ValueError(must_be("The loss callable", must, got, hint))
 
     def _check_differentiable(self, output: torch.Tensor, target: Any) -> None:
+        kept = [tensor.clone() for tensor in _tensors(target)]
         with torch.enable_grad():
             value = self._call(output.detach().requires_grad_(True), target)
+        # NaN equals nothing, itself included.
+        pairs = zip(_tensors(target), kept, strict=True)
+        if not all(bool(((now == before) | (before != before)).all()) for now, before in pairs):
+            # Said first: whatever the values are compared with next would be of other targets.
+            raise ValueError(must_be("The loss", "one that leaves its targets as they are", "changed targets"))
         if not value.requires_grad:
             hint = "Its gradient is not recorded (`.detach()`, `torch.no_grad()`, counts, integers?)."
             raise ValueError(must_be("The loss callable", "differentiable in the outputs", "a constant", hint))

@@ -60,12 +60,12 @@ def embedding(
     max_norm: float | None = None,
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
-    sparse: bool = False,
+    sparse: bool = False,  # noqa: ARG001 (sparse gradients have no second derivative)
 ) -> torch.Tensor:
     """Return the rows of ``weight``; refused where their gradient depends on the rest of the batch."""
     if scale_grad_by_freq:
         raise ValueError(refuse_frequencies("An embedding"))
-    return functional.embedding(input, weight, padding_idx, max_norm, norm_type, False, sparse)
+    return functional.embedding(input, weight, padding_idx, max_norm, norm_type)
 
 
 def embedding_bag(

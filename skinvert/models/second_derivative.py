@@ -118,12 +118,23 @@ def check_loss_derivative(model: Any, outputs: torch.Tensor, batch: Any, doubled
         fault = _fault(_LossAlone(model, outputs.double()), doubled)
     except Exception:
         # A loss may hold to its own dtype.
-        fault = _fault(_LossAlone(model, outputs), batch)
+        fault = _fault_of_loss(model, outputs, batch)
     if fault is not None:
         hint = 'Try curvature="empirical_fisher", which takes first derivatives alone.'
         raise ValueError(
             must_be("The second derivatives of the loss in the outputs", "those of its gradient", fault, hint)
         )
+
+
+def _fault_of_loss(model: Any, outputs: torch.Tensor, batch: Any) -> str | None:
+    try:
+        return _fault(_LossAlone(model, outputs), batch)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        # As of a probability of 1: there is no step beyond it.
+        got, hint = f"outputs at its edge: {error}", 'Try a loss of logits, as "bce_with_logits".'
+        raise ValueError(must_be("The outputs", "inside of the loss's domain", got, hint)) from error
 
 
 class _LossAlone:

@@ -122,6 +122,58 @@ def test_the_losses_of_a_subclass_are_held_alone_too():
         HessianInverter("cg", 1.0).fit(Pairs(nn.Linear(8, 3), None), data())
 
 
+# A branch on values may be taken late.
+LATE = {
+    "mean": lambda f, late: f - late * f.mean(0),
+    "neighbour": lambda f, late: f + late * f.roll(1, 0),
+    "random": lambda f, late: f + 0.1 * late * torch.randn_like(f),
+}
+
+
+class Late(Function):
+    def forward(self, x):
+        return self.function(self.layer(x), (x[:, :1] > 0.5).any())
+
+
+def late(kind, sizes):
+    """Return a model and batches, of whose twenty rows the last six make the model do what it did not before."""
+    X, y = torch.randn(20, 8), torch.randint(3, (20,))
+    X[:, 0] = torch.arange(20) >= 14
+    return Late(LATE[kind]), list(zip(X.split(sizes), y.split(sizes), strict=True))
+
+
+@pytest.mark.parametrize("kind", LATE)
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "empirical_fisher"])
+def test_rows_coupled_or_random_in_a_late_batch(kind, curvature):
+    model, batches = late(kind, 4)
+    with pytest.raises(ValueError, match=r"one row's own and the same on every call.*of the data, in batch 3"):
+        HessianInverter("cg", 5.0, loss="cross_entropy", curvature=curvature).fit(model, batches)
+
+
+def test_random_in_a_late_batch_of_one_row():
+    model, batches = late("random", 1)
+    with pytest.raises(ValueError, match=r"Row 14 of the data, in batch 14"):
+        HessianInverter("cg", 5.0, loss="cross_entropy", curvature="ggn").fit(model, batches)
+
+
+def test_late_coupling_in_per_sample_gradients():
+    model, batches = late("mean", 4)
+    with pytest.raises(ValueError, match="one row's own"):
+        PerSampleGradient(model, loss="cross_entropy").fit(batches)
+
+
+def test_one_row_at_a_jump_is_told():
+    class Jump(Function):
+        def forward(self, x):
+            # As rounding may: one row goes the other way in a batch of its own size.
+            return self.layer(x) + (x[:, :1] > 5) * (len(x) != 6)
+
+    X, y = data(12)
+    X[9, 0] = 9.0
+    with pytest.warns(UserWarning, match=r"Row 9 of the data, in batch 1"):
+        HessianInverter("cg", 5.0, loss="cross_entropy", curvature="ggn", batch_size=6).fit(Jump(None), (X, y))
+
+
 # -- not finite ----------------------------------------------------------------------------------------------------
 
 

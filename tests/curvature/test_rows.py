@@ -6,7 +6,7 @@ import torch
 from oracles import Oracle
 from problems import LOSSES, MODELS, problem
 
-from skinvert import TorchTwiceDifferentiable
+from skinvert import HessianInverter, TorchTwiceDifferentiable
 from skinvert.curvature import gradient_rows
 from skinvert.curvature.per_sample import jacobian_rows
 
@@ -64,3 +64,23 @@ def test_outputs_of_one_dimension():
     expected = torch.cat([X, torch.ones(5, 1)], dim=1)[:, None]
     torch.testing.assert_close(jacobian_rows(model, (X, torch.zeros(5))), expected)
     torch.testing.assert_close(jacobian_rows(model, (X, torch.zeros(5)), 2 * torch.ones(5, 1, 1)), 2 * expected)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "empirical_fisher"])
+def test_a_parameter_without_entries(curvature):
+    """A disabled adapter of rank 0 changes nothing."""
+
+    class WithEmpty(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(4, 3)
+            self.adapter = torch.nn.Parameter(torch.zeros(0, 4))
+
+    torch.manual_seed(0)
+    net, X, y = WithEmpty().double(), torch.randn(6, 4).double(), torch.randint(3, (6,))
+    plain = torch.nn.Linear(4, 3).double()
+    plain.load_state_dict(net.state_dict(), strict=False)
+    settings = {"loss": "cross_entropy", "curvature": curvature}
+    with pytest.warns(UserWarning, match="no loss that depends on adapter"):
+        received = HessianInverter("direct", 1.0, **settings).fit(net, (X, y)).curvature_.to_dense()
+    expected = HessianInverter("direct", 1.0, **settings).fit(plain, (X, y)).curvature_.to_dense()
+    torch.testing.assert_close(received, expected)

@@ -201,3 +201,22 @@ def test_embedding_bags(curvature, method, mode, padding_idx, functional):
     expected = torch.linalg.solve(H + 3.0 * torch.eye(len(H), dtype=torch.float64), b.T).T
     inverter = HessianInverter(method, 3.0, loss="mse", curvature=curvature).fit(net, (x, y))
     torch.testing.assert_close(inverter.transform(b), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "empirical_fisher"])
+def test_a_functional_embedding_with_sparse_gradients(curvature):
+    class Looked(nn.Module):
+        def __init__(self, sparse):
+            super().__init__()
+            torch.manual_seed(0)
+            self.weight, self.sparse = nn.Parameter(torch.randn(5, 3, dtype=torch.float64)), sparse
+
+        def forward(self, x):
+            return nn.functional.embedding(x, self.weight, sparse=self.sparse).tanh().sum(1)
+
+    X, y = torch.arange(12).reshape(6, 2) % 5, torch.arange(6) % 3
+    sparse, dense = (
+        HessianInverter("direct", 1.0, loss="cross_entropy", curvature=curvature).fit(Looked(kind), (X, y))
+        for kind in (True, False)
+    )
+    torch.testing.assert_close(sparse.curvature_.to_dense(), dense.curvature_.to_dense())

@@ -130,9 +130,9 @@ def test_too_few_iterations_are_said(maxiter):
 def test_stagnation_in_float32_is_said():
     A, B = spd(50, 1e5, dtype=torch.float32), torch.randn(6, 50)
     with pytest.warns(ConvergenceWarning, match=r"dtype=torch\.float64"):
-        X, info = CG(rtol=1e-7).invert(Dense(A), 0.0).solve(B)
+        X, info = CG(rtol=1e-7, maxiter=5000).invert(Dense(A), 0.0).solve(B)
     true = (X.double() @ A.double() - B.double()).norm(dim=1) / B.double().norm(dim=1)
-    assert not info["converged"][true > 2e-7].any() and info["stagnated"].any()
+    assert not info["converged"][true > 2e-7].any() and info["stagnated"].all()
 
 
 def test_float64_cures_the_stagnation():

@@ -1,11 +1,14 @@
 """``HessianInverter.path``: every method that serves many λ against a dense solve of each."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
 from skinvert import HessianInverter, InversionRegistry, TwiceDifferentiable
-from skinvert.methods import CG, Arnoldi, Direct, Nystroem
+from skinvert.curvature import Gram
+from skinvert.methods import CG, MINRES, Arnoldi, Direct, Nystroem
 from skinvert.methods.base import InverseOperator
 from skinvert.operators import Dense, Diagonal, LowRank
 
@@ -159,3 +162,22 @@ def test_refuses_a_wrong_shift(shift):
     inverter = HessianInverter("direct", 0.5).fit(rows(50))
     with pytest.raises((ValueError, TypeError), match="hessian_perturbation"):
         inverter.path(rows(1), [0.1, shift])
+
+
+@pytest.mark.parametrize("rtol", [None, 1e-4, 1e-6, 1e-7])
+@pytest.mark.parametrize("shift", [1e-9, 1e-5, 1e-2])
+@pytest.mark.parametrize("method", [Direct, CG, MINRES])
+@pytest.mark.parametrize("n", [60, 8])
+def test_a_path_says_what_solve_says_near_the_tolerance(method, n, shift, rtol):
+    X = (rows(n, 12, seed=4) * np.logspace(0, -1, 12)).astype("f4")
+    b = torch.from_numpy(rows(4, 12)).float()
+
+    def told(solve):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _, info = solve(method(rtol=rtol).invert(Gram(torch.from_numpy(X)), shift))
+        return info["converged"].tolist(), [str(warning.message) for warning in caught]
+
+    alone, along = told(lambda inverse: inverse.solve(b)), told(lambda inverse: inverse.solve_path(b, [shift])[0])
+    assert along[0] == alone[0] or all(along[0])
+    assert along[1] == alone[1] or all(along[0])

@@ -190,3 +190,53 @@ def test_what_no_dtype_holds_is_an_error():
     x, info = CG().invert(Dense(torch.eye(2) * 3e38), 0.0).solve(torch.ones(1, 2) * 1e10)
     np.testing.assert_allclose(x, 1e10 / 3e38, rtol=1e-4)
     assert info["converged"].all() and A.size == 2
+
+
+def problem_of_many_scales():
+    """Rows in float32 whose columns have scales from 1e-8 to 1e8, these scales, and gradients of the rows' loss."""
+    rng = np.random.default_rng(0)
+    D = np.logspace(-8, 8, 17)
+    X = (rng.standard_normal((60, 17)) * D).astype("f4")
+    gradients = (rng.standard_normal((3, 60)) @ X / 60).astype("f4")
+    return X, D, gradients
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize("preconditioner", [None, "jacobi"])
+def test_a_row_that_overflows_ends_alone(preconditioner, block):
+    X, D, gradients = problem_of_many_scales()
+    rng = np.random.default_rng(1)
+    bad = np.concatenate([np.eye(17), rng.standard_normal((3, 17)) / D]).astype("f4")
+    inverse = CG(preconditioner=preconditioner, block=block).invert(Gram(torch.from_numpy(X)), 0.0)
+    for b in (bad, np.concatenate([gradients, bad])):
+        x, info = inverse.solve(torch.from_numpy(b))
+        assert torch.isfinite(x).all() and not info["negative_curvature"].any()
+        # In float64, what the sums of 17 columns of float32 leave.
+        A = X.astype("f8").T @ X.astype("f8") / 60
+        true = np.linalg.norm(x.double().numpy() @ A - b, axis=1) / np.linalg.norm(b.astype("f8"), axis=1)
+        assert (true[info["converged"].numpy()] <= 2e-5).all()
+    if preconditioner:
+        assert info["converged"][:3].all()
+
+
+@pytest.mark.parametrize("preconditioner", ["jacobi", Nystroem(rank=17)])
+def test_rounding_is_no_negative_curvature(preconditioner):
+    X, _, _ = problem_of_many_scales()
+    b = np.random.default_rng(1).standard_normal((3, 17)).astype("f4")
+    inverse = CG(preconditioner=preconditioner).invert(Gram(torch.from_numpy(X)), 1e-3)
+    with pytest.warns(ConvergenceWarning, match="Rounding does not allow less") as told:
+        _, info = inverse.solve(torch.from_numpy(b))
+    assert len(told) == 1 and not info["converged"].any()
+    assert info["stagnated"].all() and not info["negative_curvature"].any()
+
+
+@pytest.mark.parametrize("name", ["cg", "block cg", "cg, jacobi", "minres", "lissa"])
+def test_one_solution_beyond_the_dtype_leaves_the_others(name):
+    X, b, x = problem()
+    inverse = METHODS[name].invert(Gram(torch.from_numpy(X * 1e-10).float()), 0.3e-20)
+    sizes = np.array([1.0, 1e30, 1e-5])[:, None]
+    with pytest.warns(ConvergenceWarning, match="solutions of 1 of 3 right-hand sides overflow"):
+        found, info = inverse.solve(torch.from_numpy(b * sizes).float())
+    assert info["converged"].tolist() == [True, False, True] and info["residual"][1] == torch.inf
+    assert error(found[::2].double() * 1e-20 / torch.from_numpy(sizes[::2]), x[::2]) <= 3e-3

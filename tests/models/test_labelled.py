@@ -85,7 +85,7 @@ class Model(nn.Module):
         if self.pooled:
             mask = attention_mask[..., None]
             hidden = (hidden * mask).sum(1) / mask.sum(1)
-        logits = self.head(hidden)
+        logits = self.settings.get("scale", 1.0) * self.head(hidden)
         return self.kind(loss=None if labels is None else self.own(logits, labels), logits=logits)
 
 
@@ -227,6 +227,19 @@ def test_another_loss_is_refused(own):
     labels = CASES["token"][1]
     with pytest.raises(ValueError, match="`outputs` and `per_sample_loss`"):
         received(Model(own), batches_of(labels))
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
+def test_a_small_term_beside_the_loss_is_refused(dtype, share):
+    """As a mixture of experts adds one for its router."""
+
+    def with_term(logits, labels):
+        return token(logits, labels) + share * logits.square().mean()
+
+    labels = CASES["token"][1]
+    with pytest.raises(ValueError, match="`outputs` and `per_sample_loss`"):
+        received(Model(with_term, scale=10.0).to(dtype), batches_of(labels))
+    received(Model(token, scale=10.0).to(dtype), batches_of(labels), curvature="ggn")
 
 
 def test_every_batch_counts():

@@ -311,3 +311,10 @@ def test_a_loss_s_own_second_derivatives(method, dtype):
     expected = HessianInverter(method, 1.0, loss=nn.BCEWithLogitsLoss(reduction="none"), **settings).fit(net, (X, y))
     # BCEWithLogitsLoss means over the outputs too, as a callable that returns (m,) does not.
     torch.testing.assert_close(received.curvature_.apply(b) / 3, expected.curvature_.apply(b), rtol=1e-4, atol=1e-5)
+
+
+def test_probabilities_at_their_edge_are_told():
+    net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid()).double()
+    X, y = 1e3 * data(torch.float64)[0], torch.randint(2, (N, 3)).double()
+    with pytest.raises(ValueError, match="inside of the loss's domain.*between 0 and 1.*bce_with_logits"):
+        HessianInverter("direct", 1.0, loss=nn.BCELoss(), curvature="ggn").fit(net, (X, y))

@@ -33,7 +33,7 @@ class Rows:
 
     def weights(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return the entries of the weight in the order of W (d, i), or of the groups' matrices (q, d, i)."""
-        return numbers.reshape(len(numbers), -1)
+        return numbers.flatten(1)
 
     def biases(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return the entries of the bias as a column of W."""
@@ -115,7 +115,7 @@ class Convolution(Rows):
     def weights(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return each group's (out channels, in channels · kernel)."""
         q = self.groups
-        rows = numbers.reshape(len(numbers), -1)
+        rows = numbers.flatten(1)
         return rows if q == 1 else rows.reshape(q, len(rows) // q, -1)
 
     def inputs(self, a: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

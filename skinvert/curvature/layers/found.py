@@ -82,6 +82,8 @@ def refuse(reasons: dict[str, str]) -> None:
 def _reason(module: nn.Module, own: dict[str, str]) -> str:
     """Return why a module has no factors, or nothing where it has."""
     kind = type(module).__name__
+    if not all(parameter.numel() for parameter in module.parameters(recurse=False)):
+        return f"a {kind} with a parameter without entries"
     if is_attention(module):
         return "an attention's own row of keys or values" if {"bias_k", "bias_v"} & set(own) else ""
     if _is_norm(module):
