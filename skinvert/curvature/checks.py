@@ -94,7 +94,8 @@ def check_rows_without_others(
         if not together.is_floating_point() or together.ndim == 0:
             continue
         with torch.no_grad():
-            found = of(map_tensors(lambda tensor: tensor[start::2], batch))
+            # Contiguous, as what a loader yields: a model may take a `view`.
+            found = of(map_tensors(lambda tensor: tensor[start::2].contiguous(), batch))
             rows = (start + 2 * _rows_that_differ(found, together[start::2])).tolist()
         if rows:
             hint = (
