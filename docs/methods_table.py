@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from skinvert import methods
-from skinvert.curvature import CURVATURES, Gram
+from skinvert.curvature import CURVATURES, Gram, faces_of
 
 README = Path(__file__).parents[1] / "README.md"
 ROW = re.compile(r'^\| `"(\w+)"` \|.*\|\n', flags=re.MULTILINE)
@@ -36,7 +36,7 @@ def row(name, kind):
 def curvatures(kind):
     """Return which curvatures have all that a method requires."""
     needs = set(kind.requires)
-    served, plain = [name for name, curvature in CURVATURES.items() if needs <= curvature.faces], needs <= Gram.faces
+    served, plain = [name for name in CURVATURES if needs <= faces_of(name)], needs <= Gram.faces
     if len(served) == len(CURVATURES):
         return "all" if plain else "all but plain rows"
     return ", ".join([*served, "plain rows"] if plain else served)

@@ -1,6 +1,6 @@
 """skinvert solves (H + λI) x = b for a trained model's curvature H, as a scikit-learn estimator."""
 
-from .curvature import SampledFisher
+from .curvature import Curvature, Factored, SampledFisher, register_curvature
 from .files import load
 from .gradients import PerSampleGradient
 from .inverter import HessianInverter
@@ -21,6 +21,8 @@ from .selection import HessianInverterCV, make_quadratic_scorer
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Curvature",
+    "Factored",
     "HessianInverter",
     "HessianInverterCV",
     "InverseHvpResult",
@@ -36,6 +38,7 @@ __all__ = [
     "TwiceDifferentiable",
     "load",
     "make_quadratic_scorer",
+    "register_curvature",
     "register_loss",
     "register_model",
     "solve_hvp",

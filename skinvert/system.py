@@ -19,6 +19,7 @@ from .curvature import (
     build_blocks,
     build_curvature,
     curvature_name,
+    faces_of,
     seeded_curvature,
 )
 from .data import Batches, batches_of
@@ -162,7 +163,7 @@ def check_requirements(method: Method, A: LinearOperator) -> None:
     """Raise where an operator lacks what a method declares; the error names the curvatures that have it."""
     for needed in method.requires:
         if needed not in A.faces:
-            names = [name for name, kind in CURVATURES.items() if needed in kind.faces]
+            names = [name for name in CURVATURES if needed in faces_of(name)]
             hint = f"Try curvature= one of {names}." if names else ""
             got = f"{type(A).__name__}, which has none"
             raise ValueError(must_be(f"The curvature for {method.name}", f"one with `{needed}`", got, hint))

@@ -72,7 +72,7 @@ FORBIDDEN = {
 }
 DEPENDENCIES = {"numpy", "psutil", "scipy", "sklearn", "torch", "tqdm"}
 # skorch is installed with skinvert, but a machine without it can use everything else.
-OPTIONAL = {"dask", "distributed", "matplotlib", "safetensors", "skops", "skorch"}
+OPTIONAL = {"dask", "distributed", "matplotlib", "pytest", "safetensors", "skops", "skorch"}
 
 
 def test_imports_run_downward():

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from skinvert import HessianInverter, PerSampleGradient
-from skinvert.curvature import rows as curvature_rows
+from skinvert.curvature import per_sample as curvature_rows
 
 
 def classification(n=10):

@@ -1,30 +1,48 @@
 """Curvatures: each maps a model and data to a symmetric operator on rows."""
 
-from .base import Objective
-from .build import CURVATURES, build_blocks, build_curvature, curvature_name, seeded_curvature
+from .base import Curvature, Share
+from .build import (
+    CURVATURES,
+    build_blocks,
+    build_curvature,
+    curvature_name,
+    faces_of,
+    register_curvature,
+    seeded_curvature,
+)
+from .empirical_fisher import EmpiricalFisher
+from .factored import Factored
 from .first_pass import warn_of_unreached
-from .fisher import EmpiricalFisher, Fisher, SampledFisher
-from .ggn import GGN, split_batch
+from .fisher import Fisher, SampledFisher
+from .ggn import GGN
 from .gram import Gram
 from .held_out import held_out_curvature
 from .hessian import GenericHessian, Hessian
-from .rows import gradient_rows
+from .layered import Layered
+from .objective import Objective
+from .per_sample import gradient_rows, split_batch
 
 __all__ = [
     "CURVATURES",
     "GGN",
+    "Curvature",
     "EmpiricalFisher",
+    "Factored",
     "Fisher",
     "GenericHessian",
     "Gram",
     "Hessian",
+    "Layered",
     "Objective",
     "SampledFisher",
+    "Share",
     "build_blocks",
     "build_curvature",
     "curvature_name",
+    "faces_of",
     "gradient_rows",
     "held_out_curvature",
+    "register_curvature",
     "seeded_curvature",
     "split_batch",
     "warn_of_unreached",

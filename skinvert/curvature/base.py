@@ -1,182 +1,137 @@
-"""What every curvature shares: the objective over all the data, and graphs that are kept while they fit."""
+"""What every curvature of a model shares: products batch by batch, from graphs that are kept while they fit."""
 
 from __future__ import annotations
 
 import copy
-import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from .._memory import working_memory
-from .._progress import progress
-from .._validation import must_be
-from ..data import Batches
-from ..models import TorchTwiceDifferentiable
+from .._types import Batch
+from ..models import map_tensors
 from ..operators import LinearOperator
-from .checks import (
-    check_layers,
-    check_rows_alone,
-    check_rows_without_others,
-    explain_not_finite,
-    forward_or_tell,
-)
-from .first_pass import FirstPass
-from .loss_values import LossValues
+from .objective import MeanLoss
+from .products import Products
 
-__all__ = ["Curvature", "Objective"]
+__all__ = ["Curvature", "Share"]
 
 
-class Objective:
-    r"""L(θ) = Σᵢ wᵢsᵢ / Σᵢ wᵢmᵢ + penalty over all the data: its denominators and its gradient, by one pass.
-
-    sᵢ is a sample's loss before the average and mᵢ its share of the denominator, so that ℓᵢ = κ sᵢ with
-    κ = Σ w / Σ w m, the ``scale``.
+@dataclass(frozen=True)
+class Share:
+    """A batch's share of the products, and the bytes that it holds beside what autograd saves for it.
 
     Parameters
     ----------
-    model : TorchTwiceDifferentiable
-        At a fixed point θ (``at_point``).
-    batches : Batches
-        All the data.
-
-    Attributes
-    ----------
-    weight_sum, mass_sum : float
-        Σ wᵢ and Σ wᵢmᵢ.
-    gradient : tensor of shape (p,)
-        ∇L(θ), penalty included.
-    unreached : list of str
-        Selected parameters that no row's loss depends on.
+    products : callable
+        Rows (k, p) to rows (k, p).
+    nbytes : int
+        Of tensors that no graph has saved.
     """
 
-    def __init__(self, model: TorchTwiceDifferentiable, batches: Batches, verbose: int = 0) -> None:
-        self.model, self.batches, self.verbose = model, batches, verbose
-        self.layout, self.dtype, self.device = model.layout, model.dtype, model.device
-        self.weight_sum = self.mass_sum = 0.0
-        check_layers(model)
-        model.settle(batches)
-        self.gradient = torch.zeros(model.num_params, dtype=model.dtype, device=model.device)
-        self._values, self._alone, start = LossValues(model), False, 0
-        self.first_pass = FirstPass(model)
-        for index, (batch, weights) in enumerate(progress(batches, "loss and gradient", verbose)):
-            self._add(batch, weights, index, slice(start, start + len(weights)))
-            start += len(weights)
-        self.unreached = self.first_pass.unreached
-        del self._values, self.first_pass
-        self._check_joined()
-        if not self.mass_sum > 0:
-            raise ValueError(must_be("The targets", "valid for at least one weighted row", "all ignored"))
-        self.gradient = self.gradient / self.mass_sum
-        if self.penalty is not None:
-            self.gradient = self.gradient + model.penalty_gradient()
-        if not bool(torch.isfinite(self.gradient).all()):
-            raise ValueError(
-                must_be("The gradient of the loss", "finite", "NaN or infinity", "Look at the parameters.")
-            )
+    products: Products
+    nbytes: int = 0
 
-    @property
-    def scale(self) -> float:
-        """κ, with ℓᵢ = κ sᵢ."""
-        return self.weight_sum / self.mass_sum
-
-    @property
-    def penalty(self) -> torch.Tensor | None:
-        """The penalty's Hessian as a diagonal (p,), or None."""
-        return self.model.penalty_diagonal()
-
-    @property
-    def gradient_norm(self) -> float:
-        """‖∇L(θ)‖."""
-        return float(self.gradient.norm())
-
-    def on_samples(self, rows: torch.Tensor) -> Objective:
-        """Return the objective over m of the n samples, its denominators times m/n; the gradient stays that of all."""
-        part = copy.copy(self)
-        share = len(rows) / self.batches.n_samples
-        part.batches = self.batches.take(rows)
-        part.weight_sum, part.mass_sum = share * self.weight_sum, share * self.mass_sum
-        return part
-
-    def _add(self, batch: Any, weights: torch.Tensor, index: int, rows: slice) -> None:
-        outputs = forward_or_tell(self.first_pass, batch)
-        if not self._alone and len(weights) > 1:
-            check_rows_alone(self.model, outputs, batch)
-            self._alone = True
-        losses = self.first_pass.losses(outputs, batch)
-        if losses.shape != weights.shape:
-            must = f"of shape {tuple(weights.shape)}, one per row of the batch"
-            raise ValueError(must_be("The per-sample losses", must, f"shape {tuple(losses.shape)}"))
-        self._values.add(outputs, batch, losses)
-        gradient = self.first_pass.gradient((losses * weights).sum())
-        if not bool(torch.isfinite(gradient).all()):
-            raise ValueError(explain_not_finite(self.model, batch, index, rows))
-        self.gradient += gradient
-        self.weight_sum += float(weights.sum())
-        self.mass_sum += float((weights * self.model.mass(outputs, batch)).sum())
-        # Last: the graph of the whole batch is no longer held.
-        check_rows_without_others(self.model, outputs, batch, index, rows.start)
-
-    def _check_joined(self) -> None:
-        """Check batches of one row each, of which a method may make larger ones."""
-        if self._alone or self.batches.n_samples < 2 or self.batches.kept is None:
-            return
-        batch, weights = next(iter(self.batches.take(torch.tensor([0, self.batches.n_samples - 1], device="cpu"))))
-        if len(weights) > 1:
-            check_rows_alone(self.model, forward_or_tell(self.model, batch), batch)
+    def __call__(self, V: torch.Tensor) -> torch.Tensor:
+        """Return the products with the rows of V."""
+        return self.products(V)
 
 
 class Curvature(LinearOperator):
-    """A curvature of an objective, as a symmetric operator on rows.
+    r"""A = Σᵢ wᵢhᵢ / Σᵢ wᵢ + penalty over all the data, with hᵢ (p, p) a row's own term, as an operator on rows.
 
-    Subclasses define ``graph(batch, weights)``: a function that maps rows (k, p) to a batch's share of the products.
-    It is kept for every batch while all of them fit scikit-learn's ``working_memory``, and made anew otherwise; the
-    products are the same.
+    A subclass defines ``graph``; all the rest follows, whatever the batches: the mean, the penalty, the memory,
+    minibatches. hᵢ is a curvature of ℓᵢ, the row's loss on the scale of L (``objective.losses``). A curvature with a
+    factor, hᵢ = FᵢᵀFᵢ, is a ``Factored`` one. ``register_curvature`` gives it a name for ``HessianInverter``.
 
     Parameters
     ----------
     objective : Objective
-        Model, data and denominators.
+        L at θ: ``model`` (its ``theta``, ``forward(batch)`` and ``per_sample_loss(outputs, batch)``), ``batches``,
+        ``scale``, ``losses(batch)`` (m,) with gradients on, and ``gradients(batch)`` (m, p).
+
+    Attributes
+    ----------
+    name : str
+        What messages call it.
+    is_psd : bool
+        Whether it is positive semi-definite by construction.
+    scores_itself : bool
+        Whether held-out scores are by this curvature, a ``Factored`` one, rather than by the GGN.
+    advice : str
+        What to try where it turns out to be indefinite.
+    penalty : tensor of shape (p,) or None
+        The penalty's Hessian, a diagonal.
+
+    Examples
+    --------
+    The Hessian, whose hᵢ is ∇²ℓᵢ: of squared error it is 2 XᵀX / n.
+
+    >>> from skinvert.curvature import register_curvature
+    >>> from skinvert.curvature.products import flat_products
+    >>> from skinvert import HessianInverter
+    >>> class SecondDerivative(Curvature):
+    ...     def graph(self, batch, weights):
+    ...         model, losses = self.objective.model, self.objective.losses(batch)
+    ...         return flat_products(model.gradient_of((weights * losses).sum(), create_graph=True), model.theta)
+    >>> register_curvature("second_derivative", SecondDerivative)
+    >>> data, net = (torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)), torch.nn.Linear(2, 1, bias=False)
+    >>> inverter = HessianInverter("direct", curvature="second_derivative", loss="mse").fit(net, data)
+    >>> inverter.curvature_.to_dense()
+    tensor([[1., 0.],
+            [0., 4.]])
     """
+
+    name: ClassVar[str] = ""
+    scores_itself: ClassVar[bool] = False
+    advice: ClassVar[str] = 'Try curvature="ggn", which is positive semi-definite.'
+    objective: MeanLoss
 
     _transient: tuple[str, ...] = ("_graphs",)
 
-    def __init__(self, objective: Objective) -> None:
-        super().__init__(objective.layout.num_params, objective.dtype, objective.device)
-        self.objective = objective
-        self._graphs: list[Callable[[torch.Tensor], torch.Tensor]] | None = None
-        self.hint = (
-            f"The gradient's norm at θ is {objective.gradient_norm:.3g} (not a minimum?). "
-            'Try curvature="ggn", which is positive semi-definite.'
-        )
+    def __init__(self, objective: MeanLoss) -> None:
+        super().__init__(objective.size, objective.dtype, objective.device)
+        self.objective, self.penalty = objective, objective.penalty
+        self._graphs: list[Products] | None = None
+        if not self.is_psd:
+            norm = f"The gradient's norm at θ is {objective.gradient_norm:.3g} (not a minimum?)."
+            self.hint = f"{norm} {self.advice}"
 
-    @property
-    def penalty(self) -> torch.Tensor | None:  # type: ignore[override]
-        """The penalty's Hessian as a diagonal (p,), or None."""
-        return self.objective.penalty
+    @abstractmethod
+    def graph(self, batch: Batch, weights: torch.Tensor) -> Products:
+        """Return the function V (k, p) -> Σᵢ wᵢhᵢ V (k, p) over the m rows of a batch, with weights w (m,).
+
+        It is kept for every batch while all of them fit scikit-learn's ``working_memory``, and made anew for every
+        product otherwise. What autograd saves for it is measured; a ``Share`` says what it holds beside that.
+        """
 
     @property
     def gradient_norm(self) -> float:
         """‖∇L(θ)‖."""
         return self.objective.gradient_norm
 
-    def graph(self, batch: Any, weights: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return the function that gives a batch's share of the products, before the division by Σ w m."""
-        raise NotImplementedError
-
-    def apply(self, V: torch.Tensor) -> torch.Tensor:
-        """Return the products with the rows of V (k, p), summed over all batches, plus the penalty's."""
-        product = torch.zeros_like(V)
-        for share in self._shares():
-            product += share(V)
-        product /= self.objective.mass_sum
-        return product if self.penalty is None else product.addcmul_(V, self.penalty)
-
     @property
     def n_samples(self) -> int:
         """Number n of samples."""
         return self.objective.batches.n_samples
+
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """The selected parameters that no row's loss depends on."""
+        return self.objective.unreached
+
+    def apply(self, V: torch.Tensor) -> torch.Tensor:
+        """Return the products with the rows of V (k, p), summed over all batches, plus the penalty's."""
+        product = torch.zeros_like(V)
+        if not len(V):
+            return product
+        for share in self._shares():
+            product += share(V)
+        product /= self.objective.weight_sum
+        return product if self.penalty is None else product.addcmul_(V, self.penalty)
 
     def minibatch(self, rows: torch.Tensor) -> LinearOperator:
         """Return an unbiased estimate of the curvature from the samples ``rows`` (m,), a tensor of indices.
@@ -184,25 +139,27 @@ class Curvature(LinearOperator):
         It is (n/m) Σ over these samples, with the denominator of all of them and the whole penalty; so its mean over
         samples drawn uniformly is the curvature, sample weights included.
         """
-        # Not `copy.copy`, which goes by the state of a pickle: all on the CPU.
-        part = object.__new__(type(self))
-        part.__dict__.update(self.__dict__)
-        part.objective = self.objective.on_samples(rows)
+        return self._over(self.objective.on_samples(rows))
+
+    def _over(self, objective: MeanLoss) -> Curvature:
+        """Return this curvature of another objective, with nothing kept from this one's."""
+        part = copy.copy(self)
+        part.objective, part.size, part.penalty = objective, objective.size, objective.penalty
         for name in self._transient:
             setattr(part, name, None)
         return part
 
-    def _shares(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    def _shares(self) -> Iterator[Products]:
         if self._graphs is not None:
             yield from self._graphs
             return
-        kept: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        kept: list[Products] = []
         keep: bool | None = None
         for batch, weights in self.objective.batches:
             if keep is None:
                 share, size = _measured(lambda: self.graph(batch, weights))  # noqa: B023 (called at once)
-                # What it holds beside what autograd saves.
-                size += getattr(share, "nbytes", 0)
+                # A graph may hold its batch, which the memory holds anyway where the data are kept.
+                size += _nbytes(batch) if self.objective.batches.kept is None else 0
                 keep = size * self.objective.batches.n_samples / len(weights) <= working_memory()
             else:
                 share = self.graph(batch, weights)
@@ -213,8 +170,8 @@ class Curvature(LinearOperator):
             self._graphs = kept
 
 
-def _measured(build: Callable[[], Any]) -> tuple[Any, int]:
-    """Return what ``build`` returns, and the bytes that its graph saves."""
+def _measured(build: Callable[[], Products]) -> tuple[Products, int]:
+    """Return what ``build`` returns, and the bytes that it holds: what its graph saves, and what it says itself."""
     sizes: list[int] = []
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -223,68 +180,10 @@ def _measured(build: Callable[[], Any]) -> tuple[Any, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         built = build()
-    return built, sum(sizes)
+    return built, sum(sizes) + (built.nbytes if isinstance(built, Share) else 0)
 
 
-def flat_products(value: torch.Tensor, variables: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the function that differentiates ``value`` along each row of V: (k, numel) -> (k, p).
-
-    Row by row over one kept graph, which works for every network; on an accelerator in batches of rows, where the
-    network allows it.
-    """
-    if not value.requires_grad:
-        size = sum(t.numel() for t in variables)
-        return lambda V: V.new_zeros(len(V), size)
-    return _FlatProducts(value, variables)
-
-
-class _FlatProducts:
-    def __init__(self, value: torch.Tensor, variables: list[torch.Tensor]) -> None:
-        self.value, self.variables = value, variables
-        self.batched = value.device.type != "cpu"
-        # Numbers of rows at which a batch was found right: a batching rule may be wrong for one of them alone.
-        self.sound: set[int] = set()
-
-    def __call__(self, V: torch.Tensor) -> torch.Tensor:
-        if self.batched and len(V) > 1:
-            try:
-                parts = [self._grad(rows, True) for rows in V.split(64)]
-                self.batched = all(self._agree(rows, part) for rows, part in zip(V.split(64), parts, strict=True))
-            except RuntimeError:
-                # Some layers have no batching rule.
-                self.batched = False
-            if self.batched:
-                return torch.cat(parts)
-        return torch.stack([self._grad(v, False) for v in V]) if len(V) else self._empty(V)
-
-    def _agree(self, V: torch.Tensor, products: torch.Tensor) -> bool:
-        """Return whether a random mixture of the products is that of the mixture."""
-        if len(V) in self.sound:
-            return True
-        generator = torch.Generator("cpu").manual_seed(0)
-        mixture = torch.randn(len(V), generator=generator, dtype=torch.float64, device="cpu").to(V)
-        error = (mixture @ products - self._grad(mixture @ V, False)).norm()
-        size = (mixture * products.norm(dim=1)).norm()
-        if not bool(error <= math.sqrt(torch.finfo(V.dtype).eps) * size):
-            return False
-        self.sound.add(len(V))
-        return True
-
-    def _grad(self, v: torch.Tensor, batched: bool) -> torch.Tensor:
-        lead = v.shape[:-1]
-        parts = torch.autograd.grad(
-            self.value,
-            self.variables,
-            v.reshape(*lead, *self.value.shape),
-            retain_graph=True,
-            is_grads_batched=batched,
-            allow_unused=True,
-        )
-        flat = [
-            v.new_zeros(*lead, variable.numel()) if part is None else part.reshape(*lead, -1)
-            for part, variable in zip(parts, self.variables, strict=True)
-        ]
-        return torch.cat(flat, dim=-1).detach()
-
-    def _empty(self, V: torch.Tensor) -> torch.Tensor:
-        return V.new_zeros(0, sum(variable.numel() for variable in self.variables))
+def _nbytes(batch: Batch) -> int:
+    sizes: list[int] = []
+    map_tensors(lambda tensor: sizes.append(tensor.nbytes), batch)
+    return sum(sizes)

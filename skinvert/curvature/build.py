@@ -1,59 +1,133 @@
-"""A curvature by its name."""
+"""Curvatures by their names, and those that users register."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from glob import escape
-from typing import Any
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from sklearn.utils import check_random_state
 
 from .._autograd import ordinary
+from .._telling import warn
 from .._validation import check_choice, must_be
 from ..data import Batches
 from ..models import TorchTwiceDifferentiable, TwiceDifferentiable
-from ..operators import BlockDiagonal, LinearOperator
-from .base import Objective
+from ..operators import BlockDiagonal
+from .base import Curvature
+from .empirical_fisher import EmpiricalFisher
 from .first_pass import warn_of_unreached
-from .fisher import EmpiricalFisher, Fisher, SampledFisher
+from .fisher import Fisher, SampledFisher
 from .ggn import GGN
 from .hessian import GenericHessian, Hessian
+from .objective import GenericObjective, Objective
 
-__all__ = ["CURVATURES", "build_blocks", "build_curvature", "curvature_name", "seeded_curvature"]
+__all__ = [
+    "CURVATURES",
+    "build_blocks",
+    "build_curvature",
+    "curvature_name",
+    "faces_of",
+    "register_curvature",
+    "registered",
+    "seeded_curvature",
+]
 
-CURVATURES = {"hessian": Hessian, "ggn": GGN, "fisher": Fisher, "empirical_fisher": EmpiricalFisher}
+Builder: TypeAlias = Callable[[Objective], Curvature]
+
+CURVATURES: dict[str, type[Curvature] | Builder] = {kind.name: kind for kind in (Hessian, GGN, Fisher, EmpiricalFisher)}
 # The Fisher by its settings, at their defaults.
 SAMPLED = "sampled_fisher"
+# What `curvature=` means otherwise.
+RESERVED = ("auto", "gram", SAMPLED)
+
+
+def register_curvature(name: str, curvature: type[Curvature] | Builder, *, overwrite: bool = False) -> None:
+    r"""Give a curvature a name, by which ``HessianInverter(curvature=name)`` and everything beside it takes it.
+
+    Parameters
+    ----------
+    name : str
+        The name.
+    curvature : subclass of Curvature, or callable
+        Called with the ``Objective``, it returns the ``Curvature`` over all the data. ``functools.partial`` gives a
+        class settings of its own.
+    overwrite : bool, default=False
+        Replace what the name already has; without it the first is kept, with a warning.
+
+    Raises
+    ------
+    TypeError
+        For a name that is no string, and for what is neither a complete subclass of ``Curvature`` nor a function.
+    ValueError
+        For an empty name, and for "auto", "gram" and "sampled_fisher", which mean something else.
+
+    See Also
+    --------
+    skinvert.curvature.Curvature : By its products.
+    skinvert.curvature.Factored : By the factors of the rows.
+
+    Examples
+    --------
+    The Fisher by ten labels a row:
+
+    >>> from functools import partial
+    >>> register_curvature("fisher_of_ten", partial(Fisher, n_labels=10))
+    >>> curvature_name("fisher_of_ten")
+    'fisher_of_ten'
+    >>> del CURVATURES["fisher_of_ten"]
+    """
+    if not isinstance(name, str):
+        raise TypeError(must_be("A curvature's name", "a string", repr(name)))
+    if not name or name in RESERVED:
+        raise ValueError(must_be("A curvature's name", f"another than '' and {', '.join(RESERVED)}", repr(name)))
+    _check_kind(curvature)
+    if name in CURVATURES and not overwrite:
+        warn(f"The curvature {name!r} is already registered: the first is kept. Try overwrite=True.", UserWarning)
+    else:
+        CURVATURES[name] = curvature
+
+
+def registered(name: str) -> type[Curvature] | Builder:
+    """Return what a name is registered for; ValueError, with the names that there are, where it is for nothing."""
+    return CURVATURES[check_choice(name, "curvature", CURVATURES)]
+
+
+def faces_of(name: str) -> frozenset[str]:
+    """Return the faces of the curvatures of a name, as far as they are known before one is built: those of a class."""
+    kind = registered(name)
+    return kind.faces if isinstance(kind, type) and issubclass(kind, Curvature) else frozenset()
 
 
 @ordinary
 def build_curvature(
     curvature: str | SampledFisher, model: TwiceDifferentiable, batches: Batches, verbose: int = 0
-) -> LinearOperator:
+) -> Curvature:
     """Return the curvature, given by name or by its settings, of a model at a fixed point over all the data.
 
     Parameters that no loss reaches are warned of.
     """
-    built: Any = _build(curvature, model, batches, verbose)
-    if isinstance(model, TorchTwiceDifferentiable):
-        # Through `HessianInverter.fit`, to its caller.
-        warn_of_unreached(built.objective.unreached)
+    built = _build(curvature, model, batches, verbose)
+    # Through `HessianInverter.fit`, to its caller.
+    warn_of_unreached(built.unreached)
     return built
 
 
-def _build(
-    curvature: str | SampledFisher, model: TwiceDifferentiable, batches: Batches, verbose: int
-) -> LinearOperator:
+def _build(curvature: str | SampledFisher, model: TwiceDifferentiable, batches: Batches, verbose: int) -> Curvature:
     name = curvature_name(curvature)
     curvature = seeded_curvature(curvature)
-    if isinstance(model, TorchTwiceDifferentiable):
-        objective = Objective(model, batches, verbose)
-        return curvature.build(objective) if isinstance(curvature, SampledFisher) else CURVATURES[name](objective)
-    if name != "hessian":
-        hint = "Its grad and mvp define no outputs. Subclass TorchTwiceDifferentiable for the other curvatures."
-        raise ValueError(must_be(f"curvature for {type(model).__name__}", "'hessian'", repr(name), hint))
-    return GenericHessian(model, batches)
+    if not isinstance(model, TorchTwiceDifferentiable):
+        if CURVATURES[name] is not Hessian:
+            hint = "Its grad and mvp define no outputs. Subclass TorchTwiceDifferentiable for the other curvatures."
+            raise ValueError(must_be(f"curvature for {type(model).__name__}", "'hessian'", repr(name), hint))
+        return GenericHessian(GenericObjective(model, batches))
+    objective = Objective(model, batches, verbose)
+    built = curvature.build(objective) if isinstance(curvature, SampledFisher) else CURVATURES[name](objective)
+    if not isinstance(built, Curvature):
+        raise TypeError(must_be(f"What is registered as {name!r}", "what builds a Curvature", type(built).__name__))
+    return built
 
 
 def build_blocks(
@@ -78,16 +152,30 @@ def build_blocks(
 def curvature_name(curvature: str | SampledFisher) -> str:
     """Return the name of a curvature that is given by name or by its settings."""
     if isinstance(curvature, SampledFisher):
-        return "fisher"
+        return Fisher.name
     name = check_choice(curvature, "curvature", [*CURVATURES, SAMPLED], "A SampledFisher is taken too.")
-    return "fisher" if name == SAMPLED else name
+    return Fisher.name if name == SAMPLED else name
 
 
-def seeded_curvature(curvature: Any, random_state: Any = None) -> Any:
+def seeded_curvature(
+    curvature: str | SampledFisher, random_state: int | np.random.RandomState | None = None
+) -> str | SampledFisher:
     """Return ``"sampled_fisher"`` as its settings; settings without a seed get one from ``random_state``."""
-    if isinstance(curvature, str) and curvature == SAMPLED:
+    if curvature == SAMPLED:
         curvature = SampledFisher()
     if random_state is None or not isinstance(curvature, SampledFisher) or curvature.random_state is not None:
         return curvature
     seed = check_random_state(random_state).randint(2**31 - 1)
     return SampledFisher(curvature.n_samples, random_state=random_state if isinstance(random_state, int) else seed)
+
+
+def _check_kind(curvature: type[Curvature] | Builder) -> None:
+    must, hint = "a subclass of Curvature, or a function from an Objective to one", ""
+    if isinstance(curvature, type):
+        missing = sorted(curvature.__abstractmethods__) if issubclass(curvature, Curvature) else []
+        if issubclass(curvature, Curvature) and not missing:
+            return
+        hint = f"It does not define {', '.join(missing)}." if missing else ""
+    elif callable(curvature):
+        return
+    raise TypeError(must_be("A registered curvature", must, repr(curvature), hint))

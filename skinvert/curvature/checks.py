@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import nn
 
 from .._memory import naming_memory
 from .._telling import warn
+from .._types import Batch
 from .._validation import must_be
 from ..models import TorchTwiceDifferentiable, leading_length, map_tensors
 from ..models.plain_functions import refuse_frequencies
 
 __all__ = ["check_layers", "check_rows_alone", "check_rows_without_others", "explain_not_finite", "forward_or_tell"]
+
+# A batch to what must be each row's own of it.
+Of: TypeAlias = Callable[[Batch], torch.Tensor]
 
 SQUEEZE = "Does a `squeeze()` drop the rows' own dimension? Try `squeeze(-1)`."
 
@@ -27,7 +31,14 @@ def check_layers(model: TorchTwiceDifferentiable) -> None:
             raise ValueError(refuse_frequencies(f"{type(module).__name__} {name!r}"))
 
 
-def forward_or_tell(model: Any, batch: Any) -> Any:
+class Forward(Protocol):
+    """A model, or what stands for one."""
+
+    def forward(self, batch: Batch) -> Batch:
+        """Return the outputs on a batch."""
+
+
+def forward_or_tell(model: Forward, batch: Batch) -> Batch:
     """Return ``model.forward(batch)``; what it raises is told with the shapes of the batch."""
     try:
         # An export with fixed shapes asserts them.
@@ -40,7 +51,7 @@ def forward_or_tell(model: Any, batch: Any) -> Any:
         raise ValueError(message) from error
 
 
-def check_rows_alone(model: TorchTwiceDifferentiable, outputs: Any, batch: Any) -> None:
+def check_rows_alone(model: TorchTwiceDifferentiable, outputs: Batch, batch: Batch) -> None:
     """Raise where a row's output is random, or depends on the other rows: then no per-sample loss exists.
 
     The first row, one in the middle and the last are tried alone: a recurrent layer that takes the rows for its steps
@@ -60,7 +71,7 @@ def check_rows_alone(model: TorchTwiceDifferentiable, outputs: Any, batch: Any) 
 
 
 def check_rows_without_others(
-    model: TorchTwiceDifferentiable, outputs: Any, batch: Any, index: int, first: int
+    model: TorchTwiceDifferentiable, outputs: Batch, batch: Batch, index: int, first: int
 ) -> None:
     """Raise where every other row of a batch, given without the rest, has other outputs: a branch may be taken late.
 
@@ -97,7 +108,7 @@ def check_rows_without_others(
             warn(told, UserWarning)
 
 
-def explain_not_finite(model: TorchTwiceDifferentiable, batch: Any, index: int, rows: slice) -> str:
+def explain_not_finite(model: TorchTwiceDifferentiable, batch: Batch, index: int, rows: slice) -> str:
     """Return the message for a loss or gradient that is not finite: which batch, and where it begins."""
     got = f"NaN or infinity in batch {index} (rows {rows.start} to {rows.stop - 1})"
     bad = [name for name, tensor in model.module.named_parameters() if not bool(torch.isfinite(tensor).all())]
@@ -117,7 +128,7 @@ def explain_not_finite(model: TorchTwiceDifferentiable, batch: Any, index: int, 
     return must_be("The gradient of the loss", "finite", f"{got}, though the loss is finite", hint)
 
 
-def _compared(model: TorchTwiceDifferentiable, outputs: Any, batch: Any) -> Iterator[tuple[torch.Tensor, Any]]:
+def _compared(model: TorchTwiceDifferentiable, outputs: Batch, batch: Batch) -> Iterator[tuple[torch.Tensor, Of]]:
     """Yield what must be each row's own: the outputs where they are a tensor, and a subclass's own losses."""
     if isinstance(outputs, torch.Tensor):
         yield outputs, lambda rows: forward_or_tell(model, rows)
@@ -157,7 +168,7 @@ def _named(first: int, rows: list[int]) -> str:
     return f"{'Rows' if len(rows) > 1 else 'Row'} {listed}"
 
 
-def _alone(of: Any, batch: Any, i: int) -> torch.Tensor:
+def _alone(of: Of, batch: Batch, i: int) -> torch.Tensor:
     try:
         return of(map_tensors(lambda tensor: tensor[i : i + 1], batch))
     except (RuntimeError, IndexError, NotImplementedError, TypeError, ValueError, AssertionError) as error:
@@ -179,7 +190,7 @@ def _first_not_finite(module: nn.Module) -> Iterator[list[str]]:
     found: list[str] = []
     names = {child: name for name, child in module.named_modules()}
 
-    def look(child: nn.Module, _: Any, result: Any) -> None:
+    def look(child: nn.Module, _: object, result: Batch) -> None:
         outputs: list[torch.Tensor] = []
         map_tensors(lambda tensor: outputs.append(tensor), result)
         if any(tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()) for tensor in outputs):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 
+from .._types import Batch
 from ..models import TorchTwiceDifferentiable, map_tensors
 from ..models.second_derivative import constant_entries
 from ..models.structural_copy import structural_copy
@@ -31,7 +31,7 @@ class DifferencedGradient:
         self.model = model
         self.theta = torch.cat([tensor.detach().reshape(-1) for tensor in model.theta])
 
-    def gradient(self, batch: Any, weights: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+    def gradient(self, batch: Batch, weights: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
         """Return ∇ Σ wᵢsᵢ (p,) of a batch at ``theta`` (p,)."""
         leaves = [part.clone().requires_grad_(True) for part in self.model.layout.split(theta)]
         swapped = {id(own): leaf for own, leaf in zip(self.model.theta, leaves, strict=True)}
@@ -40,16 +40,17 @@ class DifferencedGradient:
         near.module = structural_copy(self.model.module, lambda tensor: swapped.get(id(tensor), tensor))
         near.theta = leaves
         losses = near.per_sample_loss(near.forward(map_tensors(torch.clone, batch)), batch)
-        return near.gradient_of((losses * weights).sum()).detach()
+        gradient: torch.Tensor = near.gradient_of((losses * weights).sum())
+        return gradient.detach()
 
-    def products(self, batch: Any, weights: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    def products(self, batch: Batch, weights: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
         """Return the products with the rows of V (k, p), in its dtype."""
         batch = map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, batch)
         moves = ~constant_entries(self.model, map_tensors(torch.clone, batch))
         rows = [moves * self._product(batch, weights.double(), moves * v) for v in V.double()]
         return torch.stack(rows).to(V.dtype) if rows else V.clone()
 
-    def _product(self, batch: Any, weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _product(self, batch: Batch, weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         size = float(v.norm())
         if size == 0:
             return torch.zeros_like(v)
@@ -57,4 +58,5 @@ class DifferencedGradient:
         step = torch.finfo(v.dtype).eps ** (1 / 3) * max(1.0, float(self.theta.norm())) / size
         ahead = self.gradient(batch, weights, self.theta + step * v)
         behind = self.gradient(batch, weights, self.theta - step * v)
-        return (ahead - behind) / (2 * step)
+        product: torch.Tensor = (ahead - behind) / (2 * step)
+        return product

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 
 from .._telling import warn
+from .._types import Batch
 from .._validation import must_be
 from ..models import TorchTwiceDifferentiable, map_tensors
 
@@ -33,7 +33,7 @@ class FirstPass:
         self.model, self.watch, self.started = model, model.watch, False
         self.reached = [False] * len(model.theta)
 
-    def forward(self, batch: Any) -> Any:
+    def forward(self, batch: Batch) -> Batch:
         """Return the outputs on a batch, which stays as it is."""
         given = map_tensors(torch.clone, batch)
         outputs = self.model.forward(given)
@@ -41,7 +41,7 @@ class FirstPass:
             self.model.writes_inputs = True
         return outputs
 
-    def losses(self, outputs: Any, batch: Any) -> torch.Tensor:
+    def losses(self, outputs: Batch, batch: Batch) -> torch.Tensor:
         """Return the losses (m,) of the rows; raise where they are no function of outputs and targets alone."""
         given = map_tensors(torch.clone, batch)
         with nullcontext() if self.watch is None or self.started else self.watch.over_loss():
@@ -94,7 +94,7 @@ def _check_dtype(losses: torch.Tensor, dtype: torch.dtype) -> None:
         raise ValueError(must_be("The per-sample losses", f"in {dtype}, as θ is", losses.dtype, hint))
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: Batch, other: Batch) -> bool:
     before: list[torch.Tensor] = []
     after: list[torch.Tensor] = []
     map_tensors(before.append, one)

@@ -1,4 +1,4 @@
-"""The Fisher of the labels that the model predicts, and the empirical Fisher of the true ones."""
+"""The Fisher of the labels that the model predicts: in closed form, or by labels sampled."""
 
 from __future__ import annotations
 
@@ -6,27 +6,23 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 
-from .._memory import rows_within, working_memory
-from .._progress import progress
+from .._memory import working_memory
 from .._state import TensorState
+from .._types import Batch
 from .._validation import check_number
 from ..data import Batches
-from ..models import FactoredHessian, OutputHessian, leading_length
-from ..operators import KroneckerFactors, LinearOperator, LowRank, add_to_diagonal, symmetrise
-from .base import Curvature, Objective
-from .columns import Columns
-from .ggn import GGN, split_batch
-from .kronecker import Signals, kronecker_factors
+from ..models import OutputHessian, leading_length
+from .ggn import GGN
+from .objective import Objective
 from .predictive import SampledHessian, predictive_of
-from .rows import gradient_rows
 
-__all__ = ["EmpiricalFisher", "Fisher", "SampledFisher"]
+__all__ = ["Fisher", "SampledFisher"]
 
 
 class SampledFisher(TensorState, BaseEstimator):
@@ -84,6 +80,9 @@ class Fisher(GGN):
     Martens (2020), "New insights and perspectives on the natural gradient method", secs. 5 and 9.2.
     """
 
+    name: ClassVar[str] = "fisher"
+    of_the_loss: ClassVar[bool] = False
+
     def __init__(self, objective: Objective, n_labels: int | None = None, seed: int = 0) -> None:
         batch, _ = next(iter(objective.batches))
         predictive = predictive_of(objective.model, objective.model.forward(batch), batch)
@@ -92,11 +91,11 @@ class Fisher(GGN):
             objective = _with_draws(objective, (n_labels, predictive.labels), seed)
         super().__init__(objective)
 
-    def data_of(self, batch: Any) -> Any:
+    def data_of(self, batch: Batch) -> Batch:
         """Return the model's part of a batch, which may carry its draws."""
         return batch if self.n_labels is None else batch[0]
 
-    def closed_hessian(self, outputs: torch.Tensor, batch: Any) -> OutputHessian:
+    def closed_hessian(self, outputs: torch.Tensor, batch: Batch) -> OutputHessian:
         """Return the Fisher in the outputs: columns of sampled labels, or the closed form."""
         predictive = predictive_of(self.objective.model, outputs, self.data_of(batch))
         return predictive.fisher() if self.n_labels is None else SampledHessian(predictive, batch[1])
@@ -110,7 +109,7 @@ class _Drawn:
     shape: tuple[int, ...]
     seed: int
 
-    def __call__(self) -> Iterator[Any]:
+    def __call__(self) -> Iterator[Batch]:
         generator = np.random.default_rng(self.seed)
         # Within the open interval in float32 too: the inverse of a distribution function is infinite at its ends.
         tiny = float(torch.finfo(torch.float32).eps)
@@ -127,103 +126,3 @@ def _with_draws(objective: Objective, shape: tuple[int, ...], seed: int) -> Obje
     part = copy.copy(objective)
     part.batches = replace(objective.batches, source=drawn, kept=kept)
     return part
-
-
-class EmpiricalFisher(Curvature):
-    r"""E = Σᵢ wᵢ gᵢgᵢᵀ / Σᵢ wᵢ + penalty, with gᵢ = ∇ℓᵢ of the true labels, the penalty left out of gᵢ.
-
-    Neither the Fisher nor the Gauss–Newton matrix: its size follows the residuals, and at an interpolating minimum it
-    is zero.
-
-    References
-    ----------
-    Kunstner, Balles & Hennig (2019), "Limitations of the empirical Fisher approximation", eq. 3.
-    """
-
-    is_psd = True
-
-    def __init__(self, objective: Objective) -> None:
-        super().__init__(objective)
-        self.hint = ""
-        self._factor: torch.Tensor | None = None
-
-    _transient = ("_graphs", "_factor")
-
-    @property
-    def factor_shape(self) -> tuple[int, int]:
-        """(n, p), known before the factor is built."""
-        return (self.objective.batches.n_samples, self.size)
-
-    def factor(self, verbose: int = 0) -> torch.Tensor:
-        """Return F (n, p) with E = FᵀF + diag(penalty): the rows √(wᵢ/Σw) gᵢ."""
-        return torch.cat(list(self.factor_chunks(verbose)))
-
-    def factor_chunks(self, verbose: int = 0) -> Iterator[torch.Tensor]:
-        """Yield the factor in chunks of rows that fit the working memory."""
-        chunk = rows_within(3 * self.size * self.dtype.itemsize)
-        for batch, weights in progress(self.objective.batches, "per-sample gradients", verbose):
-            for rows, part in split_batch(batch, weights, chunk):
-                yield self._factor_of(rows, part)
-
-    def gradient_rows(self, verbose: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the gᵢ (n, p), and wᵢ/Σw (n,)."""
-        batches = progress(self.objective.batches, "per-sample gradients", verbose)
-        parts = [(self._gradients(batch), weights / self.objective.weight_sum) for batch, weights in batches]
-        return torch.cat([rows for rows, _ in parts]), torch.cat([weights for _, weights in parts])
-
-    def minibatch(self, rows: torch.Tensor) -> LinearOperator:
-        """Return an unbiased estimate from the samples ``rows`` (m,): rows of F where it is kept."""
-        if self._factor is None:
-            return super().minibatch(rows)
-        share = math.sqrt(self.n_samples / len(rows))
-        return LowRank(share * self._factor[rows.to(self.device)], self.penalty)
-
-    def apply(self, V: torch.Tensor) -> torch.Tensor:
-        """Return (V Fᵀ) F plus the penalty's share; F is kept where it fits the working memory."""
-        if self._factor is None and self.factor_shape[0] * self.size * self.dtype.itemsize <= working_memory():
-            self._factor = self.factor()
-        product = torch.zeros_like(V)
-        for rows in self.factor_chunks() if self._factor is None else [self._factor]:
-            product += (V @ rows.mT) @ rows
-        return product if self.penalty is None else product + V * self.penalty
-
-    def to_dense(self, verbose: int = 0) -> torch.Tensor:
-        """Return the matrix (p, p), by one GEMM per chunk of the factor."""
-        matrix = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        for rows in self.factor_chunks(verbose):
-            matrix.addmm_(rows.mT, rows)
-        return symmetrise(add_to_diagonal(matrix, self.penalty))
-
-    def diagonal(self) -> torch.Tensor:
-        """Return the diagonal, from the squares of the factor."""
-        diagonal = sum(
-            (rows.square().sum(0) for rows in self.factor_chunks()),
-            start=torch.zeros((), dtype=self.dtype, device=self.device),
-        )
-        return diagonal if self.penalty is None else diagonal + self.penalty
-
-    def signals(self, batch: Any, weights: torch.Tensor) -> Signals:
-        """Return √(wᵢ / Σ w) at each row's own loss ℓᵢ."""
-        model = self.objective.model
-        outputs = model.forward(batch)
-        losses = model.per_sample_loss(outputs, batch)
-        factor = FactoredHessian(torch.full_like(losses.detach(), self.objective.scale)[:, None, None])
-        columns = Columns(factor, (weights / self.objective.weight_sum).to(losses), losses.shape)
-        return Signals(losses, columns, model.mass(outputs, batch))
-
-    def kronecker_factors(
-        self, approx: str = "expand", unsupported: str = "error", verbose: int = 0
-    ) -> KroneckerFactors:
-        """Return the factors of each layer, of the true labels' gradients."""
-        return kronecker_factors(self, approx, unsupported, verbose)
-
-    def sample_factors(self) -> Iterator[torch.Tensor]:
-        """Yield Fᵢ = gᵢᵀ (m, 1, p), with FᵢᵀFᵢ = gᵢgᵢᵀ, each row's own term without its weight."""
-        for batch, _ in self.objective.batches:
-            yield self._gradients(batch)[:, None]
-
-    def _factor_of(self, batch: Any, weights: torch.Tensor) -> torch.Tensor:
-        return self._gradients(batch) * (weights / self.objective.weight_sum).sqrt()[:, None]
-
-    def _gradients(self, batch: Any) -> torch.Tensor:
-        return self.objective.scale * gradient_rows(self.objective.model, batch)

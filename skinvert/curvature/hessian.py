@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import ClassVar
 
-import numpy as np
 import torch
 
 from .._telling import warn
-from .._validation import must_be
-from ..data import Batches
-from ..models import TwiceDifferentiable
+from .._types import Batch
 from ..models.second_derivative import SecondDerivativeError
-from ..operators import KroneckerFactors, LinearOperator
-from .base import Curvature, Objective, flat_products
+from ..operators import KroneckerFactors
+from .base import Curvature
 from .differences import DifferencedGradient
 from .ggn import GGN
+from .objective import GenericObjective, Objective
+from .products import Products, flat_products
 
 __all__ = ["GenericHessian", "Hessian"]
 
@@ -36,6 +34,9 @@ class Hessian(Curvature):
     Pearlmutter (1994), "Fast exact multiplication by the Hessian", eq. 10.
     """
 
+    name: ClassVar[str] = "hessian"
+    objective: Objective
+
     def __init__(self, objective: Objective) -> None:
         super().__init__(objective)
         self.differenced: DifferencedGradient | None = None
@@ -53,14 +54,12 @@ class Hessian(Curvature):
                 UserWarning,
             )
 
-    def graph(self, batch: Any, weights: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return the products of Σ wᵢ ∇²sᵢ over one batch."""
+    def graph(self, batch: Batch, weights: torch.Tensor) -> Products:
+        """Return the products of Σ wᵢ ∇²ℓᵢ over one batch."""
         if self.differenced is not None:
-            return partial(self.differenced.products, batch, weights)
-        model = self.objective.model
-        losses = model.per_sample_loss(model.forward(batch), batch)
-        gradient = model.gradient_of((losses * weights).sum(), create_graph=True)
-        return flat_products(gradient, model.theta)
+            return partial(self.differenced.products, batch, self.objective.scale * weights)
+        model, losses = self.objective.model, self.objective.losses(batch)
+        return flat_products(model.gradient_of((losses * weights).sum(), create_graph=True), model.theta)
 
     def kronecker_factors(
         self, approx: str = "expand", unsupported: str = "error", verbose: int = 0
@@ -77,56 +76,33 @@ class Hessian(Curvature):
             return None
 
 
-class GenericHessian(LinearOperator):
+class GenericHessian(Curvature):
     """The Hessian of a user's own ``TwiceDifferentiable``, from its ``grad`` and ``mvp`` alone.
 
     Batches count by their rows; with sample weights every row is a batch of its own.
 
     Parameters
     ----------
-    model : TwiceDifferentiable
-        ``grad`` is the gradient of the mean loss on a batch.
-    batches : Batches
-        Batches ``(x, y)``.
+    objective : GenericObjective
+        Model and data.
     """
 
-    def __init__(self, model: TwiceDifferentiable, batches: Batches) -> None:
-        super().__init__(model.num_params, batches.dtype, batches.device)
-        self.model, self.batches = model, batches
-        self._numpy = model.tensor_type() is np.ndarray
-        gradient = sum(share * self._tensor(model.grad(x, y)) for x, y, share in self._parts())
-        self.gradient_norm = float(torch.as_tensor(gradient, device=batches.device).norm())
-        self.hint = (
-            f"The gradient's norm at θ is {self.gradient_norm:.3g} (not a minimum?). Try a larger hessian_perturbation."
-        )
+    name: ClassVar[str] = "hessian"
+    advice: ClassVar[str] = "Try a larger hessian_perturbation."
+    objective: GenericObjective
 
-    def apply(self, V: torch.Tensor) -> torch.Tensor:
-        """Return the products with the rows of V, batch by batch."""
-        product = torch.zeros_like(V)
-        for x, y, share in self._parts():
-            gradient = self.model.grad(x, y, create_graph=True)
-            rows = V.cpu().numpy() if self._numpy else V
-            product += share * self._tensor(self.model.mvp(gradient, rows, self.model.parameters))
-        return product
+    def __init__(self, objective: GenericObjective) -> None:
+        super().__init__(objective)
 
-    def _parts(self) -> Any:
-        total = 0.0
-        parts = []
-        for batch, weights in self.batches:
-            x, y = self._pair(batch)
-            if self.batches.sample_weight is None:
-                parts.append((x, y, float(len(weights))))
-            else:
-                parts += [(x[i : i + 1], y[i : i + 1], float(w)) for i, w in enumerate(weights)]
-            total += float(weights.sum())
-        return [(x, y, share / total) for x, y, share in parts if share]
+    def graph(self, batch: Batch, weights: torch.Tensor) -> Products:
+        """Return the products over one batch; the gradient's graph is the user's, and made anew for each."""
+        objective, model = self.objective, self.objective.model
 
-    def _pair(self, batch: Any) -> tuple[Any, Any]:
-        if not isinstance(batch, tuple) or len(batch) != 2:
-            raise ValueError(must_be("A batch", "an (x, y) pair", type(batch).__name__))
-        x, y = batch
-        return (x.cpu().numpy(), y.cpu().numpy()) if self._numpy else (x, y)
+        def products(V: torch.Tensor) -> torch.Tensor:
+            total, rows = torch.zeros_like(V), objective.own(V)
+            for x, y, weight in objective.parts(batch, weights):
+                gradient = model.grad(x, y, create_graph=True)
+                total += weight * objective.tensor(model.mvp(gradient, rows, model.parameters))
+            return total
 
-    def _tensor(self, value: Any) -> torch.Tensor:
-        value = value.detach() if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
-        return value.to(self.device, self.dtype)
+        return products

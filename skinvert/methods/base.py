@@ -177,6 +177,11 @@ class InverseOperator(TensorState, ABC):
         X = [x for x, _ in self.solve_path(B, hessian_perturbations)]
         return torch.stack(X) if X else B.new_empty(0, *B.shape)
 
+    @property
+    def tolerance(self) -> float:
+        """The relative residual up to which a row counts as solved."""
+        return default_tolerance(self.dtype)
+
     def scale_free(self) -> Self:
         """Return this inverse without settings on the scale of b: an absolute tolerance, a start."""
         return self
@@ -243,7 +248,7 @@ class InverseOperator(TensorState, ABC):
         """
         residual = self.true_residual(B, X)
         warn_worse_than_zero(self.name or type(self).__name__, residual, self.hessian_perturbation)
-        converged = residual <= default_tolerance(B.dtype)
+        converged = residual <= self.tolerance
         causes = [(Reason.NOT_JUDGED, residual.isnan())]
         if outside is not None:
             causes.append((Reason.SINGULAR, outside))

@@ -77,6 +77,11 @@ class BlockInverse(InverseOperator):
         """Whether every block's inverse serves another λ from what it keeps."""
         return all(inverse.moves for inverse in self.inverses)
 
+    @property
+    def tolerance(self) -> float:
+        """That of the strictest block."""
+        return min(inverse.tolerance for inverse in self.inverses)
+
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions.
 

@@ -115,6 +115,11 @@ class CGInverse(InverseOperator):
     verbose: int = 0
     keeps_operator: bool = True
 
+    @property
+    def tolerance(self) -> float:
+        """``rtol``."""
+        return self.rtol
+
     def at(self, hessian_perturbation: float) -> CGInverse:
         """Return the inverse at another λ, over the same operator and the same λ-free preconditioner."""
         shift = check_shift(hessian_perturbation, self.dtype)

@@ -144,6 +144,11 @@ class DenseInverse(InverseOperator):
         """All eigenvalues, where they are known."""
         return self.eigenvalues
 
+    @property
+    def tolerance(self) -> float:
+        """``rtol``."""
+        return self.rtol
+
     def at(self, hessian_perturbation: float) -> DenseInverse:
         """Return the inverse at another λ, from the eigendecomposition of A."""
         if self.eigenvalues is None:
@@ -316,6 +321,11 @@ class SampleSpaceInverse(InverseOperator):
     def moves(self) -> bool:
         """Whether another λ needs no factorisation: here it does."""
         return False
+
+    @property
+    def tolerance(self) -> float:
+        """``rtol``."""
+        return self.rtol
 
     def at(self, hessian_perturbation: float) -> InverseOperator:
         """Return the inverse at another λ: from the singular vectors of F where R is a multiple of I, else anew."""

@@ -142,6 +142,11 @@ class LiSSAInverse(InverseOperator):
         # A curvature of zero at λ = 0 has no solutions: the residual will say so.
         return 2 * (max(self.largest or 0.0, 0.0) + self.hessian_perturbation) or 1.0
 
+    @property
+    def tolerance(self) -> float:
+        """``rtol``."""
+        return float(self.settings.rtol or 0.0)
+
     def at(self, hessian_perturbation: float) -> LiSSAInverse:
         """Return the inverse at another λ; the eigenvalue behind the scale is used again."""
         return replace(self, hessian_perturbation=check_shift(hessian_perturbation, self.dtype)).judged_as(self)

@@ -98,6 +98,11 @@ class LowRankInverse(InverseOperator):
         """Uᵀ diag(θ + λ) U + (λ + τ)(I − UᵀU)."""
         return Spectral(self.eigenvalues + self.hessian_perturbation, self.eigenvectors, self.rest)
 
+    @property
+    def tolerance(self) -> float:
+        """``rtol``."""
+        return self.rtol
+
     def at(self, hessian_perturbation: float) -> LowRankInverse:
         """Return the inverse at another λ, over the same eigenpairs."""
         other = copy.copy(self)

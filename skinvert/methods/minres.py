@@ -106,6 +106,11 @@ class MINRESInverse(InverseOperator):
     verbose: int = 0
     keeps_operator: bool = True
 
+    @property
+    def tolerance(self) -> float:
+        """``rtol``."""
+        return self.rtol
+
     def at(self, hessian_perturbation: float) -> MINRESInverse:
         """Return the inverse at another λ, over the same operator."""
         return replace(self, hessian_perturbation=check_shift(hessian_perturbation, self.dtype)).judged_as(self)

@@ -2,7 +2,8 @@
 
 from .base import FACES, LinearOperator, add_to_diagonal, as_scipy, check_dense_memory, symmetrise
 from .block_diagonal import BlockDiagonal
-from .kronecker import Eigenbasis, Kronecker, KroneckerBlock, KroneckerFactors, Rotated
+from .factors import Eigenbasis, KroneckerBlock, KroneckerFactors
+from .kronecker import Kronecker, Rotated
 from .simple import Dense, DiagonalMatrix, LowRank, Shifted
 from .spectral import Spectral
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, NoReturn, Protocol
+from typing import ClassVar, NoReturn, Protocol
 
 import numpy as np
 import scipy.sparse.linalg
@@ -15,12 +15,10 @@ from .._memory import check_memory, rows_within
 from .._progress import progress
 from .._state import TensorState
 from .._validation import must_be
+from .factors import KroneckerFactors
 
 __all__ = ["FACES", "LinearOperator", "add_to_diagonal", "as_scipy", "check_dense_memory", "symmetrise"]
 
-
-if TYPE_CHECKING:
-    from .kronecker import KroneckerFactors
 
 # What an operator may offer beside products, its matrix and its diagonal; ``LinearOperator.faces`` says which it has.
 FACES = ("factor", "factor_chunks", "sample_factors", "gradient_rows", "kronecker_factors", "minibatch")

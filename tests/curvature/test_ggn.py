@@ -9,7 +9,7 @@ from torch import nn
 
 from skinvert import HessianInverter, TorchTwiceDifferentiable
 from skinvert.curvature import GGN, Objective
-from skinvert.curvature.layers import linear_layers
+from skinvert.curvature.layers.found import layers_of
 from skinvert.data import as_batches
 
 
@@ -142,7 +142,8 @@ def test_layered_assembly_with_a_frozen_bias():
 def test_layers_are_found_by_their_parameters():
     module = LAYERED["two paths"]().double()
     model = TorchTwiceDifferentiable(module, "cross_entropy").at_point()
-    assert len(linear_layers(model, data_for(module)).modules) == 3
+    found = layers_of(model)
+    assert len(found.layers) == 3 and not found.reasons
 
 
 # Where the outputs are linear in the parameters, the Gauss–Newton matrix is the Hessian.

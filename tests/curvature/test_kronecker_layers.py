@@ -473,6 +473,20 @@ def test_the_rest_takes_no_jacobian_of_the_layers(monkeypatch):
     assert seen and set(seen) == {sum(q.numel() for q in net.lstm.parameters())}
 
 
+def test_a_layer_without_entries_is_named():
+    net = double(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)))
+    with warnings.catch_warnings():
+        # It has nothing to initialise.
+        warnings.simplefilter("ignore", UserWarning)
+        net[0].hidden = nn.Linear(4, 0).double()
+    X, y = torch.randn(N, 4, dtype=torch.float64), torch.arange(N) % 3
+    net[0].register_forward_hook(lambda module, args, result: result + module.hidden(*args).sum(1, keepdim=True))
+    with pytest.raises(ValueError, match=r"0\.hidden\.weight \(a Linear with a parameter without entries\)"):
+        fitted(net, X, y)
+    inverter = fitted(net, X, y, EKFAC(unsupported="diagonal"))
+    assert torch.isfinite(inverter.transform(torch.ones(1, inverter.n_features_in_, dtype=torch.float64))).all()
+
+
 @pytest.mark.parametrize("unsupported", ["error", "diagonal"])
 def test_gradients_scaled_by_what_else_is_in_a_batch_are_never_taken(unsupported):
     net = nn.Sequential(nn.Embedding(5, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(16, 3))

@@ -8,7 +8,7 @@ from problems import LOSSES, MODELS, problem
 
 from skinvert import HessianInverter, TorchTwiceDifferentiable
 from skinvert.curvature import gradient_rows
-from skinvert.curvature.rows import jacobian_rows
+from skinvert.curvature.per_sample import jacobian_rows
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from skinvert import HessianInverter, PerSampleGradient, TorchTwiceDifferentiable
-from skinvert.curvature import base
-from skinvert.curvature.rows import jacobian_rows
+from skinvert.curvature import products
+from skinvert.curvature.per_sample import jacobian_rows
 from skinvert.models import plain_functions
 
 C = 3
@@ -126,7 +126,7 @@ def test_a_last_chunk_of_as_many_rows_as_outputs():
     np.testing.assert_allclose(received, torch.linalg.solve(A, b.T).T, rtol=1e-7, atol=1e-9)
 
 
-class WrongAtOnce(base._FlatProducts):
+class WrongAtOnce(products._FlatProducts):
     """Products of which a batch of C is wrong, as by a batching rule that takes one axis for another."""
 
     def _grad(self, v, batched):

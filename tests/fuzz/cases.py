@@ -1,6 +1,6 @@
 """Random cases: a model, a loss, data in some form, right-hand sides, and what to ask; and what a user may be told."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -123,6 +123,16 @@ def right_hand_sides(case, p, gradients):
     elif case.rhs == "gradients":
         b = gradients[:4]
     return b
+
+
+def variants_of(case):
+    """Return a plain case in the state and the batches of each variant, by its name."""
+    return {
+        "plain": case,
+        "no_grad": replace(case, ambient="inference" if case.seed % 2 else "no_grad"),
+        "thread": replace(case, ambient="thread"),
+        "by_outputs": replace(case, batch_size=case.outputs),
+    }
 
 
 VARIANTS = {

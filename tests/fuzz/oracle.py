@@ -1,15 +1,29 @@
 """Dense float64 curvatures by plain backward passes over a deep copy: nothing of skinvert's, nothing batched."""
 
 import copy
+from functools import wraps
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def once(compute):
+    """Keep what a method returns: variants of a case share its oracle."""
+
+    @wraps(compute)
+    def kept(self):
+        if compute.__name__ not in self.known:
+            self.known[compute.__name__] = compute(self)
+        return self.known[compute.__name__]
+
+    return kept
 
 
 class Oracle:
     """The curvatures of a case: rows are repeated as often as they weigh."""
 
     def __init__(self, case, module, X, y, loss, weights):
+        self.known = {}
         self.module = copy.deepcopy(module).double().eval()
         self.X = X.double() if X.is_floating_point() else X
         self.y = y.double() if y.is_floating_point() else y
@@ -25,6 +39,7 @@ class Oracle:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             return self.module(self.X[rows])
 
+    @once
     def mass(self):
         """Σ wᵢ mᵢ."""
         f = self.outputs().detach()
@@ -46,9 +61,11 @@ class Oracle:
             return torch.zeros(self.p, dtype=torch.float64)
         return self.flat(torch.autograd.grad(value, self.theta, allow_unused=True, **settings))
 
+    @once
     def gradient(self):
         return self.derivative(self.total()).detach() / self.mass() + self.weight_decay * self.flat(self.theta).detach()
 
+    @once
     def hessian(self):
         if self.differenced:
             H = self._differences()
@@ -57,6 +74,7 @@ class Oracle:
             H = torch.stack([self.derivative(g[i], retain_graph=True) for i in range(self.p)]).detach()
         return (H + H.mT) / 2 / self.mass() + self._penalty()
 
+    @once
     def ggn(self):
         G = torch.zeros(self.p, self.p, dtype=torch.float64)
         for i, w in enumerate(self.weights):
@@ -74,10 +92,12 @@ class Oracle:
             G += w * J.mT @ D @ J
         return G / self.mass() + self._penalty()
 
+    @once
     def empirical_fisher(self):
         g = self.gradient_rows()
         return (g.mT * self.weights) @ g / self.weights.sum() + self._penalty()
 
+    @once
     def gradient_rows(self):
         """The gᵢ, with κ = Σ w / Σ w m."""
         scale = float(self.weights.sum()) / self.mass()

@@ -38,8 +38,11 @@ class Changed(AssertionError):
     """Something of the user's is not as it was."""
 
 
-def run(case):
-    """Run a case; return what became of it: "solved", "warned", "not converged" or "refused"."""
+def run(case, shared=None):
+    """Run a case; return what became of it: "solved", "warned", "not converged" or "refused".
+
+    ``shared`` is a dict in which the variants of one case keep their oracle.
+    """
     torch.manual_seed(case.seed)
     module, X = M.build(case)
     module.eval()
@@ -52,7 +55,9 @@ def run(case):
     weights = np.random.default_rng(case.seed).integers(0, 3, case.n) if case.form == "weighted" else None
     if weights is not None and not weights.any():
         weights[0] = 1
-    oracle = Oracle(case, module, X, y, loss, weights)
+    shared = {} if shared is None else shared
+    oracle = shared.setdefault("oracle", None) or Oracle(case, module, X, y, loss, weights)
+    shared["oracle"] = oracle
     before = _state(module, X)
     outcome, facts = _in_ambient(case, lambda: _solve(case, module, X, y, loss, weights, oracle))
     if not _same(before, _state(module, X)) or not module.training:

@@ -1,17 +1,59 @@
-"""Run many cases and list every failure, each kind once: ``PYTHONPATH=.:tests python -m fuzz.sweep 500 0 plain``."""
+"""Run many cases, each in every variant, and list every failure, each kind once.
+
+``PYTHONPATH=.:tests python -m fuzz.sweep 500 0`` runs 500 cases of seed 0 in all variants, ``... 500 0 thread`` in one.
+"""
 
 import sys
 import traceback
 import warnings
 from collections import Counter
 
-from fuzz.cases import VARIANTS, cases
+from fuzz.cases import VARIANTS, cases, variants_of
 from fuzz.runner import Changed, Raw, Silent, run
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 
-def main(count, start, variant):
-    outcomes, failures = Counter(), {}
+class Tally:
+    """What became of the cases of one variant, and every kind of failure with its cases."""
+
+    def __init__(self):
+        self.outcomes, self.refusals, self.failures = Counter(), Counter(), {}
+
+    def add(self, case, shared):
+        outcome = self._outcome(case, shared)
+        refused = outcome.startswith("refused")
+        self.outcomes["refused" if refused else outcome] += 1
+        if refused:
+            self.refusals[outcome[9:90]] += 1
+
+    def _outcome(self, case, shared):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return run(case, shared)
+        except (Silent, Raw, Changed) as error:
+            kind, first = type(error).__name__, str(error).splitlines()[0]
+            subject = first[:100] if kind == "Raw" else f"{case.method} {case.curvature} {case.layers} {case.loss}"
+            self._fail(f"{kind} {subject}", first[:300], case)
+            return kind
+        except Exception as error:
+            kind = f"harness: {type(error).__name__}"
+            self._fail(f"{kind} {traceback.format_exc().splitlines()[-3:]}", str(error)[:200], case)
+            return kind
+
+    def _fail(self, key, text, case):
+        self.failures.setdefault(key, []).append((text, case))
+
+    def report(self, name):
+        print(f"{name}: {sum(self.outcomes.values())} cases, {dict(self.outcomes)}")
+        for text, number in self.refusals.most_common(10):
+            print("   refused", number, text)
+        for key, found in self.failures.items():
+            print(f"--- {len(found)} × {key}\n      {found[0][0]}\n      {found[0][1]!r}")
+
+
+def main(count, start, names):
+    tallies = {name: Tally() for name in names}
 
     @seed(start)
     @settings(
@@ -21,45 +63,18 @@ def main(count, start, variant):
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate],
     )
-    @given(cases(**VARIANTS[variant]))
+    @given(cases())
     def one(case):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                outcome = run(case)
-        except (Silent, Raw, Changed) as error:
-            kind = type(error).__name__
-            key = (
-                f"{kind} {str(error).splitlines()[0][:100]}"
-                if kind == "Raw"
-                else f"{kind} {case.method} {case.curvature} {case.layers} {case.loss}"
-            )
-            failures.setdefault(key, []).append((str(error).splitlines()[0][:300], case))
-            outcome = kind
-        except Exception as error:
-            outcome = f"harness: {type(error).__name__}"
-            failures.setdefault(f"{outcome} {traceback.format_exc().splitlines()[-3:]}", []).append(
-                (str(error)[:200], case)
-            )
-        outcomes[outcome.partition(": ")[0] if outcome.startswith("refused") else outcome] += 1
-        if outcome.startswith("refused"):
-            refusals[outcome[9:90]] += 1
+        shared = {}
+        for name, variant in variants_of(case).items():
+            if name in tallies:
+                tallies[name].add(variant, shared)
 
-    refusals = Counter()
     one()
-    print(sum(outcomes.values()), dict(outcomes))
-    for text, number in refusals.most_common(25):
-        print("   refused", number, text)
-    for key, found in failures.items():
-        print(f"--- {len(found)} × {key}\n      {found[0][0]}\n      {found[0][1]!r}")
-
-    return len(failures)
+    for name, tally in tallies.items():
+        tally.report(name)
+    return sum(len(tally.failures) for tally in tallies.values())
 
 
 if __name__ == "__main__":
-    count, start = int(sys.argv[1]), int(sys.argv[2])
-    failed = 0
-    for name in sys.argv[3:] or VARIANTS:
-        print(f"{name}: {count} cases, seed {start}")
-        failed += main(count, start, name)
-    sys.exit(bool(failed))
+    sys.exit(bool(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] or list(VARIANTS))))

@@ -11,6 +11,8 @@ from problems import problem
 
 from skinvert import HessianInverter, InversionRegistry, TwiceDifferentiable
 from skinvert.methods import CG, Arnoldi, Direct
+from skinvert.methods.blocks import invert_blocks
+from skinvert.operators import BlockDiagonal, Dense
 from skinvert.parameters import split_blocks
 
 # What is tested here is what an approximate method is by definition; tests/methods/test_truth.py holds what it says.
@@ -135,3 +137,15 @@ def test_refuses_a_function(monkeypatch):
 
 def test_a_model_of_one_layer_is_one_block():
     assert split_blocks(["weight", "bias"], "layer") == {"": ["weight", "bias"]}
+
+
+@pytest.mark.parametrize("rtol", [1e-3, 1e-8])
+def test_converged_goes_by_the_tolerance_of_the_blocks(rtol):
+    """What couples the blocks is left out: its share of the residual is between the two tolerances."""
+    H = torch.eye(4, dtype=torch.float64)
+    H[0, 3] = H[3, 0] = 1e-5
+    blocks = BlockDiagonal([Dense(H[:2, :2].clone()), Dense(H[2:, 2:].clone())])
+    inverse = invert_blocks(CG(rtol=rtol), blocks, 0.0).judged_by(Dense(H))
+    info = inverse.solve(torch.eye(4, dtype=torch.float64)[:1]).info
+    assert 1e-6 < float(info["residual"]) < 1e-4
+    assert bool(info["converged"]) == (rtol == 1e-3)

@@ -205,26 +205,32 @@ def test_bad_settings(setting):
         LiSSA(**{setting: -1}).invert(gram(np.eye(2)), 1.0)
 
 
-def test_a_model_without_minibatches_is_an_error():
+def test_a_model_of_grad_and_mvp_alone():
+    """L = ½ mean (θᵀx)²: H = XᵀX / n."""
+
     class Quadratic(TwiceDifferentiable):
-        num_params, parameters = 2, [torch.zeros(2)]
+        num_params, parameters = 2, [torch.zeros(2, dtype=torch.float64)]
 
         def grad(self, x, y, create_graph=False):
-            return torch.zeros(2)
+            return x.mT @ x @ self.parameters[0] / len(x) if not create_graph else x
 
         def hessian(self, x, y):
-            return torch.eye(2)
+            return x.mT @ x / len(x)
 
         @staticmethod
         def mvp(grad_xy, v, backprop_on, *, progress=False):
-            return v
+            return v @ grad_xy.mT @ grad_xy / len(grad_xy)
 
         @classmethod
         def tensor_type(cls):
             return torch.Tensor
 
-    with pytest.raises(ValueError, match="one with `minibatch`"):
-        HessianInverter("lissa", 1.0).fit(Quadratic(), (torch.ones(3, 1), torch.ones(3)))
+    X = torch.from_numpy(np.random.default_rng(0).standard_normal((40, 2)))
+    b = np.array([[1.0, -2.0]])
+    method = LiSSA(rtol=1e-4, maxiter=100_000, batch_size=8, random_state=0)
+    received = HessianInverter(method, 1.0).fit(Quadratic(), (X, torch.zeros(40))).transform(b)
+    expected = np.linalg.solve(X.numpy().T @ X.numpy() / 40 + np.eye(2), b.T).T
+    np.testing.assert_allclose(received, expected, rtol=1e-3)
 
 
 # -- networks ------------------------------------------------------------------------------------------------------

@@ -4,58 +4,69 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._autograd import ordinary
+from .._types import Batch
 from ..models import TorchTwiceDifferentiable, leading_length, map_tensors, row_axes, with_row_axis
 from ..models.compiled import eager
 from ..models.plain_functions import PlainFunctions
 from ..models.structural_copy import structural_copy
 
-__all__ = ["gradient_rows", "jacobian_rows"]
+__all__ = ["gradient_rows", "jacobian_rows", "split_batch"]
 
 
 @ordinary
-def gradient_rows(model: TorchTwiceDifferentiable, batch: Any) -> torch.Tensor:
+def gradient_rows(model: TorchTwiceDifferentiable, batch: Batch) -> torch.Tensor:
     """Return ∇sᵢ of each row of a batch, (m, p); sᵢ is the loss before the average."""
 
-    def loss(outputs: Any, rows: Any) -> torch.Tensor:
+    def loss(outputs: Batch, rows: Batch) -> torch.Tensor:
         return model.per_sample_loss(outputs, rows)[:, None]
 
     return _rows(model, batch, _Values("gradient", loss))[:, 0]
 
 
 @ordinary
-def jacobian_rows(model: TorchTwiceDifferentiable, batch: Any, directions: torch.Tensor | None = None) -> torch.Tensor:
+def jacobian_rows(
+    model: TorchTwiceDifferentiable, batch: Batch, directions: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return Sᵢᵀ Jᵢ of each row, (m, r, p), for ``directions`` S (m, c, r); None takes the identity."""
     if directions is None:
         return _rows(model, batch, _Values("jacobian", lambda outputs, _: outputs.reshape(len(outputs), -1)))
 
-    def projected(outputs: torch.Tensor, rows: Any) -> torch.Tensor:
-        return (rows[1].mT @ outputs.reshape(len(outputs), -1)[:, :, None])[:, :, 0]
+    def projected(outputs: torch.Tensor, rows: Batch) -> torch.Tensor:
+        S: torch.Tensor = rows[1]
+        return (S.mT @ outputs.reshape(len(outputs), -1)[:, :, None])[:, :, 0]
 
     return _rows(model, (batch, directions), _Values("projected", projected, lambda pair: pair[0]))
+
+
+def split_batch(batch: Batch, weights: torch.Tensor, size: int) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Yield a batch in chunks of at most ``size`` rows."""
+    for start in range(0, len(weights), size):
+        rows = slice(start, start + size)
+        yield map_tensors(lambda tensor, rows=rows: tensor[rows], batch), weights[rows]
 
 
 class _Values(NamedTuple):
     """What is differentiated: ``of(outputs, rows)`` (m, r), of ``outputs`` on ``inputs(rows)``."""
 
     kind: str
-    of: Callable[[Any, Any], torch.Tensor]
-    inputs: Callable[[Any], Any] = lambda rows: rows
+    of: Callable[[Batch, Batch], torch.Tensor]
+    inputs: Callable[[Batch], Batch] = lambda rows: rows
 
 
-def _rows(model: TorchTwiceDifferentiable, batch: Any, values: _Values) -> torch.Tensor:
+def _rows(model: TorchTwiceDifferentiable, batch: Batch, values: _Values) -> torch.Tensor:
     """Return the Jacobians (m, r, p) of the values: of all rows at once where that is right, else row by row.
 
     Batching rules may be missing (recurrent layers), models may branch on values; and a rule may be wrong for one
     number of rows alone. So each shape is tried once, against an ordinary backward pass.
     """
-    shapes: list[Any] = [values.kind]
+    shapes: list[str | tuple[torch.Size, torch.dtype]] = [values.kind]
     map_tensors(lambda tensor: shapes.append((tensor.shape, tensor.dtype)), batch)
     batched, key = model.batched_rows, tuple(shapes)
     if batched.get(key, True):
@@ -67,13 +78,13 @@ def _rows(model: TorchTwiceDifferentiable, batch: Any, values: _Values) -> torch
     return _one_by_one(model, batch, values)
 
 
-def _at_once(model: TorchTwiceDifferentiable, batch: Any, values: _Values) -> torch.Tensor | None:
+def _at_once(model: TorchTwiceDifferentiable, batch: Batch, values: _Values) -> torch.Tensor | None:
     """Return the Jacobians under ``vmap``; None where a layer has no rule for it."""
     theta = dict(zip(model.layout.names, (t.detach() for t in model.theta), strict=True))
 
     axes = row_axes(batch)
 
-    def of_row(parameters: dict[str, torch.Tensor], row: Any) -> torch.Tensor:
+    def of_row(parameters: dict[str, torch.Tensor], row: Batch) -> torch.Tensor:
         rows = with_row_axis(row, axes)
         swapped = {id(t): parameters[name] for name, t in zip(model.layout.names, model.theta, strict=True)}
         # Not `functional_call`, which leaves a parameter where a list or a closure holds it too.
@@ -96,7 +107,7 @@ def _at_once(model: TorchTwiceDifferentiable, batch: Any, values: _Values) -> to
     )
 
 
-def _agree(model: TorchTwiceDifferentiable, batch: Any, values: _Values, rows: torch.Tensor) -> bool:
+def _agree(model: TorchTwiceDifferentiable, batch: Batch, values: _Values, rows: torch.Tensor) -> bool:
     """Return whether a random mixture of the rows is the gradient of that mixture of the values."""
     value = values.of(model.forward(map_tensors(torch.clone, values.inputs(batch))), batch)
     if value.shape != rows.shape[:2]:
@@ -108,7 +119,7 @@ def _agree(model: TorchTwiceDifferentiable, batch: Any, values: _Values, rows: t
     return bool(error <= math.sqrt(torch.finfo(rows.dtype).eps) * size)
 
 
-def _one_by_one(model: TorchTwiceDifferentiable, batch: Any, values: _Values) -> torch.Tensor:
+def _one_by_one(model: TorchTwiceDifferentiable, batch: Batch, values: _Values) -> torch.Tensor:
     rows = []
     for i in range(leading_length(batch)):
         row = map_tensors(lambda tensor, i=i: tensor[i : i + 1], batch)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from ..models import leading_length, map_tensors
-from .kronecker_calls import Captured, Layered, captured
-from .kronecker_layers import Layer, Layers, layers_of
+from ..._types import Batch
+from ...models import leading_length, map_tensors
+from .found import Layers, layers_of
+from .kinds import Inputs, Layer
+from .recording import Captured, PulledBack, captured
 
 __all__ = ["probe"]
 
 
-def probe(curvature: Layered) -> tuple[Layers, int]:
+def probe(curvature: PulledBack) -> tuple[Layers, int]:
     """Return the layers whose calls explain their gradients, why the others do not, and the bytes that a sample takes.
 
     On one sample, on that sample twice, and on a few: which axis grows with the samples is that of the samples,
@@ -36,7 +37,9 @@ def probe(curvature: Layered) -> tuple[Layers, int]:
     return found, size
 
 
-def _with_axes(curvature: Layered, found: Layers, one: tuple[Any, Any], twice: tuple[Any, Any]) -> Layers:
+def _with_axes(
+    curvature: PulledBack, found: Layers, one: tuple[Batch, torch.Tensor], twice: tuple[Batch, torch.Tensor]
+) -> Layers:
     """Return the layers with the axis of their samples: the one that is twice as long for twice the samples."""
     first, second = (captured(curvature, found.layers, found.attentions, *part) for part in (one, twice))
     layers: list[Layer] = []
@@ -65,7 +68,9 @@ def _axis(one: Sequence[int], two: Sequence[int]) -> int | None:
     return grown[0] if len(grown) == 1 and two[grown[0]] == 2 * one[grown[0]] else None
 
 
-def _verified(curvature: Layered, found: Layers, part: Any, weights: torch.Tensor, size: int) -> tuple[Layers, int]:
+def _verified(
+    curvature: PulledBack, found: Layers, part: Batch, weights: torch.Tensor, size: int
+) -> tuple[Layers, int]:
     """Return the layers whose calls on a part of the data explain their gradients, and the bytes of one sample."""
     seen, reasons = _watched(curvature, found, part, weights)
     if seen is None:
@@ -78,12 +83,12 @@ def _verified(curvature: Layered, found: Layers, part: Any, weights: torch.Tenso
     signals, wrong = seen.checked(direction, inputs)
     wrong.update(_mixed(seen, direction, inputs))
     numbers = seen.value.numel() + len(weights) * seen.directions.row_numbers // 3
-    numbers += sum(_numel(a) + _numel(g) for a, g in zip(inputs, signals, strict=True))
+    numbers += sum(_numel(a) for a in inputs) + sum(g.numel() for g in signals if g is not None)
     return found.without(wrong), max(size, 3 * numbers * seen.value.dtype.itemsize // len(weights))
 
 
 def _watched(
-    curvature: Layered, found: Layers, part: Any, weights: torch.Tensor
+    curvature: PulledBack, found: Layers, part: Batch, weights: torch.Tensor
 ) -> tuple[Captured | None, dict[str, str]]:
     """Return the calls on a part of the data; None, and why, where taking a layer apart changes the model's results."""
     touched = [layer for layer in found.layers if layer.shared or layer.key is not layer.module]
@@ -100,7 +105,7 @@ def _watched(
     return None, {name: why for layer in touched for name in layer.names}
 
 
-def _mixed(seen: Captured, direction: torch.Tensor, inputs: list[Any]) -> dict[str, str]:
+def _mixed(seen: Captured, direction: torch.Tensor, inputs: list[Inputs | None]) -> dict[str, str]:
     """Return the parameters of layers where the last sample's derivatives are not at the last sample's place."""
     last = direction.clone()
     last[:-1] = 0
@@ -124,7 +129,5 @@ def _is_close(value: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(value, expected, rtol, rtol * float(expected.abs().max()), equal_nan=True)
 
 
-def _numel(value: Any) -> int:
-    if value is None:
-        return 0
-    return sum(one.numel() for one in value) if isinstance(value, list) else value.numel()
+def _numel(tensors: Inputs | None) -> int:
+    return 0 if tensors is None else sum(one.numel() for one in tensors)

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .._validation import must_be
-from .attention import taken_apart
-from .base import Objective
-from .columns import Columns
-from .kronecker_layers import Layer
-from .layers import Call
+from ..._types import Batch
+from ..._validation import must_be
+from ..columns import Columns
+from ..objective import Objective
+from .attention import Key, taken_apart
+from .kinds import Call, Inputs, Layer
 
-__all__ = ["Captured", "Layered", "Signals", "captured"]
+__all__ = ["Captured", "PulledBack", "Signals", "captured"]
 
 OUTSIDE = "its weights are used outside it too"
 
 
 class Signals(NamedTuple):
-    """What a curvature pulls back through a batch: H = Σ gᵣgᵣᵀ + penalty with gᵣ = Σ directionsᵣ · ∂value per sample.
+    """What a curvature pulls back through a batch: Σ wᵢhᵢ = Σ gᵣgᵣᵀ with gᵣ = directionsᵣ · ∂value per sample.
 
     Attributes
     ----------
     value : tensor of shape (m, ...)
         Computed from the parameters, one entry or row per sample.
     directions : Columns
-        r of them, (m, ...) each; weights and denominators included, as their roots.
+        r of them, (m, ...) each; weights included, as their roots.
     mass : tensor of shape (m,)
         Each sample's share of L's denominator.
     """
@@ -40,20 +40,18 @@ class Signals(NamedTuple):
     mass: torch.Tensor
 
 
-class Layered(Protocol):
-    """A curvature that says what it pulls back."""
+class PulledBack(Protocol):
+    """What is asked of a curvature that says what it pulls back through the model: ``Layered``, seen from here."""
 
     objective: Objective
+    penalty: torch.Tensor | None
+    rank: int
 
-    @property
-    def penalty(self) -> torch.Tensor | None:
-        """The penalty's Hessian as a diagonal (p,), or None."""
+    def signals(self, batch: Batch, weights: torch.Tensor) -> Signals:
+        """Return what is pulled back through a batch of these weights."""
 
-    def signals(self, batch: Any, weights: torch.Tensor) -> Signals:
-        """Return what is pulled back through a batch."""
-
-    def diagonal(self) -> torch.Tensor:
-        """Return the exact diagonal (p,)."""
+    def diagonal_at(self, names: Collection[str]) -> torch.Tensor:
+        """Return the exact diagonal at some parameters."""
 
 
 class Captured:
@@ -83,16 +81,18 @@ class Captured:
             found.update(dict.fromkeys(layer.names, why) if why else {})
         return found
 
-    def inputs(self, dtype: torch.dtype) -> list[Any]:
+    def inputs(self, dtype: torch.dtype) -> list[Inputs | None]:
         """Return each layer's inputs; None where it was not called."""
         pairs = zip(self.layers, self.calls, strict=True)
         return [layer.inputs(calls, self.m, dtype) if calls else None for layer, calls in pairs]
 
-    def signals(self, direction: torch.Tensor, inputs: list[Any]) -> list[Any]:
+    def signals(self, direction: torch.Tensor, inputs: list[Inputs | None]) -> list[torch.Tensor | None]:
         """Return each layer's signals along a direction; None where it was not called."""
         return self._signals(direction, inputs, [])[0]
 
-    def checked(self, direction: torch.Tensor, inputs: list[Any]) -> tuple[list[Any], dict[str, str]]:
+    def checked(
+        self, direction: torch.Tensor, inputs: list[Inputs | None]
+    ) -> tuple[list[torch.Tensor | None], dict[str, str]]:
         """Return the signals, and the parameters whose derivative along the direction is not that of the calls."""
         parameters = {id(one): one for layer in self.layers for one in layer.parameters}
         signals, rest = self._signals(direction, inputs, list(parameters.values()))
@@ -100,18 +100,19 @@ class Captured:
         wrong: dict[str, str] = {}
         for layer, a, g in zip(self.layers, inputs, signals, strict=True):
             expected = _placed(layer, [derivatives[id(one)] for one in layer.parameters])
-            product, scale = (torch.zeros_like(expected), 0.0) if g is None else layer.product(a, g)
+            product, scale = (torch.zeros_like(expected), 0.0) if a is None or g is None else layer.product(a, g)
             if not float((product - expected).norm()) <= _rounding(product) * scale:
                 wrong.update(dict.fromkeys(layer.names, OUTSIDE))
         return signals, wrong
 
     def _signals(
-        self, direction: torch.Tensor, inputs: list[Any], extra: list[torch.Tensor]
-    ) -> tuple[list[Any], list[torch.Tensor]]:
+        self, direction: torch.Tensor, inputs: list[Inputs | None], extra: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
         flat = [call for calls in self.calls for call in calls]
-        targets: list[Any] = [*(call.edge for call in flat), *extra]
+        targets: list[GradientEdge] = [call.edge for call in flat if call.edge is not None]
+        targets += [get_gradient_edge(one) for one in extra]
         direction = direction.reshape(self.value.shape).to(self.value)
-        found: Sequence[Any] = [None] * len(targets)
+        found: Sequence[torch.Tensor | None] = [None] * len(targets)
         if targets and self.value.requires_grad:
             found = torch.autograd.grad(self.value, targets, direction, retain_graph=True, allow_unused=True)
         shapes = [call.shape for call in flat] + [one.shape for one in extra]
@@ -119,17 +120,21 @@ class Captured:
             self.value.new_zeros(shape) if part is None else part.detach()
             for part, shape in zip(found, shapes, strict=True)
         ]
-        signals: list[Any] = []
+        signals: list[torch.Tensor | None] = []
         start = 0
         for layer, calls, a in zip(self.layers, self.calls, inputs, strict=True):
             own = parts[start : start + len(calls)]
-            signals.append(layer.signals(own, a, self.m) if calls else None)
+            signals.append(None if a is None else layer.signals(own, a, self.m))
             start += len(calls)
         return signals, parts[start:]
 
 
 def captured(
-    curvature: Layered, layers: Sequence[Layer], attentions: list[nn.MultiheadAttention], batch: Any, weights: Any
+    curvature: PulledBack,
+    layers: Sequence[Layer],
+    attentions: list[nn.MultiheadAttention],
+    batch: Batch,
+    weights: torch.Tensor,
 ) -> Captured:
     """Return a batch's signals and the calls of its layers."""
     with _recording(layers, attentions, len(weights)) as calls:
@@ -140,33 +145,47 @@ def captured(
 @contextmanager
 def _recording(
     layers: Sequence[Layer], attentions: list[nn.MultiheadAttention], m: int
-) -> Iterator[dict[Any, list[Call]]]:
-    """Record every call of the layers; the result of one that sees the same for every sample is expanded over them."""
-    calls: dict[Any, list[Call]] = {}
-    by_key = {layer.key: layer for layer in layers}
+) -> Iterator[dict[Key, list[Call]]]:
+    """Record every call of the layers on m samples while the context lasts."""
+    recorder = _Recorder({layer.key: layer for layer in layers}, m)
+    modules = {id(layer.module): layer.module for layer in layers if layer.key is layer.module}
+    with ExitStack() as stack:
+        stack.enter_context(taken_apart(attentions, recorder.record))
+        for module in modules.values():
+            handle = module.register_forward_hook(recorder.hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield recorder.calls
 
-    def record(key: Any, a: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        layer = by_key.get(key)
+
+class _Recorder:
+    """Takes down the calls of layers; the result of one that sees the same for every sample is expanded over them."""
+
+    def __init__(self, layers: dict[Key, Layer], m: int) -> None:
+        self.layers, self.m = layers, m
+        self.calls: dict[Key, list[Call]] = {}
+
+    def record(self, key: Key, a: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """Take down a call, and return its result as the rest of the model is to see it."""
+        layer = self.layers.get(key)
         if layer is None:
             return result
         _check_dtype(layer, result)
         if layer.shared:
             whole = a.ndim > 1 and len(a) == 1 and layer.dims in (None, a.ndim)
-            a, result = _expanded(a, m, whole), _expanded(result, m, whole)
+            a, result = _expanded(a, self.m, whole), _expanded(result, self.m, whole)
         edge = get_gradient_edge(result) if result.requires_grad else None
-        calls.setdefault(key, []).append(Call(a, result.shape, edge))
+        self.calls.setdefault(key, []).append(Call(a, result.shape, edge))
         return result
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor) -> torch.Tensor:
-        return record(module, args[0] if args else next(iter(kwargs.values())), result)
-
-    modules = {id(layer.module): layer.module for layer in layers if layer.key is layer.module}
-    with ExitStack() as stack:
-        stack.enter_context(taken_apart(attentions, record))
-        for module in modules.values():
-            handle = module.register_forward_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
-        yield calls
+    def hook(
+        self,
+        module: nn.Module,
+        args: tuple[torch.Tensor, ...],
+        kwargs: dict[str, torch.Tensor],
+        result: torch.Tensor,
+    ) -> torch.Tensor:
+        """Take down a call of a module."""
+        return self.record(module, args[0] if args else next(iter(kwargs.values())), result)
 
 
 def _check_dtype(layer: Layer, result: torch.Tensor) -> None:

@@ -1,0 +1,62 @@
+"""Factored curvatures that say what they pull back through the model: a matrix and Kronecker factors layer by layer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection
+
+import torch
+
+from .._types import Batch
+from ..operators import KroneckerFactors, add_to_diagonal, symmetrise
+from .factored import Factored
+from .layers import Signals, dense_from_layers, kronecker_factors
+
+__all__ = ["Layered"]
+
+
+class Layered(Factored):
+    r"""A = Σᵣ gᵣgᵣᵀ + penalty, with gᵣ = Σᵢ Dᵢᵣ · ∂vᵢ/∂θ per sample, for directions D at values v that a batch gives.
+
+    A subclass defines ``factor_of``, as every ``Factored`` curvature, and ``signals``: so it serves ``"kfac"`` and
+    ``"ekfac"``, and its matrix is assembled from the layers' inputs where each sees one row a sample.
+    """
+
+    @abstractmethod
+    def signals(self, batch: Batch, weights: torch.Tensor) -> Signals:
+        """Return values of the m rows of a batch and the directions at them, √wᵢ included, with Σ gᵣgᵣᵀ = Σ wᵢhᵢ."""
+
+    def kronecker_factors(
+        self, approx: str = "expand", unsupported: str = "error", verbose: int = 0
+    ) -> KroneckerFactors:
+        """Return the factors of each layer."""
+        return kronecker_factors(self, approx, unsupported, verbose)
+
+    def to_dense(self, verbose: int = 0) -> torch.Tensor:
+        """Return the matrix (p, p).
+
+        Σᵢ Dᵢ ⊗ aᵢaᵢᵀ for Linear layers, where a sample has several rows of F, else one GEMM per chunk of the factor.
+        """
+        # For one row of F a sample, the factor's own product costs n p² too.
+        matrix = self._dense_from_layers(verbose) if self.rank > 1 else None
+        return super().to_dense(verbose) if matrix is None else symmetrise(add_to_diagonal(matrix, self.penalty))
+
+    def diagonal_at(self, names: Collection[str]) -> torch.Tensor:
+        """Return the exact diagonal at some parameters, in flat order, with no derivative by the others."""
+        diagonal = self._over(self.objective.restricted(names)).diagonal()
+        return diagonal if self.penalty is None else diagonal + self.penalty[self.objective.places(names)]
+
+    def _dense_from_layers(self, verbose: int) -> torch.Tensor | None:
+        """Assemble from layer inputs and output derivatives, without the penalty; None where that cannot be.
+
+        The result is checked against a product, which shares none of its code.
+        """
+        matrix = dense_from_layers(self, verbose)
+        if matrix is None:
+            return None
+        generator = torch.Generator(self.device).manual_seed(0)
+        v = torch.randn(1, self.size, dtype=self.dtype, device=self.device, generator=generator)
+        expected = self.apply(v) if self.penalty is None else self.apply(v) - v * self.penalty
+        error = (v @ matrix - expected).norm()
+        tolerance = 1e3 * torch.finfo(self.dtype).eps * (matrix.norm() * v.norm())
+        return matrix if error <= tolerance else None

@@ -1,0 +1,83 @@
+"""∇²_f sᵢ of a loss without a closed form, by autograd; and whether it is convex in the outputs."""
+
+from __future__ import annotations
+
+import torch
+
+from .._types import Batch
+from .._validation import must_be
+from ..models import TorchTwiceDifferentiable
+from .products import Products, flat_products
+
+__all__ = ["check_convex", "loss_products", "output_factor"]
+
+
+def output_factor(model: TorchTwiceDifferentiable, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Return Sᵢ (m, c, c) with ∇²_f sᵢ = SᵢSᵢᵀ by autograd; raise where the loss is not convex in the outputs."""
+    values, vectors = torch.linalg.eigh(_output_hessians(model, outputs, batch))
+    if bool((values < 0).any()) and float(values.min()) < -_rounding(model, outputs, batch, values):
+        raise _not_convex(float(values.min()))
+    factor: torch.Tensor = vectors * values.clamp(min=0).sqrt()[:, None, :]
+    return factor
+
+
+def check_convex(model: TorchTwiceDifferentiable, outputs: torch.Tensor, batch: Batch) -> None:
+    """Raise where a few power iterations on ∇²_f sᵢ, all rows at once, meet a negative eigenvalue: c² would not fit."""
+    ones = torch.ones(len(outputs), dtype=outputs.dtype, device=outputs.device)
+    free, zero = outputs.detach().requires_grad_(True), torch.zeros_like(outputs, requires_grad=True)
+    products = loss_products(model, free, batch, ones)
+    largest = float(_extreme(products, free, 0.0).abs().max())
+    lowest = float(_extreme(products, free, largest).min())
+    # All those of confident rows are rounding.
+    at_zero = float(_extreme(loss_products(model, zero, batch, ones), zero, 0.0).abs().max().nan_to_num(0.0, 0.0, 0.0))
+    # A few iterations find large negative parts, not those at the size of rounding.
+    if lowest < -1e-3 * max(largest, at_zero):
+        raise _not_convex(lowest)
+
+
+def loss_products(
+    model: TorchTwiceDifferentiable, outputs: torch.Tensor, batch: Batch, weights: torch.Tensor
+) -> Products:
+    """Return U (k, m, c) -> wᵢ ∇²_f sᵢ U."""
+    with torch.enable_grad():
+        losses = (model.per_sample_loss(outputs, batch) * weights).sum()
+        gradient = torch.autograd.grad(losses, outputs, create_graph=True)[0]
+    products = flat_products(gradient, [outputs])
+    return lambda U: products(U.flatten(1)).reshape(U.shape)
+
+
+def _extreme(products: Products, f: torch.Tensor, shift: float) -> torch.Tensor:
+    """Return the Rayleigh quotient (m,) of each row's ∇²_f s after ten steps of H − shift."""
+    generator = torch.Generator(f.device).manual_seed(0)
+    v = torch.randn(1, len(f), f[0].numel(), generator=generator, dtype=f.dtype, device=f.device)
+    tiny = torch.finfo(f.dtype).tiny
+    value = torch.zeros(len(f), dtype=f.dtype, device=f.device)
+    for _ in range(10):
+        v = v / v.norm(dim=2, keepdim=True).clamp(min=tiny)
+        Hv = products(v)
+        value = (v * Hv).sum(2)[0]
+        v = Hv - shift * v
+    return value
+
+
+def _not_convex(least: float) -> ValueError:
+    hint = 'Try curvature="hessian" or "empirical_fisher".'
+    return ValueError(must_be("The loss for the GGN", "convex in the outputs", f"an eigenvalue {least:.3g}", hint))
+
+
+def _rounding(model: TorchTwiceDifferentiable, outputs: torch.Tensor, batch: Batch, values: torch.Tensor) -> float:
+    """Return how negative rounding alone can make an eigenvalue.
+
+    All those of confident rows are rounding: the loss's own scale is the larger of what it has here and at zero.
+    """
+    at_zero = _output_hessians(model, 0 * outputs, batch).abs().max().nan_to_num(0.0, 0.0, 0.0)
+    return 100 * values.shape[1] * torch.finfo(values.dtype).eps * float(torch.maximum(values.abs().max(), at_zero))
+
+
+def _output_hessians(model: TorchTwiceDifferentiable, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Return ∇²_f sᵢ (m, c, c), by autograd of the loss."""
+    free = outputs.detach().requires_grad_(True)
+    products = loss_products(model, free, batch, torch.ones(len(free), dtype=free.dtype, device=free.device))
+    c = free[0].numel()
+    rows = [products(unit.expand(1, len(free), c))[0] for unit in torch.eye(c, dtype=free.dtype, device=free.device)]
+    return torch.stack(rows, dim=1)

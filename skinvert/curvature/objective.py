@@ -1,0 +1,233 @@
+"""L(θ) over all the data, as every curvature needs it: its denominators, its gradient, and what is found on the way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator
+from typing import Self
+
+import numpy as np
+import torch
+
+from .._progress import progress
+from .._types import Array, Batch
+from .._validation import must_be
+from ..data import Batches
+from ..models import TorchTwiceDifferentiable, TwiceDifferentiable
+from ..parameters import ParameterLayout
+from .checks import (
+    check_layers,
+    check_rows_alone,
+    check_rows_without_others,
+    explain_not_finite,
+    forward_or_tell,
+)
+from .first_pass import FirstPass
+from .loss_values import LossValues
+from .per_sample import gradient_rows
+
+__all__ = ["GenericObjective", "MeanLoss", "Objective"]
+
+
+class MeanLoss:
+    r"""L(θ) = Σᵢ wᵢℓᵢ / Σᵢ wᵢ + penalty over all the data.
+
+    Parameters
+    ----------
+    size : int
+        p.
+    batches : Batches
+        All the data.
+    dtype : torch.dtype
+        Of θ.
+    device : torch.device
+        Of θ.
+
+    Attributes
+    ----------
+    weight_sum : float
+        Σ wᵢ.
+    gradient : tensor of shape (p,)
+        ∇L(θ), penalty included.
+    penalty : tensor of shape (p,) or None
+        The penalty's Hessian, a diagonal.
+    unreached : tuple of str
+        Selected parameters that no row's loss depends on.
+    """
+
+    def __init__(self, size: int, batches: Batches, dtype: torch.dtype, device: torch.device) -> None:
+        self.size, self.batches, self.dtype, self.device = size, batches, dtype, device
+        self.weight_sum = 0.0
+        self.gradient = torch.zeros(size, dtype=dtype, device=device)
+        self.penalty: torch.Tensor | None = None
+        self.unreached: tuple[str, ...] = ()
+
+    @property
+    def gradient_norm(self) -> float:
+        """‖∇L(θ)‖."""
+        return float(self.gradient.norm())
+
+    def on_samples(self, rows: torch.Tensor) -> Self:
+        """Return the objective over m of the n samples, its denominators times m/n; the gradient stays that of all."""
+        part = copy.copy(self)
+        part.batches = self.batches.take(rows)
+        part._scale_denominators(len(rows) / self.batches.n_samples)
+        return part
+
+    def _scale_denominators(self, share: float) -> None:
+        self.weight_sum *= share
+
+
+class Objective(MeanLoss):
+    r"""L(θ) = Σᵢ wᵢsᵢ / Σᵢ wᵢmᵢ + penalty of a torch model: its denominators and its gradient, by one pass.
+
+    sᵢ is a sample's loss before the average and mᵢ its share of the denominator, so that ℓᵢ = κ sᵢ with
+    κ = Σ w / Σ w m, the ``scale``.
+
+    Parameters
+    ----------
+    model : TorchTwiceDifferentiable
+        At a fixed point θ (``at_point``).
+    batches : Batches
+        All the data.
+    verbose : int, default=0
+        1 shows a progress bar.
+
+    Attributes
+    ----------
+    weight_sum, mass_sum : float
+        Σ wᵢ and Σ wᵢmᵢ.
+    """
+
+    def __init__(self, model: TorchTwiceDifferentiable, batches: Batches, verbose: int = 0) -> None:
+        super().__init__(model.num_params, batches, model.dtype, model.device)
+        self.model, self.layout, self.verbose = model, model.layout, verbose
+        self.mass_sum = 0.0
+        check_layers(model)
+        model.settle(batches)
+        self._values, self._alone, start = LossValues(model), False, 0
+        self.first_pass = FirstPass(model)
+        for index, (batch, weights) in enumerate(progress(batches, "loss and gradient", verbose)):
+            self._add(batch, weights, index, slice(start, start + len(weights)))
+            start += len(weights)
+        self.unreached = tuple(self.first_pass.unreached)
+        del self._values, self.first_pass
+        self._check_joined()
+        if not self.mass_sum > 0:
+            raise ValueError(must_be("The targets", "valid for at least one weighted row", "all ignored"))
+        self.gradient = self.gradient / self.mass_sum
+        self.penalty = model.penalty_diagonal()
+        if self.penalty is not None:
+            self.gradient = self.gradient + model.penalty_gradient()
+        if not bool(torch.isfinite(self.gradient).all()):
+            raise ValueError(
+                must_be("The gradient of the loss", "finite", "NaN or infinity", "Look at the parameters.")
+            )
+
+    @property
+    def scale(self) -> float:
+        """κ, with ℓᵢ = κ sᵢ."""
+        return self.weight_sum / self.mass_sum
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """Return ℓᵢ (m,) of a batch's rows, with gradients on."""
+        return self.scale * self.model.per_sample_loss(self.model.forward(batch), batch)
+
+    def gradients(self, batch: Batch) -> torch.Tensor:
+        """Return gᵢ = ∇ℓᵢ (m, p) of a batch's rows, the penalty left out."""
+        rows: torch.Tensor = gradient_rows(self.model, batch)
+        return self.scale * rows
+
+    def places(self, names: Collection[str]) -> torch.Tensor:
+        """Return where the entries of the named parameters lie in a flat row, in its order."""
+        slices = [place for name, place in self.layout.slices.items() if name in names]
+        parts = [torch.arange(place.start, place.stop, device="cpu") for place in slices]
+        return (torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device="cpu")).to(self.device)
+
+    def restricted(self, names: Collection[str]) -> Objective:
+        """Return the objective as a function of some parameters alone, without the penalty."""
+        part, model = copy.copy(self), copy.copy(self.model)
+        chosen = [k for k, name in enumerate(self.layout.names) if name in names]
+        model.theta = [self.model.theta[k] for k in chosen]
+        model.layout = ParameterLayout(
+            tuple(self.layout.names[k] for k in chosen), tuple(self.layout.shapes[k] for k in chosen)
+        )
+        part.model, part.layout, part.size, part.penalty = model, model.layout, model.num_params, None
+        part.gradient = self.gradient[self.places(names)]
+        return part
+
+    def _scale_denominators(self, share: float) -> None:
+        super()._scale_denominators(share)
+        self.mass_sum *= share
+
+    def _add(self, batch: Batch, weights: torch.Tensor, index: int, rows: slice) -> None:
+        outputs = forward_or_tell(self.first_pass, batch)
+        if not self._alone and len(weights) > 1:
+            check_rows_alone(self.model, outputs, batch)
+            self._alone = True
+        losses = self.first_pass.losses(outputs, batch)
+        if losses.shape != weights.shape:
+            must = f"of shape {tuple(weights.shape)}, one per row of the batch"
+            raise ValueError(must_be("The per-sample losses", must, f"shape {tuple(losses.shape)}"))
+        self._values.add(outputs, batch, losses)
+        gradient = self.first_pass.gradient((losses * weights).sum())
+        if not bool(torch.isfinite(gradient).all()):
+            raise ValueError(explain_not_finite(self.model, batch, index, rows))
+        self.gradient += gradient
+        self.weight_sum += float(weights.sum())
+        self.mass_sum += float((weights * self.model.mass(outputs, batch)).sum())
+        # Last: the graph of the whole batch is no longer held.
+        check_rows_without_others(self.model, outputs, batch, index, rows.start)
+
+    def _check_joined(self) -> None:
+        """Check batches of one row each, of which a method may make larger ones."""
+        if self._alone or self.batches.n_samples < 2 or self.batches.kept is None:
+            return
+        batch, weights = next(iter(self.batches.take(torch.tensor([0, self.batches.n_samples - 1], device="cpu"))))
+        if len(weights) > 1:
+            check_rows_alone(self.model, forward_or_tell(self.model, batch), batch)
+
+
+class GenericObjective(MeanLoss):
+    """L(θ) of a user's own ``TwiceDifferentiable``, from its ``grad`` alone, the mean over a batch's rows.
+
+    Parameters
+    ----------
+    model : TwiceDifferentiable
+        ``grad`` is the gradient of the mean loss on a batch.
+    batches : Batches
+        Batches ``(x, y)``.
+    """
+
+    def __init__(self, model: TwiceDifferentiable, batches: Batches) -> None:
+        super().__init__(model.num_params, batches, batches.dtype, batches.device)
+        self.model = model
+        self.reads_arrays = model.tensor_type() is np.ndarray
+        for batch, weights in batches:
+            self.weight_sum += float(weights.sum())
+            for x, y, weight in self.parts(batch, weights):
+                self.gradient += weight * self.tensor(model.grad(x, y))
+        self.gradient /= self.weight_sum
+
+    def parts(self, batch: Batch, weights: torch.Tensor) -> Iterator[tuple[Array, Array, float]]:
+        """Yield (x, y, Σ wᵢ) in the model's own type of array, what weighs nothing left out.
+
+        A batch of equal weights is yielded as it is, another one row by row.
+        """
+        if not isinstance(batch, tuple) or len(batch) != 2:
+            raise ValueError(must_be("A batch", "an (x, y) pair", type(batch).__name__))
+        x, y = (self.own(part) for part in batch)
+        if bool((weights == weights[0]).all()):
+            rows = [(x, y, float(weights.sum()))]
+        else:
+            rows = [(x[i : i + 1], y[i : i + 1], float(weight)) for i, weight in enumerate(weights)]
+        yield from (row for row in rows if row[2])
+
+    def own(self, tensor: torch.Tensor) -> Array:
+        """Return a tensor in the model's own type of array."""
+        return tensor.cpu().numpy() if self.reads_arrays else tensor
+
+    def tensor(self, value: torch.Tensor | np.ndarray) -> torch.Tensor:
+        """Return what the model computed as a tensor of the objective's dtype and device."""
+        value = value.detach() if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+        return value.to(self.device, self.dtype)
