@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import scipy.sparse
 
-from ._validation import must_be
+from ._check import must_be
 from .data import is_data
 from .methods.base import Method
 from .models import as_model, is_model

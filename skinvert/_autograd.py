@@ -39,7 +39,7 @@ def ordinary_methods(cls: type, names: Iterable[str]) -> None:
     """Let those of the named methods that ``cls`` itself defines run in the ordinary state."""
     for name in names:
         method = cls.__dict__.get(name)
-        if isinstance(method, FunctionType) and not getattr(method, "__isabstractmethod__", False):
+        if isinstance(method, FunctionType) and not vars(method).get("__isabstractmethod__", False):
             setattr(cls, name, ordinary(method))
 
 

@@ -11,8 +11,8 @@ import torch
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import check_array
 
+from ._check import must_be
 from ._types import Array
-from ._validation import must_be
 
 __all__ = [
     "Columned",

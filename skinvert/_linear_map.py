@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ._autograd import ordinary_state, own_tensor
-from ._validation import must_be
+from ._check import must_be
+from ._types import Array, Batch
 from .results import InverseHvpResult
 
 __all__ = ["apply_linear", "solve_linear"]
@@ -16,7 +17,7 @@ __all__ = ["apply_linear", "solve_linear"]
 Map = Callable[[torch.Tensor], Any]
 
 
-def apply_linear(b: Any, apply: Map, adjoint: Map | None = None) -> Any:
+def apply_linear(b: Array, apply: Map, adjoint: Map | None = None) -> Array:
     """Return ``apply(b)``; for a tensor with its place in autograd's graph, where one is recorded.
 
     The gradient with respect to b is the adjoint map of the incoming one, and so are derivatives of any order. Neither
@@ -40,14 +41,14 @@ def apply_linear(b: Any, apply: Map, adjoint: Map | None = None) -> Any:
     """
     if not isinstance(b, torch.Tensor):
         return apply(b)
-    return _LinearMap.apply(b, apply, adjoint or apply)
+    return _mapped(b, apply, adjoint or apply)
 
 
-def solve_linear(b: Any, solve: Callable[[Any], Any]) -> InverseHvpResult:
+def solve_linear(b: Array, solve: Callable[[Array], Array]) -> InverseHvpResult:
     """Return ``solve(b)``, its x in autograd's graph as by ``apply_linear``; the inverse of H + λI is symmetric."""
     told: list[Any] = []
 
-    def apply(rows: Any) -> Any:
+    def apply(rows: Batch) -> Array:
         result = solve(rows)
         if not isinstance(result, InverseHvpResult | tuple) or len(result) != 2:
             raise TypeError(must_be("What a method returns", "an InverseHvpResult", f"a {type(result).__name__}"))
@@ -61,9 +62,13 @@ def solve_linear(b: Any, solve: Callable[[Any], Any]) -> InverseHvpResult:
     return InverseHvpResult(x, told[0])
 
 
+def _mapped(b: torch.Tensor, apply: Map, adjoint: Map) -> Array:
+    return _LinearMap.apply(b, apply, adjoint)  # type: ignore[no-untyped-call]  # torch's own.
+
+
 class _LinearMap(torch.autograd.Function):
     @staticmethod
-    def forward(b: torch.Tensor, apply: Map, _: Map) -> Any:
+    def forward(b: torch.Tensor, apply: Map, _: Map) -> Array:
         # A matrix-free solve differentiates the loss, and x is to be an ordinary tensor.
         with ordinary_state():
             x = apply(own_tensor(b.detach()))
@@ -74,17 +79,17 @@ class _LinearMap(torch.autograd.Function):
         ctx.maps = inputs[1:]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Array:
         apply, adjoint = ctx.maps
-        return _LinearMap.apply(gradients[0], adjoint, apply), None, None
+        return _mapped(gradients[0], adjoint, apply), None, None
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _LinearMap.apply(tangents[0], *ctx.maps)
+    def jvp(ctx: Any, *tangents: Any) -> Array:
+        return _mapped(tangents[0], *ctx.maps)
 
     @staticmethod
-    def vmap(_: Any, in_dims: tuple[Any, ...], b: torch.Tensor, apply: Map, adjoint: Map) -> Any:
+    def vmap(_: Any, in_dims: tuple[Any, ...], b: torch.Tensor, apply: Map, adjoint: Map) -> Array:
         # More rows of one call.
         rows = b.movedim(in_dims[0], -3)
-        x = _LinearMap.apply(rows.flatten(-3, -2), apply, adjoint)
+        x = _mapped(rows.flatten(-3, -2), apply, adjoint)
         return x.unflatten(-2, rows.shape[-3:-1]).movedim(-3, 0), 0

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
+from ._check import check_rows, must_be, to_plain_array
 from ._scaling import far_exponents, lost_rows, times_powers
 from ._state import DTYPES
 from ._telling import warn
 from ._types import Array, State
-from ._validation import check_rows, must_be, to_plain_array
 from .reasons import Reason
 from .results import InverseHvpResult
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
+from ._check import must_be
 from ._types import Array
-from ._validation import must_be
 
 __all__ = ["check_fields"]
 

@@ -9,8 +9,8 @@ from typing import ClassVar, Self
 import numpy as np
 import torch
 
+from ._check import must_be
 from ._types import Array, State
-from ._validation import must_be
 
 __all__ = ["DTYPES", "Packed", "TensorState", "pack", "unpack", "within"]
 

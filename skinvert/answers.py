@@ -7,8 +7,8 @@ import warnings
 
 import torch
 
+from ._check import must_be
 from ._types import State
-from ._validation import must_be
 from .methods.base import InverseOperator, Method, default_tolerance
 from .methods.blocks import BlockInverse
 from .parameters import ParameterLayout

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 
+from ._check import must_be
 from ._schema import check_fields
 from ._state import Packed, TensorState, pack, unpack, within
 from ._types import State
-from ._validation import must_be
 from .parameters import ParameterLayout
 
 __all__ = ["LeftOut", "Writer", "decode_state", "plain"]

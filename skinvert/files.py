@@ -11,9 +11,9 @@ import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
+from ._check import must_be, resolve_device
 from ._state import pack, unpack
 from ._types import Device, State
-from ._validation import must_be, resolve_device
 from .persistence import left_out, load_state, refusing_damage, save_state
 
 __all__ = ["UNSAVED", "Saved", "load", "savable"]

@@ -9,12 +9,12 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
 from ._autograd import ordinary
+from ._check import check_number, must_be
 from ._fitting import SharesModel, fit_whole
 from ._frames import Frame, RowTransformer, check_inputs, columns_of, rows_of
 from ._memory import check_memory, rows_within
 from ._progress import progress
 from ._types import Array, Device, Globs
-from ._validation import check_number, must_be
 from .curvature import Objective, gradient_rows, split_batch, warn_of_unreached
 from .data import Batches, batches_of, holds_tensors
 from .models import TorchTwiceDifferentiable, as_margin, as_model, is_model

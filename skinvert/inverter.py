@@ -15,6 +15,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ._arguments import check_fit_arguments, check_fits_rows, check_method, refuse_model_settings
 from ._autograd import ordinary
+from ._check import check_choice, check_hessian_perturbation, check_shift, must_be
 from ._fitting import SharesModel, fit_whole
 from ._frames import (
     Columned,
@@ -29,13 +30,11 @@ from ._linear_map import apply_linear, solve_linear
 from ._rows import Rows
 from ._scaling import times_powers
 from ._types import Array, Decay, Device, Globs, Partition, RandomState, State
-from ._validation import check_choice, check_hessian_perturbation, check_shift, must_be
 from .answers import OPTIONAL, answer, check_answer, file_fields
 from .curvature import SampledFisher
 from .data import as_data
 from .files import UNSAVED, Saved, savable
 from .methods.base import InverseOperator, Method, relative_residual
-from .methods.spectrum import spectrum
 from .models import TwiceDifferentiable, as_model, is_model
 from .operators import LinearOperator, Shifted, as_scipy
 from .parameters import ParameterLayout
@@ -43,6 +42,7 @@ from .persistence import require_present
 from .registry import find_method
 from .results import InverseHvpResult, Spectrum
 from .scores import HeldOut, held_out, held_out_rows, quadratic_score
+from .solvers.extremes import spectrum
 from .system import Function, System, assemble, random_seed
 
 __all__ = ["HessianInverter"]
@@ -373,7 +373,8 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         if self.inverse_ is None or self.inverse_.all_eigenvalues is None:
             self._at_hand("curvature_", "spectrum")
         seed = None if self.random_state is None else random_seed(self.random_state)
-        return spectrum(vars(self).get("curvature_"), self.inverse_, n_probes=n_probes, steps=steps, random_state=seed)
+        known = None if self.inverse_ is None else self.inverse_.all_eigenvalues
+        return spectrum(vars(self).get("curvature_"), known, n_probes=n_probes, steps=steps, random_state=seed)
 
     def inverse_transform(self, X: Array) -> Array:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""

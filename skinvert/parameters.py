@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 import numpy as np
 import torch
 
+from ._check import check_choice, must_be
 from ._types import Array, Partition
-from ._validation import check_choice, must_be
 
 __all__ = ["ParameterLayout", "select_parameters", "split_blocks"]
 

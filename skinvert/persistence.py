@@ -19,15 +19,15 @@ import numpy as np
 import psutil
 import torch
 
+from ._check import must_be
 from ._schema import check_fields
 from ._state import unpack
 from ._types import Array, State
-from ._validation import must_be
 from .encoding import LeftOut, Writer, decode_state, plain
 
 __all__ = ["left_out", "load_state", "refusing_damage", "require_present", "save_state"]
 
-FORMAT, VERSION = "skinvert", 2
+FORMAT, VERSION = "skinvert", 3
 HEADER = ("format", "version", "kind", "state", "sha256")
 # Names of parameters and plain values, no numbers of a curvature: a larger header is none of ours.
 HEADER_BYTES = 16 * 2**20

@@ -10,12 +10,12 @@ from sklearn.base import clone
 
 from . import methods
 from ._autograd import ordinary
+from ._check import check_hessian_perturbation, must_be
 from ._frames import check_columns, refuse_parameters
 from ._linear_map import solve_linear
 from ._rows import Rows
 from ._telling import warn
 from ._types import Array, RandomState, State
-from ._validation import check_hessian_perturbation, must_be
 from .methods.base import Method
 from .models import TorchTwiceDifferentiable, TwiceDifferentiable, as_model
 from .results import InverseHvpResult, InversionMethod

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ._validation import must_be
+from ._check import must_be
 
 __all__ = ["InverseHvpResult", "InversionMethod", "Spectrum"]
 

@@ -10,14 +10,14 @@ import scipy.linalg
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
+from ._check import check_sample_weight, must_be
 from ._memory import rows_within
 from ._telling import warn
-from ._validation import check_sample_weight, must_be
 from .curvature import held_out_curvature
 from .data import batches_of
 from .methods.base import InverseOperator
-from .methods.spectrum import extreme_eigenvalues
 from .models import TwiceDifferentiable
+from .solvers.extremes import extreme_eigenvalues
 
 __all__ = ["HeldOut", "held_out", "held_out_rows", "quadratic_path", "quadratic_score"]
 

@@ -10,8 +10,8 @@ import torch
 from sklearn.utils import check_random_state
 
 from ._autograd import ordinary
+from ._check import check_number, check_sample_weight, check_shift, must_be, resolve_device, resolve_dtype
 from ._types import Device, Globs, Partition, RandomState
-from ._validation import check_number, check_sample_weight, check_shift, must_be, resolve_device, resolve_dtype
 from .curvature import (
     CURVATURES,
     Gram,
@@ -129,7 +129,7 @@ def assemble(
 
 
 def _of_rows(
-    rows: torch.Tensor, curvature: object, blocks: object, device: object, dtype: object, sample_weight: object
+    rows: torch.Tensor, curvature: object, blocks: object, device: Device, dtype: object, sample_weight: object
 ) -> System:
     weights = check_sample_weight(sample_weight, len(rows))
     if blocks is not None:

@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).parents[1] / "skinvert"
 FLOORS = {
     "_types": 0,
     "_autograd": 0,
-    "_validation": 0,
+    "_check": 0,
     "_memory": 0,
     "_checksum": 0,
     "_progress": 0,
@@ -44,6 +44,7 @@ FLOORS = {
     "models": 2,
     "data": 2,
     "curvature": 3.1,
+    "solvers": 1.5,
     "methods": 3.2,
     "_arguments": 3.3,
     "system": 3.3,
@@ -69,6 +70,8 @@ FORBIDDEN = {
     ("methods", "curvature"),
     ("methods", "models"),
     ("methods", "data"),
+    ("solvers", "methods"),
+    ("solvers", "curvature"),
 }
 DEPENDENCIES = {"numpy", "psutil", "scipy", "sklearn", "torch", "tqdm"}
 # skorch is installed with skinvert, but a machine without it can use everything else.
@@ -116,10 +119,10 @@ def test_a_violation_is_reported(tmp_path, path, source, expected):
 def test_a_sound_house_is_left_alone(tmp_path):
     files = {
         "__init__.py": '"""Doc."""\nfrom .inverter import A\n__version__ = "0.1"\n__all__ = ["A"]',
-        "_memory.py": "import math\nimport numpy as np\nfrom ._validation import must_be",
+        "_memory.py": "import math\nimport numpy as np\nfrom ._check import must_be",
         "methods/__init__.py": "from .cg import CG",
         "methods/cg.py": "from .base import Method\nfrom ..operators import Dense\nfrom .. import results",
-        "models/skorch.py": "if TYPE_CHECKING:\n    from skorch import NeuralNet",
+        "models/skorch.py": "if TYPE_CHECKING:\n    from skorch import NeuralNet\n    from .torch import Model",
         "plotting.py": "def plot():\n    import matplotlib.pyplot as plt",
     }
     assert violations(build(tmp_path, files)) == []
@@ -202,7 +205,8 @@ def _imports(tree):
     typing = {n for s in tree.body if isinstance(s, ast.If) and _is_type_checking(s) for n in ast.walk(s)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            optional = all(name.split(".")[0] in OPTIONAL for level, name in _imported(node) if not level)
+            names = [name.split(".")[0] for level, name in _imported(node) if not level]
+            optional = bool(names) and all(name in OPTIONAL for name in names)
             yield node, node in top or (node in typing and not optional)
 
 

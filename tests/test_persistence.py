@@ -500,8 +500,8 @@ def _with_another_class(path):
     ("header", "message"),
     [
         ({"format": "pt"}, "a file that `save` wrote. Got a safetensors file of format 'pt'"),
-        ({"version": "3"}, "of version 2. Got version 3 instead. Try a newer skinvert"),
-        ({"version": "1"}, "of version 2. Got version 1 instead. Fit again and save again"),
+        ({"version": "4"}, "of version 3. Got version 4 instead. Try a newer skinvert"),
+        ({"version": "1"}, "of version 3. Got version 1 instead. Fit again and save again"),
         ({"version": "one"}, "Got a damaged one"),
         ({"kind": "Other"}, "do not fit their checksum"),
         ({"sha256": "0" * 64}, "do not fit their checksum"),

@@ -11,8 +11,8 @@ import torch
 from sklearn.utils import check_random_state
 
 from .._autograd import ordinary
+from .._check import check_choice, must_be
 from .._telling import warn
-from .._validation import check_choice, must_be
 from ..data import Batches
 from ..models import TorchTwiceDifferentiable, TwiceDifferentiable
 from ..operators import BlockDiagonal

@@ -9,10 +9,10 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import nn
 
+from .._check import must_be
 from .._memory import naming_memory
 from .._telling import warn
 from .._types import Batch
-from .._validation import must_be
 from ..models import TorchTwiceDifferentiable, leading_length, map_tensors
 from ..models.plain_functions import refuse_frequencies
 

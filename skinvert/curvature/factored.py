@@ -9,10 +9,10 @@ from typing import ClassVar
 
 import torch
 
+from .._check import must_be
 from .._memory import check_memory, rows_within, working_memory
 from .._progress import progress
 from .._types import Batch
-from .._validation import must_be
 from ..operators import LinearOperator, LowRank, add_to_diagonal, symmetrise
 from .base import Curvature
 from .objective import Objective

@@ -7,9 +7,9 @@ from contextlib import nullcontext
 
 import torch
 
+from .._check import must_be
 from .._telling import warn
 from .._types import Batch
-from .._validation import must_be
 from ..models import TorchTwiceDifferentiable, map_tensors
 
 __all__ = ["FirstPass", "warn_of_unreached"]

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 
+from .._check import check_number
 from .._memory import working_memory
 from .._state import TensorState
 from .._types import Batch
-from .._validation import check_number
 from ..data import Batches
 from ..models import OutputHessian, leading_length
 from .ggn import GGN

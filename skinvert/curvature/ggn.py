@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import torch
 
+from .._check import must_be
 from .._memory import check_memory, rows_within
 from .._types import Batch
-from .._validation import must_be
 from ..models import FactoredHessian, OutputHessian, map_tensors
 from ..operators import KroneckerFactors
 from .base import Curvature, Share

@@ -6,8 +6,8 @@ import math
 
 import torch
 
+from .._check import must_be
 from .._scaling import norms
-from .._validation import must_be
 from ..operators import LowRank
 
 __all__ = ["Gram"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .._validation import must_be
+from .._check import must_be
 from ..data import Batches
 from ..models import TorchTwiceDifferentiable, TwiceDifferentiable
 from .base import Curvature

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .._check import must_be
 from .._types import Batch
-from .._validation import must_be
 from ..models import TorchTwiceDifferentiable
 from .products import Products, flat_products
 

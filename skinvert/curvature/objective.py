@@ -9,9 +9,9 @@ from typing import Self
 import numpy as np
 import torch
 
+from .._check import must_be
 from .._progress import progress
 from .._types import Array, Batch
-from .._validation import must_be
 from ..data import Batches
 from ..models import TorchTwiceDifferentiable, TwiceDifferentiable
 from ..parameters import ParameterLayout

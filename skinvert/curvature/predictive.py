@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from .._check import must_be
 from .._memory import rows_within
-from .._validation import must_be
 from ..models import OutputHessian, Predictive, TorchTwiceDifferentiable, names_with_predictive
 
 __all__ = ["SampledHessian", "predictive_of"]

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
+from .._check import must_be, to_plain_array
 from .._types import Batch
-from .._validation import must_be, to_plain_array
 from ..models import SparseRows, labels_key
 from .loaders import Indexed, Source
 

@@ -9,9 +9,9 @@ import torch
 from sklearn.utils import check_consistent_length
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 
+from .._check import must_be
 from .._frames import Frame
 from .._types import Array, Batch
-from .._validation import must_be
 from ..models import map_tensors
 
 __all__ = ["as_data", "as_pair", "count", "holds_tensors", "is_data", "take"]

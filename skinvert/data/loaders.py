@@ -18,8 +18,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from .._check import must_be
 from .._types import Batch
-from .._validation import must_be
 
 __all__ = ["Indexed", "Reiterable", "Source", "length", "loader_source", "rebatched"]
 

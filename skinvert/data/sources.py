@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from .._check import must_be
 from .._types import Batch
-from .._validation import must_be
 from ..models import labels_key
 from .arrays import array_source
 from .loaders import Indexed, Reiterable, Source, length, loader_source, rebatched

@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Self
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
+from .._check import check_choice, check_number, must_be
 from .._telling import warn
-from .._validation import check_choice, check_number, must_be
 from ..operators import LinearOperator
+from ..solvers.lanczos import by_magnitude, eigenpairs, seeded
 from .base import InverseOperator, Method
-from .lanczos import by_magnitude, eigenpairs, seeded
 from .low_rank import LowRankInverse
 from .null_space import zero_cut
 

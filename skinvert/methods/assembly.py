@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .._check import must_be
 from .._telling import warn
-from .._validation import must_be
 from ..operators import Dense, LinearOperator, LowRank
 
 __all__ = ["assembled", "check_factor"]

@@ -13,16 +13,15 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 
 from .._autograd import ordinary_methods
-from .._memory import rows_within
-from .._scaling import far_exponents, norms, times_powers
+from .._check import must_be
 from .._state import TensorState
 from .._telling import warn
-from .._validation import must_be
 from ..operators import LinearOperator, Shifted
 from ..reasons import Reason, reasons
 from ..results import InverseHvpResult
+from ..solvers.residuals import relative_residual
 
-__all__ = ["InverseOperator", "Method"]
+__all__ = ["InverseOperator", "Method", "default_tolerance", "relative_residual", "warn_not_converged"]
 
 
 class Method(TensorState, BaseEstimator, ABC):
@@ -286,20 +285,6 @@ def default_tolerance(dtype: torch.dtype) -> float:
 def shifted(A: LinearOperator, hessian_perturbation: float) -> Shifted:
     """Return A + λI."""
     return Shifted(A, hessian_perturbation)
-
-
-def relative_residual(operator: LinearOperator, B: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
-    """Return ‖Ax − b‖ / ‖b‖ (k,) in float64 sums; 0 where b = 0 and x = 0; infinity where that is not finite."""
-    residual = torch.empty(len(B), dtype=torch.float64, device=B.device)
-    step = rows_within(4 * operator.size * B.element_size())
-    for start in range(0, len(B), step):
-        rows = slice(start, start + step)
-        powers = far_exponents(B[rows])
-        b = times_powers(B[rows], -powers)
-        gap, size = norms(operator.apply(times_powers(X[rows], -powers)) - b), norms(b)
-        gap = torch.where(torch.isfinite(gap), gap, torch.inf)
-        residual[rows] = torch.where(size > 0, gap / size, gap)
-    return residual
 
 
 def warn_not_converged(name: str, residual: torch.Tensor, converged: torch.Tensor, rtol: float, hint: str) -> None:

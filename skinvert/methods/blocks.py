@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from sklearn.base import clone
@@ -122,7 +122,7 @@ class BlockInverse(InverseOperator):
             inverse.check()
         self.compare(BlockInverse(self.inverses, self._blocks, self.hessian_perturbation), but=("inverses",))
 
-    def _residual(self, B: torch.Tensor, infos: Sequence[dict]) -> torch.Tensor:
+    def _residual(self, B: torch.Tensor, infos: Sequence[dict[str, Any]]) -> torch.Tensor:
         """Return ‖r‖ / ‖b‖ of the whole, from the blocks' own: a block with b = 0 has its absolute residual."""
         total = torch.zeros(len(B), dtype=torch.float64, device=B.device)
         for part, info in zip(self._blocks.parts(B), infos, strict=True):

@@ -11,21 +11,21 @@ import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
+from .._check import check_choice, check_shift
 from .._progress import progress
 from .._scaling import ScaledProducts, norms
 from .._telling import warn
-from .._validation import check_choice, check_shift
 from ..operators import LinearOperator
 from ..reasons import Reason, reasons
 from ..results import InverseHvpResult
+from ..solvers.block_cg import BlockRun
+from ..solvers.extremes import smallest_eigenvalue
+from ..solvers.krylov import Problem, check_settings, products_with, starting_point, warn_of_lost, within
+from ..solvers.row_cg import CGState, RowRun
+from ..solvers.shifted_cg import shifted_cg
 from .advice import advise, direct_fits
 from .base import InverseOperator, Method, warn_not_converged, warn_of_overflow
-from .block_cg import BlockRun
-from .krylov import Problem, check_settings, products_with, starting_point, warn_of_lost, within
 from .preconditioners import as_preconditioner
-from .row_cg import CGState, RowRun
-from .shifted_cg import shifted_cg
-from .spectrum import smallest_eigenvalue
 
 __all__ = ["CG"]
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 import scipy.linalg
 import torch
 
+from .._check import check_hessian_perturbation, must_be
 from .._telling import warn
-from .._validation import check_hessian_perturbation, must_be
 from ..operators import DiagonalMatrix, LinearOperator
 from ..results import InverseHvpResult
 from .base import InverseOperator, Method, default_tolerance, relative_residual

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from .._check import check_hessian_perturbation, check_number, must_be
 from .._memory import check_memory, rows_within
-from .._validation import check_hessian_perturbation, check_number, must_be
 from ..operators import Dense, LinearOperator, LowRank, add_to_diagonal, check_dense_memory
 from ..reasons import Reason, reasons
 from ..results import InverseHvpResult

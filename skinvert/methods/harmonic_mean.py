@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from .._check import check_hessian_perturbation, must_be
 from .._memory import check_memory, rows_within
-from .._validation import check_hessian_perturbation, must_be
 from ..operators import LinearOperator, LowRank
 from ..results import InverseHvpResult
 from .base import InverseOperator, Method, relative_residual, warn_of_overflow

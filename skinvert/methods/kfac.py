@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .._validation import check_choice, check_hessian_perturbation
+from .._check import check_choice, check_hessian_perturbation
 from ..operators import (
     BlockDiagonal,
     DiagonalMatrix,

@@ -11,15 +11,15 @@ from typing import Any, ClassVar, NoReturn, Self
 import numpy as np
 import torch
 
+from .._check import check_number, check_shift, must_be
 from .._progress import progress
 from .._scaling import norms
-from .._validation import check_number, check_shift, must_be
 from ..operators import LinearOperator
 from ..reasons import Reason, reasons
 from ..results import InverseHvpResult
+from ..solvers.extremes import smallest_eigenvalue
+from ..solvers.krylov import Problem, starting_point, warn_of_lost, within
 from .base import InverseOperator, Method, shifted, warn_not_converged, warn_of_overflow
-from .krylov import Problem, starting_point, warn_of_lost, within
-from .spectrum import smallest_eigenvalue
 
 __all__ = ["LiSSA"]
 
@@ -113,8 +113,9 @@ class LiSSA(Method):
         """Check the settings, and estimate the largest eigenvalue unless a scale is given."""
         settings = copy.copy(self)
         settings.rtol = check_number(1e-3 if self.rtol is None else self.rtol, "rtol", owner="LiSSA", low=0.0)
-        for name in ("maxiter", "batch_size", "repetitions"):
-            check_number(getattr(self, name), name, owner="LiSSA", low=1, integer=True)
+        counts = {"maxiter": self.maxiter, "batch_size": self.batch_size, "repetitions": self.repetitions}
+        for name, count in counts.items():
+            check_number(count, name, owner="LiSSA", low=1, integer=True)
         seed = 0 if self.random_state is None else self.random_state
         settings.random_state = check_number(seed, "random_state", owner="LiSSA", low=0, integer=True)
         if self.scale is not None:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from .._validation import check_hessian_perturbation, must_be
+from .._check import check_hessian_perturbation, must_be
 from ..operators import LinearOperator, Spectral
 from ..reasons import Reason, reasons
 from ..results import InverseHvpResult

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Self
 
 import torch
 
-from .._memory import check_memory, rows_within
-from .._scaling import norms
-from .._validation import check_number, must_be
+from .._check import check_number, must_be
 from ..operators import LinearOperator
+from ..solvers.extremes import extreme_eigenvalues
+from ..solvers.lanczos import seeded
+from ..solvers.sketch import Sketch, not_psd
 from .base import InverseOperator, Method
-from .lanczos import gaussian_rows, seeded
-from .low_rank import LowRankInverse, Spectral
+from .low_rank import LowRankInverse
 from .null_space import zero_cut
-from .spectrum import extreme_eigenvalues
 
 __all__ = ["Nystroem"]
-
-# The rank that "adaptive" starts from, and the iterations of its power method.
-FIRST_RANK, POWER_ITERATIONS = 16, 20
 
 
 class Nystroem(Method):
@@ -84,7 +79,7 @@ class Nystroem(Method):
         generator = seeded(self.random_state, "Nystroem")
         if not A.is_psd:
             _check_psd(A, *extreme_eigenvalues(A, random_state=self.random_state or 0))
-        sketch = _Sketch(A, generator)
+        sketch = Sketch(A, generator)
         if self.rank == "adaptive":
             sketch.grow_until(tol * hessian_perturbation)
         else:
@@ -100,87 +95,8 @@ class Nystroem(Method):
         return min(A.size, check_number(self.rank, "rank", owner="Nystroem", low=1, integer=True))
 
 
-class _Sketch:
-    """Orthonormal rows Ω (r, p) and their products Y = Ω A."""
-
-    def __init__(self, A: LinearOperator, generator: torch.Generator) -> None:
-        self.A, self.generator = A, generator
-        self.Omega = self.Y = torch.empty(0, A.size, dtype=A.dtype, device=A.device)
-        self._found: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def grow(self, count: int) -> None:
-        """Add ``count`` random rows."""
-        check_memory(
-            5 * (len(self.Y) + count) * self.A.size * self.A.dtype.itemsize,
-            f"A Nyström sketch of rank {len(self.Y) + count:,}",
-            "Try a smaller rank.",
-            self.A.device,
-        )
-        rows = gaussian_rows(count, self.A, self.generator)
-        # Orthogonal to the rows so far: their span is that of one Gaussian draw all the same.
-        for _ in range(2):
-            rows = rows - (rows @ self.Omega.mT) @ self.Omega
-            rows = torch.linalg.qr(rows.mT).Q.mT.contiguous()
-        step = rows_within(4 * self.A.size * self.A.dtype.itemsize)
-        products = torch.cat([self.A.apply(part) for part in rows.split(step)])
-        if not bool(torch.isfinite(products).all()):
-            raise ValueError(must_be("The curvature", "finite", "NaN or infinity", "Look at the parameters."))
-        self.Omega, self.Y = torch.cat([self.Omega, rows]), torch.cat([self.Y, products])
-        self._found = None
-
-    def grow_until(self, tolerance: float) -> None:
-        """Double the rank until the estimate of ‖A − Â‖ is within the tolerance."""
-        self.grow(min(FIRST_RANK, self.A.size))
-        while len(self.Y) < self.A.size and self._exceeds(tolerance):
-            self.grow(min(len(self.Y), self.A.size - len(self.Y)))
-
-    def decompose(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return Λ (r,), ascending, and U (r, p) with Â = Uᵀ diag(Λ) U."""
-        if self._found is None:
-            self._found = self._decompose()
-        return self._found
-
-    def _decompose(self) -> tuple[torch.Tensor, torch.Tensor]:
-        eps = torch.finfo(self.Y.dtype).eps
-        nu = math.sqrt(self.A.size) * eps * float(norms(self.Y).norm())
-        if nu == 0:
-            return self.Y.new_zeros(len(self.Y)), self.Omega
-        core = self.Y @ self.Omega.mT
-        core, identity = (core + core.mT) / 2, torch.eye(len(core), dtype=core.dtype, device=core.device)
-        cholesky, info = torch.linalg.cholesky_ex(core + nu * identity)
-        if int(info) != 0:
-            # Products of a float32 network round more than those of a matrix.
-            nu *= 10
-            cholesky, info = torch.linalg.cholesky_ex(core + nu * identity)
-        if int(info) != 0:
-            raise ValueError(_not_psd(float(torch.linalg.eigvalsh(core)[0]), self.A.hint))
-        B = torch.linalg.solve_triangular(cholesky, self.Y + nu * self.Omega, upper=False)
-        _, sizes, vectors = torch.linalg.svd(B, full_matrices=False)
-        # Not a clip of negative curvature: sizes² ≥ ν up to rounding.
-        return (sizes.square() - nu).clamp(min=0).flip(0), vectors.flip(0)
-
-    def _exceeds(self, tolerance: float) -> bool:
-        """Return whether ‖A − Â‖ exceeds the tolerance, as far as the power method tells."""
-        values, vectors = self.decompose()
-        approximation = Spectral(values, vectors, 0.0)
-        v = gaussian_rows(1, self.A, self.generator)
-        for _ in range(POWER_ITERATIONS):
-            v = v / norms(v)[:, None].to(v)
-            v = self.A.apply(v) - approximation.apply(v)
-            # ‖(A − Â)v‖ ≤ ‖A − Â‖: above the tolerance it is a proof, and no further product is needed.
-            size = float(norms(v))
-            if not 0 < size <= tolerance:
-                return size > tolerance
-        return False
-
-
 def _check_psd(A: LinearOperator, smallest: tuple[float, float], largest: tuple[float, float]) -> None:
     """Raise where the smallest eigenvalue is negative beyond rounding."""
     most = torch.tensor([smallest[0], largest[0]], dtype=A.dtype, device="cpu")
     if smallest[0] < -zero_cut(most, A.size):
-        raise ValueError(_not_psd(smallest[0], A.hint))
-
-
-def _not_psd(least: float, hint: str = "") -> str:
-    hint = hint if 'curvature="ggn"' in hint else f'{hint} Try curvature="ggn".'.strip()
-    return must_be("The curvature for nystroem", "positive semi-definite", f"an eigenvalue of {least:.3g}", hint)
+        raise ValueError(not_psd(smallest[0], A.hint))

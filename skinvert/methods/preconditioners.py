@@ -6,7 +6,7 @@ from typing import Any
 
 from sklearn.base import clone
 
-from .._validation import check_choice, must_be
+from .._check import check_choice, must_be
 from ..operators import LinearOperator
 from .base import InverseOperator, Method
 from .diagonal import Diagonal

@@ -15,8 +15,8 @@ from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
 from sklearn.pipeline import Pipeline, make_pipeline
 from torch import nn
 
+from .._check import must_be
 from .._types import Decay
-from .._validation import must_be
 from .base import TwiceDifferentiable
 from .losses import Margin
 from .shared import UNFITTED, SharedModel

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._check import must_be
 from .._types import Array, Batch, Device, Globs
-from .._validation import must_be
 from ..parameters import ParameterLayout
 
 __all__ = ["TwiceDifferentiable"]

@@ -9,7 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from .._validation import must_be
+from .._check import must_be
+from .._types import Batch
 
 __all__ = [
     "binds",
@@ -30,10 +31,10 @@ __all__ = [
 class _NamedTuple(Protocol):
     _fields: tuple[str, ...]
 
-    def _make(self, values: Iterable[Any]) -> Any: ...
+    def _make(self, values: Iterable[Batch]) -> Any: ...
 
 
-def map_tensors(function: Any, batch: Any) -> Any:
+def map_tensors(function: Any, batch: Batch) -> Any:
     """Return ``batch`` (tensors in tuples, lists and mappings) with ``function`` applied to every tensor.
 
     A tensor without an axis is shared by all rows: a function that slices rows leaves it as it is.
@@ -53,14 +54,14 @@ def map_tensors(function: Any, batch: Any) -> Any:
     return batch
 
 
-def rebuilt(container: tuple[Any, ...] | list[Any], parts: Iterable[Any]) -> Any:
+def rebuilt(container: tuple[Any, ...] | list[Any], parts: Iterable[Batch]) -> Any:
     """Return ``parts`` in a container of the same type: a named tuple takes them one by one."""
     if isinstance(container, tuple) and isinstance(container, _NamedTuple):
         return container._make(parts)
     return type(container)(parts)
 
 
-def row_axes(batch: Any) -> Any:
+def row_axes(batch: Batch) -> Any:
     """Return ``batch`` with 0, the axis of the rows, in place of every tensor, and None in place of what they share."""
     if isinstance(batch, Mapping):
         return {key: row_axes(value) for key, value in batch.items()}
@@ -70,7 +71,7 @@ def row_axes(batch: Any) -> Any:
     return 0 if isinstance(batch, torch.Tensor) and batch.ndim else None
 
 
-def with_row_axis(row: Any, axes: Any) -> Any:
+def with_row_axis(row: Batch, axes: Any) -> Any:
     """Return a row as a batch of one: an axis for every tensor that has one in ``axes``."""
     if isinstance(row, Mapping):
         return {key: with_row_axis(value, axes[key]) for key, value in row.items()}
@@ -80,7 +81,7 @@ def with_row_axis(row: Any, axes: Any) -> Any:
     return row if axes is None else row[None]
 
 
-def leading_length(batch: Any) -> int:
+def leading_length(batch: Batch) -> int:
     """Return the number of rows of a batch: the length of its last tensor, which is the target of ``(x, y)``."""
     lengths = row_counts(batch)
     if not lengths:
@@ -89,14 +90,14 @@ def leading_length(batch: Any) -> int:
     return lengths[-1]
 
 
-def row_counts(batch: Any) -> list[int]:
+def row_counts(batch: Batch) -> list[int]:
     """Return the lengths of all tensors with an axis."""
     lengths: list[int] = []
     map_tensors(lambda tensor: lengths.append(len(tensor)) if tensor.ndim else None, batch)
     return lengths
 
 
-def check_pair(batch: Any) -> None:
+def check_pair(batch: Batch) -> None:
     """Raise unless every tensor of (inputs, targets) has as many rows."""
     inputs, targets = (row_counts(part) for part in batch)
     if inputs and not targets:
@@ -113,7 +114,7 @@ def labels_key(mapping: Mapping[Any, Any]) -> str | None:
     return next((key for key in ("labels", "label") if key in mapping), None)
 
 
-def split_labels(batch: Any) -> Any:
+def split_labels(batch: Batch) -> Any:
     """Return a mapping with labels, alone or in ``(mapping, None)``, as (inputs, targets); other batches unchanged."""
     if isinstance(batch, tuple) and len(batch) == 2 and batch[1] is None:
         batch = batch[0]
@@ -123,7 +124,7 @@ def split_labels(batch: Any) -> Any:
     return {name: value for name, value in batch.items() if name != key}, batch[key]
 
 
-def call(module: nn.Module, x: Any) -> Any:
+def call(module: nn.Module, x: Batch) -> Any:
     """Return ``module(**x)`` of a mapping, ``module(*x)`` of a tuple, where ``forward`` takes them so; else of x."""
     if isinstance(x, Mapping):
         named = _named(module, x)

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from .._autograd import own_tensor
+from .._check import must_be
 from .._memory import working_memory
-from .._validation import must_be
 
 __all__ = ["Conversion"]
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._types import Batch
+
 __all__ = [
     "BUILTIN_OWNERS",
     "copy_function",
@@ -99,7 +101,7 @@ def is_plain_object(value: Any) -> bool:
     return not made_otherwise and kind.__module__.split(".")[0] not in _FOREIGN
 
 
-def _reachable(value: Any) -> Iterator[Any]:
+def _reachable(value: Any) -> Iterator[Batch]:
     # The objects themselves are kept as well: an identity counts only while its object lives.
     waiting, seen = [value], {id(value): value}
     while waiting and len(seen) < _REACH:
@@ -111,7 +113,7 @@ def _reachable(value: Any) -> Iterator[Any]:
                 waiting.append(part)
 
 
-def _parts(value: Any) -> Iterator[Any]:
+def _parts(value: Any) -> Iterator[Batch]:
     """Yield what a value holds."""
     if isinstance(value, nn.Module):
         yield from vars(value).values()

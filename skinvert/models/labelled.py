@@ -8,7 +8,7 @@ curvature. So the plain loss of the logits is looked for that equals the model's
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .._check import must_be
 from .._telling import warn
-from .._validation import must_be
+from .._types import Batch
 from .batches import binds, call, map_tensors, split_labels, takes
 from .losses import CrossEntropy
 
@@ -54,7 +55,7 @@ class Reading:
             return logits.movedim(-1, 1)
         return logits.squeeze(-1) if self.layout == "column" else logits
 
-    def pair(self, inputs: Any, labels: Any) -> tuple[Any, Any]:
+    def pair(self, inputs: Batch, labels: Batch) -> tuple[Batch, Batch]:
         """Return the inputs and the targets as the model and the loss take them."""
         if self.label is not None:
             inputs = {**inputs, self.label: labels}
@@ -69,7 +70,7 @@ class Reading:
         return _LOSSES[self.loss or ""](self.outputs(logits), target)
 
 
-_LOSSES = {
+_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "cross_entropy": F.cross_entropy,
     "mse": lambda f, y: F.mse_loss(f, y.to(f.dtype)),
     "bce_with_logits": lambda f, y: F.binary_cross_entropy_with_logits(f, y.to(f.dtype)),
@@ -81,19 +82,19 @@ def gives_its_loss(module: nn.Module) -> bool:
     return takes(module, "labels") or takes(module, "label")
 
 
-def logits_of(outputs: Any) -> Any:
+def logits_of(outputs: Batch) -> Batch:
     """Return the logits in what a model returns, or what it returns where there are none."""
     found = _entry(outputs, "logits")
     return outputs if found is None else found
 
 
-def reading_of(module: nn.Module, batches: Iterable[Any], loss: Any, decided: Reading | None) -> Reading:
+def reading_of(module: nn.Module, batches: Iterable[Batch], loss: Any, decided: Reading | None) -> Reading:
     """Return how a module's logits and labels are read, judged on all ``batches`` where its own loss is to be ours.
 
     With a ``loss`` of the user's the first batch alone settles the layout.
     """
     left: list[Reading] | None = None if decided is None else [decided]
-    batch: Any = None
+    batch: Batch = None
     for batch in batches:
         inputs, labels = _split(batch)
         label = _label_of(module, inputs, labels)
@@ -113,7 +114,7 @@ def reading_of(module: nn.Module, batches: Iterable[Any], loss: Any, decided: Re
     return (left or [Reading()])[0]
 
 
-def _split(batch: Any) -> tuple[Any, Any]:
+def _split(batch: Batch) -> tuple[Batch, Batch]:
     pair = split_labels(batch)
     if isinstance(pair, Mapping):
         hint = (
@@ -126,7 +127,7 @@ def _split(batch: Any) -> tuple[Any, Any]:
     return pair
 
 
-def _label_of(module: nn.Module, inputs: Any, labels: Any) -> str | None:
+def _label_of(module: nn.Module, inputs: Batch, labels: Batch) -> str | None:
     """Return the name that labels must be given by for logits, or None where they are not needed for them."""
     try:
         with torch.no_grad():
@@ -139,7 +140,7 @@ def _label_of(module: nn.Module, inputs: Any, labels: Any) -> str | None:
     return None
 
 
-def _with_labels(module: nn.Module, inputs: Any, labels: Any, label: str | None) -> tuple[torch.Tensor | None, Any]:
+def _with_labels(module: nn.Module, inputs: Batch, labels: Batch, label: str | None) -> tuple[torch.Tensor | None, Any]:
     """Return the model's own loss of a batch, where it gives one, and its logits."""
     name = label or next((name for name in ("labels", "label") if takes(module, name)), None)
     with torch.no_grad():
@@ -153,7 +154,7 @@ def _with_labels(module: nn.Module, inputs: Any, labels: Any, label: str | None)
     return (own if isinstance(own, torch.Tensor) and own.ndim == 0 else None), logits_of(outputs)
 
 
-def _candidates(logits: Any, labels: Any, label: str | None) -> list[Reading]:
+def _candidates(logits: Batch, labels: Batch, label: str | None) -> list[Reading]:
     """Return all readings that fit the shapes, the plainer first."""
     if not isinstance(logits, torch.Tensor) or not isinstance(labels, torch.Tensor):
         raise TypeError(must_be("The model's logits and labels", "tensors", type(logits).__name__, SUBCLASS))
@@ -176,7 +177,7 @@ def _fits(layout: str, logits: torch.Tensor, labels: torch.Tensor, classes: bool
     return len(shape) > 1 and (shape[0], *shape[2:]) == target if classes else shape == target
 
 
-def _layout_for(logits: Any, labels: Any, label: str | None, batch: Any, own: torch.Tensor | None) -> Reading:
+def _layout_for(logits: Batch, labels: Batch, label: str | None, batch: Batch, own: torch.Tensor | None) -> Reading:
     """Return the layout of tokens' logits for a loss of the user's: classes go to axis 1, where torch has them."""
     if not isinstance(logits, torch.Tensor) or not isinstance(labels, torch.Tensor) or labels.is_floating_point():
         return Reading(label=label)
@@ -193,7 +194,7 @@ def _layout_for(logits: Any, labels: Any, label: str | None, batch: Any, own: to
     return Reading("classes_last" if last else "as_is", label=label)
 
 
-def _warn_of_a_shift(logits: Any, labels: Any, own: torch.Tensor | None, loss: Any) -> None:
+def _warn_of_a_shift(logits: Batch, labels: Batch, own: torch.Tensor | None, loss: Any) -> None:
     """Warn where a cross-entropy is given to a model whose own is that of the next position's label."""
     if own is None or not isinstance(loss, CrossEntropy) or labels.ndim < 2:
         return
@@ -215,11 +216,11 @@ def _equals(reading: Reading, logits: torch.Tensor, labels: torch.Tensor, own: t
     return bool(torch.isclose(value, own.to(value), rtol=rtol, atol=atol, equal_nan=True))
 
 
-def _entry(outputs: Any, name: str) -> Any:
+def _entry(outputs: Batch, name: str) -> Any:
     if isinstance(outputs, Mapping):
         return outputs.get(name)
     return None if isinstance(outputs, torch.Tensor) else getattr(outputs, name, None)
 
 
-def _named(inputs: Any) -> dict[str, Any]:
+def _named(inputs: Batch) -> dict[str, Any]:
     return {str(key): value for key, value in inputs.items()} if isinstance(inputs, Mapping) else {}

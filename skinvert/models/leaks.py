@@ -6,6 +6,7 @@ every derivative, and x = b/λ would pass for a solution.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,8 +16,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+from .._check import must_be
 from .._telling import warn
-from .._validation import must_be
 from .holders import tensors_within
 
 __all__ = ["Watch"]
@@ -167,10 +168,15 @@ class _Used(RuntimeError):
 
 
 def _asks(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        name = getattr(getattr(func, "__self__", None), "__name__", "")
+    name = _name_of(func)
+    if name == "__get__" and isinstance(func, types.MethodWrapperType):
+        name = _name_of(func.__self__)
     return name in _ASKED or name.startswith(("is_", "new_")) or name.endswith("_like")
+
+
+def _name_of(func: Any) -> str:
+    # Functions of torch's are of many types, some without a name.
+    return getattr(func, "__name__", "")
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from .._check import must_be
 from .._memory import working_memory
-from .._validation import must_be
 
 __all__ = ["PlainFunctions"]
 

@@ -10,13 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import escape
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
+from .._check import must_be
 from .._memory import working_memory
-from .._validation import must_be
+from .._types import Batch
+
+if TYPE_CHECKING:
+    from .leaks import Watch
+    from .torch import TorchTwiceDifferentiable
 
 __all__ = [
     "SecondDerivativeError",
@@ -34,7 +39,7 @@ class SecondDerivativeError(ValueError):
     """Autograd's second derivatives are not those of its first ones."""
 
 
-def constant_entries(model: Any, batch: Any) -> torch.Tensor:
+def constant_entries(model: TorchTwiceDifferentiable, batch: Batch) -> torch.Tensor:
     """Return which entries of θ (p,) autograd takes as constants on a batch.
 
     What a ``detach()`` cuts off, or nothing depends on; and the padding rows of embeddings.
@@ -55,7 +60,7 @@ def constant_entries(model: Any, batch: Any) -> torch.Tensor:
     return torch.cat([part.reshape(-1) for part in parts])
 
 
-def in_float64(model: Any, batch: Any) -> Any:
+def in_float64(model: TorchTwiceDifferentiable, batch: Batch) -> Any:
     """Return a copy of the model in float64 that takes a batch, in float64 too; None where there is none.
 
     Nor where its gradient is not the loss's own, as a straight-through estimate is not: differences of it mean nothing.
@@ -81,7 +86,7 @@ def in_float64(model: Any, batch: Any) -> Any:
     return double if abs(slope - float((gradient * v).sum())) <= 1e-4 * float((gradient * v).norm()) else None
 
 
-def check_second_derivative(model: Any, batch: Any, doubled: Any) -> None:
+def check_second_derivative(model: TorchTwiceDifferentiable, batch: Batch, doubled: Any) -> None:
     """Raise where products with the Hessian on a batch of few rows are not differences of gradients, or asymmetric.
 
     In a float64 copy where the model takes one and it fits the memory.
@@ -112,7 +117,7 @@ def check_second_derivative(model: Any, batch: Any, doubled: Any) -> None:
         raise ValueError(message) if fault == NOT_FINITE else SecondDerivativeError(message)
 
 
-def check_loss_derivative(model: Any, outputs: torch.Tensor, batch: Any, doubled: Any) -> None:
+def check_loss_derivative(model: TorchTwiceDifferentiable, outputs: torch.Tensor, batch: Batch, doubled: Any) -> None:
     """Raise where the loss's second derivatives in the outputs, of which the GGN is made, are not its gradient's."""
     try:
         fault = _fault(_LossAlone(model, outputs.double()), doubled)
@@ -126,7 +131,7 @@ def check_loss_derivative(model: Any, outputs: torch.Tensor, batch: Any, doubled
         )
 
 
-def _fault_of_loss(model: Any, outputs: torch.Tensor, batch: Any) -> str | None:
+def _fault_of_loss(model: TorchTwiceDifferentiable, outputs: torch.Tensor, batch: Batch) -> str | None:
     try:
         return _fault(_LossAlone(model, outputs), batch)
     except torch.OutOfMemoryError:
@@ -140,7 +145,7 @@ def _fault_of_loss(model: Any, outputs: torch.Tensor, batch: Any) -> str | None:
 class _LossAlone:
     """A loss as a function of the outputs, which stand where the parameters do."""
 
-    def __init__(self, model: Any, outputs: torch.Tensor) -> None:
+    def __init__(self, model: TorchTwiceDifferentiable, outputs: torch.Tensor) -> None:
         self.model, self.dtype = model, outputs.dtype
         self.theta = [outputs.detach().clone().requires_grad_(True)]
         self.layout = SimpleNamespace(names=("the loss",))
@@ -148,7 +153,7 @@ class _LossAlone:
     def forward(self, _: Any) -> torch.Tensor:
         return self.theta[0]
 
-    def per_sample_loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+    def per_sample_loss(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
         return self.model.per_sample_loss(outputs, batch)
 
     def gradient_of(self, value: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
@@ -173,13 +178,13 @@ _PRECISION = {
 class _Probe:
     """Gradients and products with the Hessian of the summed loss of a few rows, at θ and near it."""
 
-    def __init__(self, model: Any, batch: Any) -> None:
+    def __init__(self, model: TorchTwiceDifferentiable | _LossAlone, batch: Batch) -> None:
         self.model, self.batch = model, batch
         self.home = [tensor.detach().clone() for tensor in model.theta]
         self.sizes = [tensor.numel() for tensor in self.home]
         self.precision = _PRECISION.get(model.dtype, _PRECISION[torch.float32])
         self.eps = torch.finfo(model.dtype).eps
-        self.moves = ~constant_entries(model, batch) if isinstance(getattr(model, "module", None), nn.Module) else None
+        self.moves = ~constant_entries(model, batch) if isinstance(vars(model).get("module"), nn.Module) else None
 
     def direction(self, seed: int) -> torch.Tensor:
         """Return a random direction (p,), in each tensor on the scale of its own entries."""
@@ -251,7 +256,7 @@ class _Probe:
                     tensor.copy_(home)
 
 
-def _fault(model: Any, batch: Any) -> str | None:
+def _fault(model: TorchTwiceDifferentiable | _LossAlone, batch: Batch) -> str | None:
     """Return what is wrong with the second derivatives, or None."""
     probe = _Probe(model, batch)
     u, v = probe.direction(1), probe.direction(2)
@@ -315,20 +320,24 @@ def _differs(
     return ((flat | smooth) & steady & seen).tolist()
 
 
-def _probed(model: Any, names: list[str], dtype: torch.dtype) -> tuple[Any, Any]:
+def _probed(
+    model: TorchTwiceDifferentiable, names: list[str], dtype: torch.dtype
+) -> tuple[TorchTwiceDifferentiable, Watch]:
     """Return a copy whose parameters may be moved, and its look-out, which says nothing of casts: none asked for it."""
     duplicate = model.at_point(names, dtype, model.device)
-    duplicate.watch.quiet = True
-    return duplicate, duplicate.watch
+    watch = duplicate.watch
+    assert watch is not None
+    watch.quiet = True
+    return duplicate, watch
 
 
-def _own(model: Any, names: list[str], batch: Any) -> tuple[Any, Any]:
+def _own(model: TorchTwiceDifferentiable, names: list[str], batch: Batch) -> tuple[TorchTwiceDifferentiable, Batch]:
     """Return a copy in the model's own dtype, whose parameters may be moved."""
     duplicate, _ = _probed(model, names, model.dtype)
     duplicate.loss, duplicate._verified = model.loss, model._verified
     return duplicate, batch
 
 
-def _fits(model: Any) -> bool:
+def _fits(model: TorchTwiceDifferentiable) -> bool:
     tensors = [*model.module.parameters(), *model.module.buffers()]
     return 8 * sum(tensor.numel() for tensor in tensors) <= working_memory()

@@ -13,7 +13,8 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .._autograd import ordinary
-from .._validation import check_sample_weight, must_be
+from .._check import check_sample_weight, must_be
+from .._types import Batch
 from .losses import Loss
 from .shared import UNFITTED
 from .sklearn_objectives import OBJECTIVES, FittedObjective, FitTotals
@@ -64,7 +65,7 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
     """
 
     @ordinary
-    def __init__(self, model: Any, y: Any = None, sample_weight: Any = None) -> None:
+    def __init__(self, model: Any, y: Batch = None, sample_weight: Any = None) -> None:
         self.estimator = model
         self.objective = _objective_of(model)
         self.totals: FitTotals | None = None
@@ -75,7 +76,7 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
             weights = check_sample_weight(sample_weight, len(targets))
             self.adopt(self._totals_of(targets, np.ones(len(targets)) if weights is None else weights))
 
-    def read(self, data: Any) -> Any:
+    def read(self, data: Batch) -> Any:
         """Return ``(X, y)`` checked as scikit-learn does, in float64, labels as indices; sparse X by rows."""
         data = super().read(data)
         if not isinstance(data, tuple) or len(data) != 2 or data[1] is None:
@@ -85,7 +86,7 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
         X = validate_data(self.estimator, X, reset=False, dtype=np.float64, accept_sparse="csr")
         return SparseRows(X) if scipy.sparse.issparse(X) else X, self.objective.targets(y)
 
-    def settle(self, batches: Iterable[Any]) -> None:
+    def settle(self, batches: Iterable[Batch]) -> None:
         """Take n, Σw and the class counts from encoded training data, unless they are known."""
         if self.totals is None:
             parts = [(batch[1], weights) for batch, weights in batches]
@@ -99,7 +100,7 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
             self.loss = self.objective.loss(totals).to(self.dtype, self.device)
 
     @ordinary
-    def grad(self, x: Any, y: Any, create_graph: bool = False) -> torch.Tensor:
+    def grad(self, x: Batch, y: Batch, create_graph: bool = False) -> torch.Tensor:
         """Return the gradient (p,) of L on one batch, which stands for all the data where no other is known."""
         inputs, targets = self.read((x, y))
         inputs = inputs[:] if isinstance(inputs, SparseRows) else torch.from_numpy(inputs)

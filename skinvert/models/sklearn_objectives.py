@@ -22,7 +22,8 @@ from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
-from .._validation import must_be, to_plain_array
+from .._check import must_be, to_plain_array
+from .._types import Batch
 from .affine import Affine, Layers
 from .losses import BCEWithLogits, CrossEntropy, Loss, PoissonNLL
 from .sklearn_losses import HalfGamma, HalfSquaredError, WeightedLogits
@@ -81,7 +82,7 @@ class FittedObjective(ABC):
         """Return the model's module in float64."""
         return Affine(self.model.coef_, self.model.intercept_ if self.model.fit_intercept else None)
 
-    def targets(self, y: Any) -> np.ndarray:
+    def targets(self, y: Batch) -> np.ndarray:
         """Return the user's y as the loss takes it."""
         y = to_plain_array(y, "y").astype(np.float64)
         y = y.reshape(len(y), -1) if y.ndim else y
@@ -112,7 +113,7 @@ class LeastSquares(FittedObjective):
 
     def check(self) -> None:
         """Refuse a constrained fit."""
-        if getattr(self.model, "positive", False):
+        if self.model.get_params(deep=False).get("positive", False):
             self.refuse("positive", "False", "True", "A constrained fit is no stationary point of L.")
 
     def loss(self, totals: FitTotals) -> Loss:
@@ -121,13 +122,13 @@ class LeastSquares(FittedObjective):
 
     def ridge(self, totals: FitTotals) -> Any:
         """Return α / Σw, per output where α is."""
-        return np.asarray(getattr(self.model, "alpha", 0.0), dtype=np.float64) / totals.weight
+        return np.asarray(self.model.get_params(deep=False).get("alpha", 0.0), dtype=np.float64) / totals.weight
 
 
 class GLM(FittedObjective):
     """Half the deviance with the logarithm as link; α ‖w‖² / 2."""
 
-    def targets(self, y: Any) -> np.ndarray:
+    def targets(self, y: Batch) -> np.ndarray:
         """Return y (n, 1), in the range of the deviance."""
         y = super().targets(y)
         gamma = isinstance(self.model, GammaRegressor)
@@ -151,7 +152,7 @@ class Classification(FittedObjective):
         self.n_classes = len(model.classes_)
         super().__init__(model)
 
-    def targets(self, y: Any) -> np.ndarray:
+    def targets(self, y: Batch) -> np.ndarray:
         """Return class indices (n,) for a softmax, 0 or 1 (n, c) for logits."""
         index = encode(y, self.model.classes_)
         if self.is_softmax:
@@ -190,13 +191,14 @@ class Logistic(Classification):
         model = self.model
         if isinstance(model, LogisticRegressionCV):
             self.refuse("The model instead", "a LogisticRegression", "a search", "Try its `C_` in one.")
-        penalty, ratio = getattr(model, "penalty", "deprecated"), model.l1_ratio
+        settings = model.get_params(deep=False)
+        penalty, ratio = settings.get("penalty", "deprecated"), model.l1_ratio
         if penalty in ("l1", "elasticnet") or (penalty == "deprecated" and ratio):
             self.refuse("penalty", "l2 or none", penalty if penalty != "deprecated" else f"l1_ratio={ratio}")
         if model.solver == "liblinear" and (model.fit_intercept or self.n_classes > 2):
             hint = 'It penalises the intercept. Try solver="lbfgs", or fit_intercept=False.'
             self.refuse("solver", "another one where there is an intercept", "'liblinear'", hint)
-        if getattr(model, "multi_class", "deprecated") not in ("auto", "deprecated", "warn"):
+        if settings.get("multi_class", "deprecated") not in ("auto", "deprecated", "warn"):
             self.refuse("multi_class", "left at its default", repr(model.multi_class))
 
     def loss(self, totals: FitTotals) -> Loss:
@@ -208,7 +210,7 @@ class Logistic(Classification):
 
     def ridge(self, totals: FitTotals) -> Any:
         """Return 1 / (C Σ wᵢcᵢ)."""
-        if getattr(self.model, "penalty", "deprecated") is None:
+        if self.model.get_params(deep=False).get("penalty", "deprecated") is None:
             return 0.0
         return 1.0 / (self.model.C * float(totals.class_weights @ self._class_weight(totals)))
 
@@ -255,7 +257,7 @@ class Perceptron(FittedObjective):
         """Return the layers."""
         return Layers(self.model.coefs_, self.model.intercepts_, self.model.activation)
 
-    def targets(self, y: Any) -> np.ndarray:
+    def targets(self, y: Batch) -> np.ndarray:
         """Return class indices for a softmax, 0 or 1 for logits, floats (n, c) for a regression."""
         out, n_outputs = self.model.out_activation_, self.model.n_outputs_
         if out == "softmax":
@@ -302,7 +304,7 @@ OBJECTIVES: dict[type, type[FittedObjective]] = {
 }
 
 
-def encode(y: Any, classes: np.ndarray) -> np.ndarray:
+def encode(y: Batch, classes: np.ndarray) -> np.ndarray:
     """Return the indices (n,) of labels in ``classes_``."""
     y = np.asarray(y)
     y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y

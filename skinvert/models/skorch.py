@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._check import must_be
 from .._telling import warn
-from .._types import Decay
-from .._validation import must_be
+from .._types import Batch, Decay, Device
 from .compiled import unwrapped
 from .losses import (
     NLL,
@@ -67,7 +67,7 @@ class SkorchTwiceDifferentiable(TorchTwiceDifferentiable):
         loss = SkorchLoss(net, criterion) if is_torch_loss(criterion) else SkorchCallable(net, criterion)
         super().__init__(net.module_, loss, weight_decay if weight_decay != 0 else _decay_of(net))
 
-    def outputs(self, module: nn.Module, batch: Any) -> Any:
+    def outputs(self, module: nn.Module, batch: Batch) -> Any:
         """Return ``net.infer(x)`` with ``module`` as the net's."""
         outputs = _shadow(self.net, module_=module, device=None).infer(batch[0])
         if isinstance(outputs, tuple | list):
@@ -78,7 +78,7 @@ class SkorchTwiceDifferentiable(TorchTwiceDifferentiable):
             raise ValueError(must_be("What a skorch net's module returns", "a tensor", "a tuple", hint))
         return outputs
 
-    def read(self, data: Any) -> Any:
+    def read(self, data: Batch) -> Any:
         """Return ``(X, y)`` through the net's own data set and loader, unshuffled."""
         data = super().read(data)
         if isinstance(data, tuple) and len(data) == 2 and data[1] is not None:
@@ -113,7 +113,7 @@ class SkorchTwiceDifferentiable(TorchTwiceDifferentiable):
 class SkorchLoss(Loss):
     """``net.get_loss`` with an unreduced criterion, over a module of its own: no gradient runs through a penalty."""
 
-    def __init__(self, net: Any, criterion: TorchLoss, dtype: Any = None, device: Any = None) -> None:
+    def __init__(self, net: Any, criterion: TorchLoss, dtype: Any = None, device: Device = None) -> None:
         self.net, self.get_loss = net, GetLoss(net, _with_leaves(net.module_, dtype, device))
         # The criterion alone, and the one that `get_loss` asks.
         self.criterion = torch_loss(copy.deepcopy(criterion))
@@ -267,7 +267,7 @@ class GetLoss:
 class SkorchCallable(CallableLoss):
     """``net.get_loss`` with a criterion of the user's own kind, as a callable of outputs and targets."""
 
-    def __init__(self, net: Any, criterion: nn.Module, dtype: Any = None, device: Any = None) -> None:
+    def __init__(self, net: Any, criterion: nn.Module, dtype: Any = None, device: Device = None) -> None:
         self.get_loss = GetLoss(net, _with_leaves(net.module_, dtype, device))
         super().__init__(partial(self.get_loss, criterion))
         self.net, self.criterion = net, criterion
@@ -320,8 +320,8 @@ def _check_same_in_training(still: torch.Tensor, trained: torch.Tensor) -> None:
 
 def _decay_of(net: Any) -> float:
     """Return the optimiser's weight decay where it is L2; warn, and return 0, where it is not."""
-    optimizer = getattr(net, "optimizer_", None)
-    groups = getattr(optimizer, "param_groups", [])
+    optimizer = vars(net).get("optimizer_")
+    groups = optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else []
     decays = {float(group.get("weight_decay", 0.0) or 0.0) for group in groups}
     if not any(decays):
         return 0.0
@@ -335,7 +335,7 @@ def _decay_of(net: Any) -> float:
     return 0.0
 
 
-def _with_leaves(module: nn.Module, dtype: Any, device: Any, probe: bool = False) -> nn.Module:
+def _with_leaves(module: nn.Module, dtype: Any, device: Device, probe: bool = False) -> nn.Module:
     """Return a structural copy over detached parameters; over new ones that require a gradient as a ``probe``."""
     duplicate = structural_copy(module)
     for child in list(duplicate.modules()):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from .._validation import must_be
+from .._check import must_be
 from .compiled import Uncompiled, is_compiled, is_compiled_function, unwrapped
 from .holders import BUILTIN_OWNERS, copy_function, copy_object, copy_partial, holds_tensors, is_plain_object
 from .weight_norm import plain_hook, plain_parametrization
@@ -195,7 +195,7 @@ class _Copier:
     def _proxy(self, value: Any, path: str) -> Any:
         # It passes for its referent, whose methods are bound to the referent itself.
         method: Any = value.modules if isinstance(value, nn.Module) else None
-        referent = getattr(method, "__self__", None)
+        referent = method.__self__ if isinstance(method, types.MethodType) else None
         return weakref.proxy(self.copy(referent, path)) if id(referent) in self.tree else value
 
     def _held(self, value: Any, path: str) -> Any:

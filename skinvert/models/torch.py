@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._autograd import ordinary, own_tensor
+from .._check import must_be, resolve_device, resolve_dtype
 from .._checksum import checksum
 from .._progress import progress as progress_bar
-from .._validation import must_be, resolve_device, resolve_dtype
+from .._types import Batch, Decay, Device
 from ..parameters import ParameterLayout, select_parameters
 from .base import TwiceDifferentiable
 from .batches import call, check_pair, map_tensors, split_labels
@@ -76,7 +77,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     """
 
     @ordinary
-    def __init__(self, model: nn.Module, loss: Any, weight_decay: Any = 0.0) -> None:
+    def __init__(self, model: nn.Module, loss: Any, weight_decay: Decay = 0.0) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(must_be("model", "a torch.nn.Module", type(model).__name__))
         self.model, self.weight_decay = model, weight_decay
@@ -96,7 +97,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
 
     # -- the seam --------------------------------------------------------------------------------------------------
 
-    def outputs(self, module: nn.Module, batch: Any) -> Any:
+    def outputs(self, module: nn.Module, batch: Batch) -> Any:
         """Return the outputs of ``module`` (eval mode) on a batch, by default of the x of ``(x, y)``.
 
         A mapping is given by name and a tuple as several arguments, where ``forward`` takes them so, else as one. Of
@@ -108,7 +109,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         logits = logits_of(call(module, batch[0]))
         return self.reading.outputs(logits) if isinstance(logits, torch.Tensor) else logits
 
-    def per_sample_loss(self, outputs: Any, batch: Any) -> torch.Tensor:
+    def per_sample_loss(self, outputs: Batch, batch: Batch) -> torch.Tensor:
         """Return the losses (m,) of a batch's rows, before any average."""
         return self._loss().per_sample(outputs, batch[1])
 
@@ -125,7 +126,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         return self.theta
 
     @ordinary
-    def grad(self, x: Any, y: Any, create_graph: bool = False) -> torch.Tensor:
+    def grad(self, x: Batch, y: Batch, create_graph: bool = False) -> torch.Tensor:
         """Return the gradient (p,) of L on one batch."""
         batch = map_tensors(own_tensor, (x, y))
         # A forward pass may write into its inputs.
@@ -139,7 +140,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         return gradient + penalty * (theta if create_graph else theta.detach())
 
     @ordinary
-    def hessian(self, x: Any, y: Any) -> torch.Tensor:
+    def hessian(self, x: Batch, y: Batch) -> torch.Tensor:
         """Return the Hessian (p, p) of L on one batch."""
         if type(self).grad is TorchTwiceDifferentiable.grad:
             self.verify_second_derivative(map_tensors(own_tensor, (x, y)))
@@ -178,7 +179,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
 
     @ordinary
     def at_point(
-        self, params: str | Iterable[str] | None = None, dtype: Any = None, device: Any = None
+        self, params: str | Iterable[str] | None = None, dtype: Any = None, device: Device = None
     ) -> TorchTwiceDifferentiable:
         """Return a copy fixed at today's θ: chosen parameters, dtype and device; later training does not reach it.
 
@@ -225,7 +226,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     # What `settle` took from the training data; None where L depends on nothing of them.
     totals: Any = None
 
-    def read(self, data: Any) -> Any:
+    def read(self, data: Batch) -> Any:
         """Return the user's data as this model reads it; a skorch net uses its own loader."""
         if self.features is None:
             return data
@@ -237,7 +238,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     reading: Reading = Reading()
     _learned = False
 
-    def learn_labels(self, batches: Callable[[], Iterable[Any]]) -> None:
+    def learn_labels(self, batches: Callable[[], Iterable[Batch]]) -> None:
         """Find, where no loss is given, which loss of the logits the model's own is, and how labels are read.
 
         Without a loss this costs one forward pass over ``batches()``, and without labels in mappings nothing.
@@ -261,7 +262,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
             self.loss = as_loss(self.reading.loss).to(self.dtype, self.device)
             self._learned = True
 
-    def pair(self, batch: Any) -> Any:
+    def pair(self, batch: Batch) -> Any:
         """Return a raw batch as the pair (inputs, targets) that it stands for; a subclass's own as it is."""
         if not self._reads_pairs():
             return batch
@@ -274,14 +275,14 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     def _reads_pairs(self) -> bool:
         return not self._own_loss() and type(self).outputs is TorchTwiceDifferentiable.outputs
 
-    def settle(self, batches: Iterable[Any]) -> None:
+    def settle(self, batches: Iterable[Batch]) -> None:
         """Take from the training data, once, what L depends on beside them: nothing here."""
 
     def adopt(self, totals: Any) -> None:
         """Take what another object of this model settled."""
 
     @ordinary
-    def forward(self, batch: Any) -> Any:
+    def forward(self, batch: Batch) -> Any:
         """Return the outputs, with gradients on, checked against the targets."""
         if self._reads_pairs() and not (isinstance(batch, tuple) and len(batch) == 2):
             got = f"a tuple of {len(batch)}" if isinstance(batch, tuple) else type(batch).__name__
@@ -303,31 +304,31 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
                 self._check(outputs, batch)
         return outputs
 
-    def mass(self, outputs: Any, batch: Any) -> torch.Tensor:
+    def mass(self, outputs: Batch, batch: Batch) -> torch.Tensor:
         """Return each row's share (m,) of the denominator of L; 1 where a subclass defines the loss."""
         if self._own_loss():
             return torch.ones_like(self.per_sample_loss(outputs, batch).detach())
         return self._loss().mass(outputs.detach(), batch[1])
 
-    def verify_loss(self, outputs: Any, targets: Any, losses: torch.Tensor) -> None:
+    def verify_loss(self, outputs: Batch, targets: Batch, losses: torch.Tensor) -> None:
         """Raise unless the user's own loss of these rows is what these losses of single rows make."""
         if not self._own_loss():
             self._loss().verify_values(outputs, targets, losses)
 
     @ordinary
-    def verify_second_derivative(self, batch: Any) -> None:
+    def verify_second_derivative(self, batch: Batch) -> None:
         """Raise where autograd's second derivatives, on a few rows of a batch, are not those of the gradient."""
         few = map_tensors(lambda tensor: tensor[:8] if tensor.ndim else tensor, batch)
         check_second_derivative(self, few, _doubled(few))
 
     @ordinary
-    def in_float64(self, batch: Any) -> TorchTwiceDifferentiable | None:
+    def in_float64(self, batch: Batch) -> TorchTwiceDifferentiable | None:
         """Return a copy that computes in float64, or None where the model does not take it or it does not fit."""
         few = map_tensors(lambda tensor: tensor[:8] if tensor.ndim else tensor, batch)
         return in_float64(self, map_tensors(lambda t: t.double() if t.is_floating_point() else t, few))
 
     @ordinary
-    def verify_loss_derivative(self, outputs: torch.Tensor, batch: Any) -> None:
+    def verify_loss_derivative(self, outputs: torch.Tensor, batch: Batch) -> None:
         """Raise where autograd's second derivatives of the loss in the outputs are not those of its gradient."""
         check_loss_derivative(self, outputs.detach(), batch, _doubled(batch))
 
@@ -349,11 +350,11 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         decays = [self._decay[name] for name in self.layout.names]
         return torch.cat([mu * t.detach().reshape(-1) for mu, t in zip(decays, self.theta, strict=True)])
 
-    def output_hessian(self, outputs: torch.Tensor, batch: Any) -> OutputHessian | None:
+    def output_hessian(self, outputs: torch.Tensor, batch: Batch) -> OutputHessian | None:
         """Return ∇²_f sᵢ in closed form, or None."""
         return None if self._own_loss() else self._loss().output_hessian(outputs, batch[1])
 
-    def predictive(self, outputs: torch.Tensor, batch: Any) -> Predictive | None:
+    def predictive(self, outputs: torch.Tensor, batch: Batch) -> Predictive | None:
         """Return the labels that outputs predict, where the loss is their negative log-likelihood; else None."""
         return None if self._own_loss() else self._loss().predictive(outputs.detach(), batch[1])
 
@@ -377,7 +378,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         self.theta: list[torch.Tensor] = [tensors[name] for name in names]
         self.layout = ParameterLayout(tuple(names), tuple(tuple(t.shape) for t in self.theta))
 
-    def _in_own_dtype(self, outputs: Any) -> Any:
+    def _in_own_dtype(self, outputs: Batch) -> Any:
         """Return outputs in the dtype of θ; raise where they have lost accuracy."""
         if not isinstance(outputs, torch.Tensor) or outputs.dtype == self.dtype:
             return outputs
@@ -388,7 +389,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
             raise ValueError(must_be("The model's output", f"in {self.dtype}, as θ is", outputs.dtype, hint))
         return outputs.to(self.dtype)
 
-    def _check(self, outputs: Any, batch: Any) -> None:
+    def _check(self, outputs: Batch, batch: Batch) -> None:
         if not isinstance(outputs, torch.Tensor):
             hint = "Subclass TorchTwiceDifferentiable and override `outputs` and `per_sample_loss`."
             raise TypeError(must_be("The model's output", "a tensor", type(outputs).__name__, hint))
@@ -434,7 +435,7 @@ def _without_fused_rnn(module: nn.Module, device: torch.device) -> AbstractConte
     return nullcontext()
 
 
-def _doubled(batch: Any) -> Any:
+def _doubled(batch: Batch) -> Any:
     return map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, batch)
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 
-from .._validation import check_number, must_be
+from .._check import check_number, must_be
+from .._types import Decay
 
 __all__ = ["decay_by_name"]
 
 
-def decay_by_name(weight_decay: Any, named: Sequence[tuple[str, torch.Tensor]]) -> dict[str, float]:
+def decay_by_name(weight_decay: Decay, named: Sequence[tuple[str, torch.Tensor]]) -> dict[str, float]:
     """Return μ of each parameter by name: 0 for those that no glob of a mapping matches.
 
     Parameters

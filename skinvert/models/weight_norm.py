@@ -6,12 +6,15 @@ w = g v / ‖v‖, with the norms over all dimensions but one.
 from __future__ import annotations
 
 import functools
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.weight_norm import WeightNorm
+
+from .._types import Batch
 
 __all__ = ["plain_hook", "plain_parametrization"]
 
@@ -34,9 +37,9 @@ class PlainHook:
     def __init__(self, name: str, dim: int) -> None:
         self.name, self.dim = name, dim
 
-    def __call__(self, module: nn.Module, inputs: Any) -> None:
+    def __call__(self, module: nn.Module, inputs: Batch) -> None:
         """Put w where the layer looks for it."""
-        g, v = getattr(module, f"{self.name}_g"), getattr(module, f"{self.name}_v")
+        g, v = attrgetter(f"{self.name}_g", f"{self.name}_v")(module)
         setattr(module, self.name, _normalised(g, v, self.dim))
 
 

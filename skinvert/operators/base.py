@@ -11,10 +11,10 @@ import scipy.sparse.linalg
 import torch
 
 from .._autograd import ordinary, ordinary_methods
+from .._check import must_be
 from .._memory import check_memory, rows_within
 from .._progress import progress
 from .._state import TensorState
-from .._validation import must_be
 from .factors import KroneckerFactors
 
 __all__ = ["FACES", "LinearOperator", "add_to_diagonal", "as_scipy", "check_dense_memory", "symmetrise"]

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
+from .._check import must_be
 from .._memory import rows_within
-from .._validation import must_be
 from .base import LinearOperator
 
 __all__ = ["BlockDiagonal"]

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from .._validation import check_shift, must_be
+from .._check import check_shift, must_be
 from .base import LinearOperator, add_to_diagonal
 
 __all__ = ["Dense", "DiagonalMatrix", "LowRank", "Shifted"]

@@ -12,8 +12,8 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils.metadata_routing import MetadataRequest
 
 from .._autograd import ordinary
+from .._check import must_be
 from .._types import Array
-from .._validation import must_be
 from ..gradients import PerSampleGradient
 from ..inverter import HessianInverter
 from ..models import FittedSearch

@@ -17,12 +17,12 @@ from sklearn.utils import check_array
 
 from .._arguments import check_fit_arguments, check_method
 from .._autograd import ordinary
+from .._check import check_hessian_perturbation, check_sample_weight, check_shift, must_be
 from .._fitting import fit_whole
 from .._frames import Frame
 from .._progress import progress
 from .._schema import check_fields
 from .._types import Decay, Device, Globs, Partition, RandomState, State
-from .._validation import check_hessian_perturbation, check_sample_weight, check_shift, must_be
 from ..answers import check_container, setting_fields
 from ..curvature import SampledFisher
 from ..data import as_data, as_pair, batches_of, count, take

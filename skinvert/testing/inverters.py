@@ -11,7 +11,7 @@ import torch
 from sklearn.base import clone
 from torch import nn
 
-from .._validation import must_be
+from .._check import must_be
 from ..inverter import HessianInverter
 from ..methods.base import Method
 from .claims import claim, quiet, raise_faults

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from sklearn.base import clone
 
-from .._validation import must_be
+from .._check import must_be
 from ..methods.base import InverseOperator, Method
 from ..models import TwiceDifferentiable
 from ..reasons import Reason
-from ..registry import InversionRegistry, is_method
+from ..registry import InversionRegistry
+from ..system import is_method
 from .claims import ROUNDING, claim, numbers, quiet, raise_faults
 from .problems import Problem, problems_for, rows
 

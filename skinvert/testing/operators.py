@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from .._validation import must_be
+from .._check import must_be
 from ..operators import LinearOperator
 from .claims import ROUNDING, claim, raise_faults
 from .problems import dense, rows

@@ -6,8 +6,8 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from skinvert.methods import CG
-from skinvert.methods.shifted_cg import shifted_cg
 from skinvert.operators import Dense, DiagonalMatrix
+from skinvert.solvers.shifted_cg import shifted_cg
 
 
 def matrix(condition, p=120, seed=0):

@@ -8,8 +8,8 @@ import torch
 
 from skinvert import HessianInverter
 from skinvert.methods import CG, Arnoldi
-from skinvert.methods.spectrum import extreme_eigenvalues, lanczos_density, smallest_eigenvalue
 from skinvert.operators import Dense, DiagonalMatrix
+from skinvert.solvers.extremes import extreme_eigenvalues, lanczos_density, smallest_eigenvalue
 
 SPECTRA = {
     "decaying": 10.0 * np.arange(1, 301) ** -1.5,

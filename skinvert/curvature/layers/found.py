@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..._validation import must_be
+from ..._check import must_be
 from ...models import TorchTwiceDifferentiable
 from .attention import PARTS, Key, is_attention
 from .forms import Rows, form_of

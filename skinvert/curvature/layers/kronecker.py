@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..._check import check_choice
 from ..._memory import check_memory, rows_within
-from ..._validation import check_choice
 from ...operators import Eigenbasis, KroneckerBlock, KroneckerFactors
 from ..objective import Objective
 from .found import refuse

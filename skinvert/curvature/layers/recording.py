@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from ..._check import must_be
 from ..._types import Batch
-from ..._validation import must_be
 from ..columns import Columns
 from ..objective import Objective
 from .attention import Key, taken_apart

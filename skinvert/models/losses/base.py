@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..._validation import must_be
+from ..._check import must_be
 from ..batches import map_tensors
 from .output_hessians import OutputHessian, explains, explains_differences
 from .predictive import Predictive

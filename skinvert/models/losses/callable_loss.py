@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..._validation import must_be
+from ..._check import must_be
 from ..batches import map_tensors
 from .base import Loss
 

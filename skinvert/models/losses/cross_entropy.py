@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from ..._validation import must_be
+from ..._check import must_be
 from .base import check_same_shape, check_unit_interval
 from .labels import LabelLoss
 from .output_hessians import OutputHessian, SoftmaxHessian

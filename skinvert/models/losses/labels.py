@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..._validation import must_be
+from ..._check import must_be
 from .module import ModuleLoss
 
 __all__ = ["LabelLoss"]

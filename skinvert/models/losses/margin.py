@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..._validation import must_be
+from ..._check import must_be
 from .base import Loss, Outputs
 
 __all__ = ["Margin"]

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import nn
 
-from ..._validation import check_choice, must_be
+from ..._check import check_choice, must_be
 from .base import Loss, check_same_length, check_same_shape
 from .output_hessians import OutputHessian
 from .predictive import Predictive

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..._validation import must_be
+from ..._check import must_be
 from .base import Outputs
 from .cross_entropy import Categorical
 from .labels import LabelLoss

@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 from torch import nn
 
-from ..._validation import must_be
+from ..._check import must_be
 from .base import check_same_shape
 from .module import ModuleLoss
 from .output_hessians import DiagonalHessian, OutputHessian

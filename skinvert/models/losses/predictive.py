@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from ..._validation import must_be
+from ..._check import must_be
 from .output_hessians import OutputHessian
 
 __all__ = ["IndependentLabels", "Predictive"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..._validation import must_be
+from ..._check import must_be
 from .module import Call, ModuleLoss, TorchLoss
 
 __all__ = ["MultiMargin", "OtherArguments", "PiecewiseLinear"]

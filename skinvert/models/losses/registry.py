@@ -8,8 +8,8 @@ from typing import TypeGuard
 
 from torch import nn
 
+from ..._check import check_choice, must_be
 from ..._telling import warn
-from ..._validation import check_choice, must_be
 from ..compiled import unwrapped
 from .base import Loss
 from .bce import BCE, BCEWithLogits

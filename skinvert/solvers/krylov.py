@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
+from .._check import check_number, must_be, to_plain_array
 from .._scaling import ScaledProducts, exponents, far_exponents, lost_rows, norms, times_powers
 from .._telling import warn
-from .._validation import check_number, must_be, to_plain_array
 from ..operators import LinearOperator
-from .base import relative_residual
+from .residuals import relative_residual
 
 __all__ = [
     "Problem",

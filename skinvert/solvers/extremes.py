@@ -8,12 +8,11 @@ import numpy as np
 import scipy.sparse.linalg
 import torch
 
+from .._check import check_number
 from .._memory import rows_within
 from .._scaling import ScaledProducts, norms
-from .._validation import check_number
 from ..operators import LinearOperator, check_dense_memory
 from ..results import Spectrum
-from .base import InverseOperator
 from .lanczos import eigenpairs, from_both_ends, gaussian_rows, seeded
 
 __all__ = ["extreme_eigenvalues", "lanczos_density", "smallest_eigenvalue", "spectrum"]
@@ -177,7 +176,7 @@ def _tridiagonal(A: LinearOperator, starts: torch.Tensor, steps: int) -> torch.T
 
 def spectrum(
     A: LinearOperator | None,
-    inverse: InverseOperator | None = None,
+    known: torch.Tensor | None = None,
     *,
     n_probes: int = 10,
     steps: int = 60,
@@ -185,14 +184,14 @@ def spectrum(
 ) -> Spectrum:
     """Return all eigenvalues of A where they are known or cheap, else their density.
 
-    Known: of a full decomposition in ``inverse``. Cheap: up to 1,000 parameters, or rows of a factor.
+    Known: given as such, of a full decomposition. Cheap: up to 1,000 parameters, or rows of a factor.
     """
-    known = None if inverse is None or inverse.all_eigenvalues is None else _uniform(inverse.all_eigenvalues)
-    if known is None:
+    found = None if known is None else _uniform(known)
+    if found is None:
         assert A is not None
-        known = _computed_eigenvalues(A)
-    if known is not None:
-        values, weights = known
+        found = _computed_eigenvalues(A)
+    if found is not None:
+        values, weights = found
         return Spectrum(values, weights, True, (float(values[0]), 0.0), (float(values[-1]), 0.0))
     assert A is not None
     smallest, largest = extreme_eigenvalues(A, random_state=random_state)

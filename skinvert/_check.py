@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-def must_be(what: str, must: str, got: Any, hint: str = "") -> str:
+def must_be(what: str, must: str, got: object, hint: str = "") -> str:
     """Return the wording of every error: what it is about, what it must be, what came, what to try."""
     text = f"{what} must be {must}. Got {got} instead."
     return f"{text} {hint}" if hint else text
@@ -130,7 +130,7 @@ def check_rows(b: Any, size: int, name: str = "b") -> None:
         raise ValueError(must_be(name, "finite", "NaN or infinity"))
 
 
-def resolve_device(device: Any, default: torch.device) -> torch.device:
+def resolve_device(device: str | torch.device | None, default: torch.device) -> torch.device:
     """Return the torch device that ``device`` names: None is ``default``, "auto" a GPU when there is one."""
     if device is None:
         return default
@@ -155,7 +155,7 @@ def resolve_dtype(dtype: Any, default: torch.dtype) -> torch.dtype:
     found: Any = default if dtype is None else dtype
     if not isinstance(found, torch.dtype):
         try:
-            found = getattr(torch, np.dtype(dtype).name, None)
+            found = {"float32": torch.float32, "float64": torch.float64}.get(np.dtype(dtype).name)
         except TypeError as error:
             raise ValueError(must_be("dtype", "float32 or float64", repr(dtype))) from error
     if found not in (torch.float32, torch.float64):

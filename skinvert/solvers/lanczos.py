@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .._check import check_number, must_be
 from .._memory import check_memory
 from .._progress import progress
-from .._validation import check_number, must_be
 from ..operators import LinearOperator, check_dense_memory
 
 __all__ = ["RitzPairs", "by_magnitude", "eigenpairs", "from_both_ends", "gaussian_rows", "seeded"]

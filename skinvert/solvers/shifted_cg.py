@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._check import check_hessian_perturbation
 from .._memory import rows_within
 from .._progress import progress
 from .._scaling import norms
-from .._validation import check_hessian_perturbation
 from ..operators import LinearOperator, Shifted
 from .krylov import Problem, check_finite
 

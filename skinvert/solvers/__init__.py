@@ -1,0 +1,1 @@
+"""Solvers on rows: they see an operator, and know no method."""
