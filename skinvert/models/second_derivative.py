@@ -184,7 +184,7 @@ class _Probe:
         self.sizes = [tensor.numel() for tensor in self.home]
         self.precision = _PRECISION.get(model.dtype, _PRECISION[torch.float32])
         self.eps = torch.finfo(model.dtype).eps
-        self.moves = ~constant_entries(model, batch) if isinstance(vars(model).get("module"), nn.Module) else None
+        self.moves = None if isinstance(model, _LossAlone) else ~constant_entries(model, batch)
 
     def direction(self, seed: int) -> torch.Tensor:
         """Return a random direction (p,), in each tensor on the scale of its own entries."""
