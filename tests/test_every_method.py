@@ -9,7 +9,7 @@ from problems import number_of_rows, problem
 from sklearn.exceptions import ConvergenceWarning
 
 from skinvert import HessianInverter, InversionRegistry, TwiceDifferentiable
-from skinvert.curvature import CURVATURES
+from skinvert.curvature import CURVATURES, faces_of
 from skinvert.methods import Direct
 from skinvert.methods.base import Method
 
@@ -28,7 +28,7 @@ def registered():
 
 
 def accepted(kind):
-    return [name for name, curvature in CURVATURES.items() if all(hasattr(curvature, need) for need in kind.requires)]
+    return [name for name in CURVATURES if set(kind.requires) <= faces_of(name)]
 
 
 def dense(case, curvature):

@@ -70,7 +70,7 @@ class Curvature(LinearOperator):
     --------
     The Hessian, whose hᵢ is ∇²ℓᵢ: of squared error it is 2 XᵀX / n.
 
-    >>> from skinvert.curvature import register_curvature
+    >>> from skinvert.curvature import CURVATURES, register_curvature
     >>> from skinvert.curvature.products import flat_products
     >>> from skinvert import HessianInverter
     >>> class SecondDerivative(Curvature):
@@ -83,6 +83,7 @@ class Curvature(LinearOperator):
     >>> inverter.curvature_.to_dense()
     tensor([[1., 0.],
             [0., 4.]])
+    >>> del CURVATURES["second_derivative"]
     """
 
     name: ClassVar[str] = ""

@@ -42,7 +42,7 @@ class Factored(Curvature):
     --------
     Gradients cut off at a norm of one, so that no row dominates:
 
-    >>> from skinvert.curvature import register_curvature
+    >>> from skinvert.curvature import CURVATURES, register_curvature
     >>> from skinvert import HessianInverter
     >>> class Clipped(Factored):
     ...     def factor_of(self, batch, weights):
@@ -56,6 +56,7 @@ class Factored(Curvature):
     >>> HessianInverter("direct", 1.0, curvature="clipped", loss="mse").fit(net, data).curvature_.to_dense()
     tensor([[0.2000, 0.2400],
             [0.2400, 0.3200]])
+    >>> del CURVATURES["clipped"]
     """
 
     is_psd = True

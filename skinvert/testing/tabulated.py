@@ -37,6 +37,13 @@ class Tabulated(LinearOperator):
             for approx in ("expand", "reduce")
         }
 
+        companion = A.psd_companion()
+        self.companion = None if companion is None or companion is A else Tabulated(companion, dtype)
+
+    def psd_companion(self) -> LinearOperator | None:
+        """Return itself, or what stands for it."""
+        return self if self.is_psd else self.companion
+
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return V A."""
         return V @ self.matrix

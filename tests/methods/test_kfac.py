@@ -153,7 +153,7 @@ def test_another_perturbation_reuses_the_eigenbases(method, monkeypatch):
     inverse = HessianInverter(method, 0.01, loss="cross_entropy").fit(net, (X, y)).inverse_
     monkeypatch.setattr(torch.linalg, "eigh", None)
     np.testing.assert_allclose(inverse.at(0.5).solve(torch.from_numpy(b)).x, expected, rtol=1e-12)
-    assert inverse.shift == 0.01
+    assert inverse.hessian_perturbation == 0.01
 
 
 @pytest.mark.parametrize("method", METHODS)

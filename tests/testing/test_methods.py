@@ -108,7 +108,7 @@ def test_a_right_method_passes():
         ("twice", "check_exact_is_exact: x is that of a dense solve"),
         ("residual", "check_residual_is_true: the residual is the true"),
         ("indefinite", "check_converged_is_true: converged rows solve the system"),
-        ("at", "check_another_shift_is_fresh: at.λ. is at λ"),
+        ("at", r"check_another_shift_is_fresh: at\(.*\) is at it"),
         ("path", "check_path_is_solve: a path's x is that of solve"),
         ("pickle", "check_state_survives_pickling: a pickled inverse solves as before"),
         ("batch", "check_rows_are_alone: row 0 alone is as among others"),
