@@ -5,17 +5,17 @@ import torch
 from kronecker_oracles import KroneckerOracle
 from oracles import Oracle, solution
 
+from skinvert.testing import registered_methods
+
 RANK = 6
 
 # Settings with which the formulas below are what is computed; an iterative method is asked for all digits.
-SETTINGS = {
-    "cg": {"rtol": 1e-12, "maxiter": 10_000},
-    "minres": {"rtol": 1e-12, "maxiter": 10_000},
-    "lissa": {"rtol": 1e-4, "maxiter": 100_000},
-    "arnoldi": {"rank": RANK},
-    "nystroem": {"rank": RANK},
-}
-SETTINGS_FLOAT32 = {"cg": {}, "minres": {}, **{name: SETTINGS[name] for name in ("lissa", "arnoldi", "nystroem")}}
+TIGHT = registered_methods()
+TRUNCATED = {"arnoldi": {"rank": RANK}, "nystroem": {"rank": RANK}}
+SETTINGS = {name: method.get_params(deep=False) for name, method in TIGHT.items()} | TRUNCATED
+# What is asked of float64 may be below the rounding of float32.
+LOOSE = {name for name, method in TIGHT.items() if method.accuracy > 1e-8}
+SETTINGS_FLOAT32 = {name: SETTINGS[name] if name in LOOSE or name in TRUNCATED else {} for name in SETTINGS}
 
 
 def exact(case, curvature, H, shift, b):
@@ -77,7 +77,7 @@ DEFINITIONS = {
     "ekfac": kronecker("ekfac"),
 }
 # rtol times the condition.
-EXACT_TO = {"lissa": 5e-4}
+EXACT_TO = {name: 5 * TIGHT[name].accuracy for name in LOOSE}
 
 
 def definition_of(name):

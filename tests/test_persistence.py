@@ -30,8 +30,8 @@ from skinvert.persistence import _checksum, load_state
 
 # -- the table: every method × fit × format, loaded in another process -------------------------------------------------
 
-MATRIX_FREE = {"cg", "lissa", "minres"}
 CLASSES = {getattr(methods, name).name: getattr(methods, name) for name in methods.__all__}
+MATRIX_FREE = {name for name, cls in CLASSES.items() if cls.keeps_operator}
 FORMATS = ["pickle", "joblib", "joblib mmap", "skops", "safetensors"]
 CASES = [
     (name, fit, form)

@@ -38,7 +38,7 @@ class Method(TensorState, BaseEstimator, ABC):
         The faces that an operator must have, of ``skinvert.operators.FACES``.
     needs_psd : bool
         Whether it refuses a curvature with a negative eigenvalue, whatever λ is.
-    matrix_free : bool
+    keeps_operator : bool
         Whether a solve needs the operator itself, and with it the model and the data.
     accuracy : float
         The relative residual that ``tight`` settings reach in float64 where the method is exact.
@@ -57,7 +57,7 @@ class Method(TensorState, BaseEstimator, ABC):
     exactness: ClassVar[str] = ""
     choose_it_for: ClassVar[str] = ""
     needs_psd: ClassVar[bool] = False
-    matrix_free: ClassVar[bool] = False
+    keeps_operator: ClassVar[bool] = False
     accuracy: ClassVar[float] = 1e-8
 
     @classmethod

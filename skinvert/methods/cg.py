@@ -71,7 +71,7 @@ class CG(Method):
     memory: ClassVar[str] = "4 k p"
     exactness: ClassVar[str] = "to `rtol`"
     choose_it_for: ClassVar[str] = "p too large for a matrix, A positive definite"
-    matrix_free: ClassVar[bool] = True
+    keeps_operator: ClassVar[bool] = True
 
     @classmethod
     def tight(cls) -> Self:

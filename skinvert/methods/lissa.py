@@ -87,7 +87,7 @@ class LiSSA(Method):
     memory: ClassVar[str] = "3 k p"
     exactness: ClassVar[str] = "to `rtol`, by minibatches"
     choose_it_for: ClassVar[str] = "n so large that one full product is dear"
-    matrix_free: ClassVar[bool] = True
+    keeps_operator: ClassVar[bool] = True
     accuracy: ClassVar[float] = 1e-4
 
     @classmethod

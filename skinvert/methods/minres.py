@@ -68,7 +68,7 @@ class MINRES(Method):
     memory: ClassVar[str] = "6 k p"
     exactness: ClassVar[str] = "to `rtol`"
     choose_it_for: ClassVar[str] = "A indefinite, p too large for a matrix"
-    matrix_free: ClassVar[bool] = True
+    keeps_operator: ClassVar[bool] = True
 
     @classmethod
     def tight(cls) -> Self:

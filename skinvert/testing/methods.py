@@ -98,6 +98,9 @@ def check_says_what_it_is(method: Method) -> None:
     for name in ("name", "cost", "memory", "exactness", "choose_it_for"):
         _claim(bool(_stated(type(method), name)), f"`{name}` is stated", "nothing")
     _claim(any(True for _ in problems_for(method)), "some curvature has the faces it requires", method.requires)
+    for problem, inverse in _inverses(method, definite=True):
+        kind = type(method.choose(problem.A, problem.shift))
+        _claim(inverse.keeps_operator == kind.keeps_operator, "`keeps_operator` is as stated", inverse, problem)
 
 
 def check_solutions_are_finite(method: Method) -> None:

@@ -15,7 +15,8 @@ from torch import nn
 
 from skinvert import HessianInverter, TorchTwiceDifferentiable
 from skinvert.methods import Direct
-from skinvert.methods.direct import DenseInverse, SampleSpaceInverse
+from skinvert.methods.direct import DenseInverse
+from skinvert.methods.sample_space import SampleSpaceInverse
 from skinvert.operators import Dense, LowRank
 
 

@@ -13,9 +13,10 @@ from torch import nn
 from skinvert import HessianInverter, HessianInverterCV
 from skinvert.curvature import Gram
 from skinvert.methods import CG, KFAC, MINRES, Arnoldi, Diagonal, Direct, HarmonicMean, Nystroem
-from skinvert.methods.direct import DenseInverse, SampleSpaceInverse
+from skinvert.methods.direct import DenseInverse
 from skinvert.methods.kfac import KroneckerInverse
 from skinvert.methods.null_space import zero_cut
+from skinvert.methods.sample_space import SampleSpaceInverse
 from skinvert.operators import (
     BlockDiagonal,
     Dense,
