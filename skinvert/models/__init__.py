@@ -1,7 +1,6 @@
 """Models that can be inverted: PyTorch modules, skorch nets, scikit-learn models, any ``TwiceDifferentiable``."""
 
 from .adapt import FittedSearch, as_margin, as_model, is_model, register_model
-from .affine import Affine
 from .base import TwiceDifferentiable
 from .batches import labels_key, leading_length, map_tensors, rebuilt, row_axes, with_row_axis
 from .losses import (
@@ -18,7 +17,7 @@ from .losses import (
     register_loss,
 )
 from .shared import SharedModel
-from .sklearn import SklearnTwiceDifferentiable
+from .sklearn import Affine, SklearnTwiceDifferentiable
 from .sparse_rows import SparseRows
 from .torch import TorchTwiceDifferentiable
 

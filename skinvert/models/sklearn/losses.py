@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .losses import DiagonalHessian, Loss, OutputHessian
+from ..losses import DiagonalHessian, Loss, OutputHessian
 
 __all__ = ["HalfGamma", "HalfSquaredError", "WeightedLogits"]
 

@@ -22,11 +22,11 @@ from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
-from .._check import must_be, to_plain_array
-from .._types import Batch
+from ..._check import must_be, to_plain_array
+from ..._types import Batch
+from ..losses import BCEWithLogits, CrossEntropy, Loss, PoissonNLL
 from .affine import Affine, Layers
-from .losses import BCEWithLogits, CrossEntropy, Loss, PoissonNLL
-from .sklearn_losses import HalfGamma, HalfSquaredError, WeightedLogits
+from .losses import HalfGamma, HalfSquaredError, WeightedLogits
 
 __all__ = ["OBJECTIVES", "FitTotals", "FittedObjective"]
 

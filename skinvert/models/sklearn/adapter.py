@@ -12,14 +12,14 @@ import torch
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .._autograd import ordinary
-from .._check import check_sample_weight, must_be
-from .._types import Batch
-from .losses import Loss
-from .shared import UNFITTED
-from .sklearn_objectives import OBJECTIVES, FittedObjective, FitTotals
-from .sparse_rows import SparseRows
-from .torch import TorchTwiceDifferentiable
+from ..._autograd import ordinary
+from ..._check import check_sample_weight, must_be
+from ..._types import Batch
+from ..losses import Loss
+from ..shared import UNFITTED
+from ..sparse_rows import SparseRows
+from ..torch import TorchTwiceDifferentiable
+from .objectives import OBJECTIVES, FittedObjective, FitTotals
 
 __all__ = ["SklearnTwiceDifferentiable"]
 
