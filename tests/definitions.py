@@ -13,6 +13,7 @@ RANK = 6
 TIGHT = registered_methods()
 TRUNCATED = {"arnoldi": {"rank": RANK}, "nystroem": {"rank": RANK}}
 SETTINGS = {name: method.get_params(deep=False) for name, method in TIGHT.items()} | TRUNCATED
+ITERATIVE = {name for name, method in TIGHT.items() if method.keeps_operator}
 # What is asked of float64 may be below the rounding of float32.
 LOOSE = {name for name, method in TIGHT.items() if method.accuracy > 1e-8}
 SETTINGS_FLOAT32 = {name: SETTINGS[name] if name in LOOSE or name in TRUNCATED else {} for name in SETTINGS}

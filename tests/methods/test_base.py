@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from definitions import DEFINITIONS, EXACT_TO, SETTINGS
+from definitions import DEFINITIONS, EXACT_TO, ITERATIVE, SETTINGS
 from oracles import oracle_matrix, perturbation_for, relative_error, solution
 from problems import number_of_rows, problem, table
 
@@ -36,7 +36,7 @@ def test_solves_the_table(method, arguments, k):
     H = oracle_matrix(case)
     shift = perturbation_for(H, 1e3)
     # Hundreds of products a row: an iterative method takes the many rows on the small models.
-    k = "7" if method in SETTINGS and case.p > 50 else k
+    k = "7" if method in ITERATIVE and case.p > 50 else k
     b = case.right_hand_sides(number_of_rows(k, case.p))
     inverter = HessianInverter(configured(method), shift, **case.settings())
     expected = solution(H, shift, b)
@@ -68,7 +68,7 @@ def test_solves_in_float32(method, dtype, tolerance, model):
     H = oracle_matrix(single(case))
     shift = perturbation_for(H, 1e4)
     b = case.right_hand_sides(7).astype(np.float32)
-    settings = {"rtol": None if dtype is None else 1e-10, "maxiter": 10_000} if method in SETTINGS else {}
+    settings = {"rtol": None if dtype is None else 1e-10, "maxiter": 10_000} if method in ITERATIVE else {}
     inverter = HessianInverter(METHODS[method](**settings), shift, dtype=dtype, **case.settings())
     expected = solution(H, shift, b)
     received = inverter.fit(single(case).module, single(case).data).transform(b)

@@ -26,6 +26,7 @@ def test_registered(method, check):
     check(method)
 
 
+@pytest.mark.slow
 @parametrize_with_methods(MORE)
 def test_settings(method, check):
     check(method)
