@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Self, SupportsIndex
 
@@ -31,21 +32,21 @@ def savable(cls: type[Saved]) -> type[Saved]:
     return cls
 
 
-class Saved(BaseEstimator):
+class Saved(BaseEstimator, ABC):
     """An estimator whose state can leave out the model: what pickles and files hold of it."""
 
+    @abstractmethod
     def _serves_alone(self) -> bool:
         """Return whether it is fitted, and its factorisation serves without the curvature."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _file_state(self) -> State:
         """Return what a file holds; raise where a file of arrays cannot hold what the solves need."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def _file_fields(cls) -> tuple[Mapping[str, str], frozenset[str]]:
         """Return the types of what a file holds, in the words of ``check_fields``, and what of it may be missing."""
-        raise NotImplementedError
 
     @classmethod
     def _restored(cls, state: State) -> Self:
@@ -74,7 +75,7 @@ class Saved(BaseEstimator):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         """Return what pickle, joblib and copy rebuild the inverter from."""
-        return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]  # No stub has it.
 
     def __reduce__(self) -> tuple[object, ...] | str:
         """Refuse a model by name where skops, which alone calls this, would stumble over its tensors."""

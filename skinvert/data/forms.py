@@ -64,7 +64,7 @@ def count(data: object) -> tuple[int, Array]:
     if isinstance(data, DataLoader) and data.batch_size is not None:
         dataset = data.dataset if type(data.sampler) in (SequentialSampler, RandomSampler) else None
     if isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset):
-        return len(dataset), None  # type: ignore[arg-type]
+        return len(dataset), None  # type: ignore[arg-type]  # Datasets declare no length.
     must = "an (X, y) tuple, a map-style Dataset, or a DataLoader of one without a sampler of its own"
     raise TypeError(must_be("Data to split into folds", must, type(data).__name__, "Batches hide their rows."))
 

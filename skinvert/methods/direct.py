@@ -123,7 +123,7 @@ class DenseInverse(InverseOperator):
             self._decompose()
 
     @property
-    def curvature(self) -> LinearOperator:  # type: ignore[override]
+    def curvature(self) -> LinearOperator:  # type: ignore[override]  # Made of the matrix when asked for.
         """A."""
         return Dense(self.matrix)
 
