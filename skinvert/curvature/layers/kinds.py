@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
@@ -42,7 +43,7 @@ class Call(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layer:
+class Layer(ABC):
     """A layer whose recorded calls give the gradients by its parameters.
 
     Attributes
@@ -79,17 +80,17 @@ class Layer:
         """Number of axes of an input, where the module demands one."""
         return None
 
+    @abstractmethod
     def inputs(self, calls: Sequence[Call], m: int, dtype: torch.dtype) -> Inputs:
         """Return what the layer sees of m samples, over all its calls, in the form that ``product`` takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def signals(self, parts: Sequence[torch.Tensor], inputs: Inputs, m: int) -> torch.Tensor:
         """Return the derivatives at the results of all calls as rows of the samples."""
-        raise NotImplementedError
 
+    @abstractmethod
     def product(self, inputs: Inputs, signals: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Return the derivative by the parameters, summed over the samples, and the scale of its rounding errors."""
-        raise NotImplementedError
 
     def _first(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().movedim(self.axis, 0)
