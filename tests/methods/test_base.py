@@ -7,7 +7,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from definitions import DEFINITIONS, EXACT_TO, ITERATIVE, SETTINGS
+from definitions import DEFINITIONS, EXACT_TO, SETTINGS
+from facts import ITERATIVE, TIGHT, at_rest
 from oracles import oracle_matrix, perturbation_for, relative_error, solution
 from problems import number_of_rows, problem, table
 
@@ -68,8 +69,8 @@ def test_solves_in_float32(method, dtype, tolerance, model):
     H = oracle_matrix(single(case))
     shift = perturbation_for(H, 1e4)
     b = case.right_hand_sides(7).astype(np.float32)
-    settings = {"rtol": None if dtype is None else 1e-10, "maxiter": 10_000} if method in ITERATIVE else {}
-    inverter = HessianInverter(METHODS[method](**settings), shift, dtype=dtype, **case.settings())
+    settings = at_rest(method) if dtype is None else TIGHT[method]
+    inverter = HessianInverter(settings, shift, dtype=dtype, **case.settings())
     expected = solution(H, shift, b)
     received = inverter.fit(single(case).module, single(case).data).transform(b)
     assert received.dtype == np.float32
