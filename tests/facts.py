@@ -8,6 +8,7 @@ from torch import nn
 
 from skinvert import HessianInverter
 from skinvert.curvature import Gram, faces_of
+from skinvert.methods.base import Method
 from skinvert.testing import registered_methods
 
 TIGHT = registered_methods()
@@ -17,6 +18,8 @@ EVERY = list(KINDS)
 ITERATIVE = [name for name, kind in KINDS.items() if kind.keeps_operator]
 # Exact to fewer digits: more would take them long.
 LOOSE = [name for name, kind in KINDS.items() if kind.accuracy > 1e-8]
+# Others do their work.
+CHOOSING = [name for name, kind in KINDS.items() if kind.choose is not Method.choose]
 # A positive semi-definite curvature that the method takes.
 SEMIDEFINITE = {
     name: "ggn" if kind.default_curvature == "hessian" else kind.default_curvature for name, kind in KINDS.items()
