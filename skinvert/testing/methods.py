@@ -123,10 +123,7 @@ def check_residual_is_true(method: Method) -> None:
     for problem, inverse in _inverses(method):
         B = rows(5, problem.A.size, problem.A.dtype)
         x, info = inverse.solve(B)
-        expected, received = problem.residuals(B, x), info["residual"].double().cpu()
-        error = float((received - expected).abs().max())
-        tolerance = ROUNDING[B.dtype] * max(1.0, float(expected.max()))
-        _claim(error <= tolerance, f"the residual is the true {numbers(expected)}", numbers(received), problem)
+        _truly(problem, B, x, info["residual"], "the residual")
 
 
 def check_converged_is_true(method: Method) -> None:
@@ -198,10 +195,7 @@ def check_path_is_solve(method: Method) -> None:
             alone, own = inverse.at(shift).solve(B)
             _same(there, method, x, alone, "a path's x is that of solve")
             _claim(bool((info["converged"] == own["converged"]).all()), "both judge alike", info["converged"], there)
-            expected = there.residuals(B, x)
-            error = float((info["residual"].double().cpu() - expected).abs().max())
-            limit = ROUNDING[B.dtype] * max(1.0, float(expected.max()))
-            _claim(error <= limit, f"a path's residual is {numbers(expected)}", numbers(info["residual"]), there)
+            _truly(there, B, x, info["residual"], "a path's residual")
 
 
 def check_rows_are_alone(method: Method) -> None:
@@ -232,11 +226,15 @@ def check_solves_alike_twice(method: Method) -> None:
 
 
 def check_state_survives_pickling(method: Method) -> None:
-    """Hold that an inverse that was pickled solves as before, and serves another λ as before."""
+    """Hold that an inverse that was pickled solves as before, is judged as before, and serves another λ as before."""
     for problem, inverse in _inverses(method, definite=True):
         B, shift = rows(3, problem.A.size, problem.A.dtype), 2 * problem.shift
         loaded = pickle.loads(pickle.dumps(inverse))
-        _same(problem, method, loaded.solve(B).x, inverse.solve(B).x, "a pickled inverse solves as before")
+        x, info = loaded.judged_by(problem.A).solve(B)
+        _same(problem, method, x, inverse.solve(B).x, "a pickled inverse solves as before")
+        kept = loaded.hessian_perturbation
+        _claim(kept == inverse.hessian_perturbation, "a pickled inverse is at its λ", kept, problem)
+        _truly(problem, B, x, info["residual"], "a pickled inverse's residual")
         moved = loaded.at(shift).solve(B).x
         _same(problem.at(shift), method, moved, inverse.at(shift).solve(B).x, "it serves another λ as before")
 
@@ -291,6 +289,13 @@ def _same(problem: Problem, method: Method, X: torch.Tensor, Y: torch.Tensor, wh
     error = float((X.double() - Y.double()).norm()) / (size or 1.0)
     limit = 2 * problem.condition * max(type(method).accuracy, ROUNDING[X.dtype])
     _claim(error <= limit, f"{what}, within {limit:.2g}", f"{error:.3g} off", problem)
+
+
+def _truly(problem: Problem, B: torch.Tensor, X: torch.Tensor, received: torch.Tensor, what: str) -> None:
+    expected = problem.residuals(B, X)
+    error = float((received.double().cpu() - expected).abs().max())
+    limit = ROUNDING[B.dtype] * max(1.0, float(expected.max()))
+    _claim(error <= limit, f"{what} is the true {numbers(expected)}", numbers(received), problem)
 
 
 def _claim(holds: bool, what: str, got: object, problem: Problem | None = None) -> None:
