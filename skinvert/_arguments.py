@@ -1,20 +1,21 @@
-"""What ``fit`` was given, told where it is none of its forms: a model with data, or plain rows."""
+"""What ``fit`` and ``path`` were given, told where it is none of their forms: a model with data, plain rows, many λ."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import numbers
+from collections.abc import Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import scipy.sparse
 
-from ._check import must_be
+from ._check import check_hessian_perturbation, must_be
 from .data import is_data
 from .methods.base import Method
 from .models import as_model, is_model
 from .results import InversionMethod
 
-__all__ = ["check_fit_arguments", "check_fits_rows", "check_method", "refuse_model_settings"]
+__all__ = ["check_fit_arguments", "check_fits_rows", "check_method", "check_shifts", "refuse_model_settings"]
 
 FIRST = "The first argument of fit"
 
@@ -72,3 +73,11 @@ def check_fits_rows(X: object, model: object) -> None:
     if model is not None or is_model(X):
         hint = "Try `fit(X, y)`, then `transform(PerSampleGradient(model, loss=...).fit_transform(X, y))`."
         raise TypeError(must_be("fit_transform", "called on plain rows", "a model", hint))
+
+
+def check_shifts(hessian_perturbations: Iterable[float]) -> list[float]:
+    """Return several λ, each checked; a single one in their place is told so."""
+    if isinstance(hessian_perturbations, numbers.Number | str):
+        hint = "Try a list of them."
+        raise TypeError(must_be("hessian_perturbations", "several λ", repr(hessian_perturbations), hint))
+    return [check_hessian_perturbation(shift, "path") for shift in hessian_perturbations]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
@@ -13,7 +12,7 @@ from sklearn.base import OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from ._arguments import check_fit_arguments, check_fits_rows, check_method, refuse_model_settings
+from ._arguments import check_fit_arguments, check_fits_rows, check_method, check_shifts, refuse_model_settings
 from ._autograd import ordinary
 from ._check import check_choice, check_hessian_perturbation, check_shift, must_be
 from ._fitting import SharesModel, fit_whole
@@ -336,10 +335,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         array or tensor of shape (n_λ, k, p)
             x at each λ, of b's kind, dtype and device.
         """
-        if isinstance(hessian_perturbations, numbers.Number | str):
-            hint = "Try a list of them."
-            raise TypeError(must_be("hessian_perturbations", "several λ", repr(hessian_perturbations), hint))
-        shifts = [check_hessian_perturbation(shift, "path") for shift in hessian_perturbations]
+        shifts = check_shifts(hessian_perturbations)
 
         def adjoint(gradients: torch.Tensor) -> Array:
             parts = [self._path(rows, [shift])[0] for rows, shift in zip(gradients, shifts, strict=True)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+import numpy as np
 import torch
 
-__all__ = ["Reason", "reasons"]
+__all__ = ["Reason", "reasons", "views"]
 
 
 class Reason(IntEnum):
@@ -67,3 +68,19 @@ def reasons(converged: torch.Tensor, rest: Reason, *causes: tuple[Reason, torch.
         found[holds] = int(reason)
     found[converged] = int(Reason.CONVERGED)
     return found
+
+
+def views(reason: torch.Tensor | np.ndarray) -> dict[str, torch.Tensor | np.ndarray]:
+    """Return the entries of ``info`` that follow from ``reason`` (k,) alone, each bool (k,).
+
+    ``stagnated``: no smaller residual is possible, by rounding or since A + λI is singular; ``negative_curvature``.
+
+    Examples
+    --------
+    >>> views(torch.tensor([0, 3, 4], dtype=torch.int8))
+    {'stagnated': tensor([False, False,  True]), 'negative_curvature': tensor([False,  True, False])}
+    """
+    return {
+        "stagnated": (reason == Reason.STAGNATED) | (reason == Reason.SINGULAR),
+        "negative_curvature": reason == Reason.NEGATIVE_CURVATURE,
+    }

@@ -13,8 +13,8 @@ from ._autograd import ordinary
 from ._check import check_hessian_perturbation, must_be
 from ._frames import check_columns, refuse_parameters
 from ._linear_map import solve_linear
+from ._naming import may_take
 from ._rows import Rows
-from ._telling import warn
 from ._types import Array, RandomState, State
 from .methods.base import Method
 from .models import TorchTwiceDifferentiable, TwiceDifferentiable, as_model
@@ -99,13 +99,7 @@ class InversionRegistry:
 
         def decorate(inverter: Inverter) -> Inverter:
             _check_signature(inverter)
-            if key in cls.registry and not overwrite:
-                warn(
-                    f"{key[1]!r} is already registered for {model_type.__name__}: the first is kept. "
-                    "Try overwrite=True.",
-                    UserWarning,
-                )
-            else:
+            if may_take(key, cls.registry, overwrite, repr(key[1]), f" for {model_type.__name__}"):
                 cls.registry[key] = inverter
             return inverter
 

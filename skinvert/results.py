@@ -9,8 +9,10 @@ from enum import Enum
 from typing import Any
 
 import numpy as np
+import torch
 
 from ._check import must_be
+from .reasons import views
 
 __all__ = ["InverseHvpResult", "InversionMethod", "Spectrum"]
 
@@ -52,9 +54,9 @@ class InverseHvpResult:
         the method inverts, recomputed after the solve: 0 is exact, and above 1 x = 0 would be better. NaN where H is
         not at hand (an approximate method, loaded or unpickled) or not asked for (``check_residual=False``).
         ``converged`` (k,), whether that is within the tolerance. ``reason`` (k,), int8, the ``Reason`` of each row,
-        which says what to try: ``Reason(info["reason"][0]).cure``. ``approximate``, whether the method inverts another
-        operator than H + λI; then ``residual_of_approximation`` (k,) is that against this one. Further entries as each
-        method documents.
+        which says what to try: ``Reason(info["reason"][0]).cure``; ``stagnated`` and ``negative_curvature`` (k,), bool,
+        are made of it, for one release more. ``approximate``, whether the method inverts another operator than H + λI;
+        then ``residual_of_approximation`` (k,) is that against this one. Further entries as each method documents.
 
     Examples
     --------
@@ -65,6 +67,12 @@ class InverseHvpResult:
 
     x: Any
     info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Add what follows from the reasons, so that no method says it twice."""
+        reason = self.info.get("reason")
+        if isinstance(reason, torch.Tensor | np.ndarray):
+            object.__setattr__(self, "info", {**self.info, **views(reason)})
 
     def __iter__(self) -> Iterator[Any]:
         """Yield x, then info."""

@@ -13,10 +13,12 @@ from sklearn.exceptions import ConvergenceWarning
 from ._check import check_sample_weight, must_be
 from ._memory import rows_within
 from ._telling import warn
+from ._types import State
 from .curvature import held_out_curvature
 from .data import batches_of
 from .methods.base import InverseOperator
 from .models import TwiceDifferentiable
+from .reasons import Reason
 from .solvers.extremes import extreme_eigenvalues
 
 __all__ = ["HeldOut", "held_out", "held_out_rows", "quadratic_path", "quadratic_score"]
@@ -83,7 +85,7 @@ def quadratic_score(inverse: InverseOperator, held: HeldOut, rhs: torch.Tensor |
     definite = _positive_definite(inverse, [inverse])
     if definite == [True]:
         X, info = inverse.unjudged().solve(B)
-        if not bool(torch.as_tensor(info.get("negative_curvature", False), device="cpu").any()):
+        if not _met_negative_curvature(info):
             return _values(X[None], held, rhs)[0]
     _warn("")
     return -float("inf")
@@ -170,8 +172,12 @@ def _solutions(inverse: InverseOperator, shifts: list[float], B: torch.Tensor) -
     """Return the solutions (n_λ, k, p), and at which λ negative curvature was met."""
     # The held-out rows judge an approximation; a product with the exact curvature for each λ would add nothing.
     found = inverse.unjudged().solve_path(B, shifts)
-    negative = [bool(torch.as_tensor(info.get("negative_curvature", False), device="cpu").any()) for _, info in found]
-    return torch.stack([x for x, _ in found]), negative
+    return torch.stack([x for x, _ in found]), [_met_negative_curvature(info) for _, info in found]
+
+
+def _met_negative_curvature(info: State) -> bool:
+    # A method of one's own may give no reasons.
+    return "reason" in info and bool((info["reason"] == Reason.NEGATIVE_CURVATURE).any())
 
 
 def _positive_definite(inverse: InverseOperator, inverses: list[InverseOperator]) -> list[bool]:

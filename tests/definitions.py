@@ -2,20 +2,16 @@
 
 import numpy as np
 import torch
+from facts import LOOSE, TIGHT
 from kronecker_oracles import KroneckerOracle
 from oracles import Oracle, solution
-
-from skinvert.testing import registered_methods
 
 RANK = 6
 
 # Settings with which the formulas below are what is computed; an iterative method is asked for all digits.
-TIGHT = registered_methods()
 TRUNCATED = {"arnoldi": {"rank": RANK}, "nystroem": {"rank": RANK}}
 SETTINGS = {name: method.get_params(deep=False) for name, method in TIGHT.items()} | TRUNCATED
-ITERATIVE = {name for name, method in TIGHT.items() if method.keeps_operator}
 # What is asked of float64 may be below the rounding of float32.
-LOOSE = {name for name, method in TIGHT.items() if method.accuracy > 1e-8}
 SETTINGS_FLOAT32 = {name: SETTINGS[name] if name in LOOSE or name in TRUNCATED else {} for name in SETTINGS}
 
 
@@ -68,15 +64,10 @@ def kronecker(kind):
     return solve
 
 
-# By default a method promises the exact solution.
-DEFINITIONS = {
-    "diagonal": diagonal,
-    "arnoldi": truncated,
-    "nystroem": nystroem,
-    "harmonic_mean": harmonic_mean,
-    "kfac": kronecker("kfac"),
-    "ekfac": kronecker("ekfac"),
-}
+# By default a method promises the exact solution. Formulas of the matrix alone, and those of the samples of a case.
+OF_THE_MATRIX = {"diagonal": diagonal, "arnoldi": truncated, "nystroem": nystroem}
+OF_SAMPLES = {"harmonic_mean": harmonic_mean, "kfac": kronecker("kfac"), "ekfac": kronecker("ekfac")}
+DEFINITIONS = OF_THE_MATRIX | OF_SAMPLES
 # rtol times the condition.
 EXACT_TO = {name: 5 * TIGHT[name].accuracy for name in LOOSE}
 

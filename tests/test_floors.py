@@ -36,6 +36,7 @@ FLOORS = {
     "_state": 0,
     "_schema": 0,
     "_telling": 0,
+    "_naming": 0,
     "reasons": 0,
     "results": 0,
     "parameters": 0,

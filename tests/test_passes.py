@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import sklearn
 import torch
+from facts import EVERY, ITERATIVE, SEMIDEFINITE
 from problems import problem
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -118,7 +119,7 @@ def forms(X, Y):
 
 
 @pytest.mark.parametrize("form", [name for name, _ in forms(X, Y)])
-@pytest.mark.parametrize("method", ["cg", "minres", "lissa"])
+@pytest.mark.parametrize("method", ITERATIVE)
 def test_kept_data_are_a_copy(form, method):
     own = X.clone()
     data = dict(forms(own, Y))[form]
@@ -145,11 +146,11 @@ def test_large_data_survive_a_pickle():
         assert np.array_equal(pickle.loads(pickle.dumps(inverter)).transform(B), inverter.transform(B))
 
 
-@pytest.mark.parametrize("method", ["cg", "minres", "lissa", "direct"])
+@pytest.mark.parametrize("method", EVERY)
 def test_frozen_parameters_trained_later_do_not_count(method):
     net = copy.deepcopy(CASE.module)
-    inverter = HessianInverter(method, 5.0, loss="cross_entropy", params="2.*").fit(net, CASE.data)
-    b = B[:, : inverter.n_features_in_]
+    inverter = HessianInverter(method, 5.0, curvature=SEMIDEFINITE[method], loss="cross_entropy", params="2.*")
+    b = B[:, : inverter.fit(net, CASE.data).n_features_in_]
     before = inverter.transform(b)
     nn.init.ones_(net[0].weight)
     assert np.array_equal(inverter.transform(b), before)

@@ -15,30 +15,28 @@ import pytest
 import safetensors.numpy
 import skops.io
 import torch
+from facts import EVERY, ITERATIVE, ON_ROWS
 from joblib import Parallel, delayed
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 
 import skinvert
-from skinvert import HessianInverter, methods
+from skinvert import HessianInverter
 from skinvert.answers import OPTIONAL, file_fields
-from skinvert.curvature import Gram
 from skinvert.methods import CG, Arnoldi, Direct, Nystroem
 from skinvert.methods.direct import DenseInverse
 from skinvert.persistence import _checksum, load_state
 
 # -- the table: every method × fit × format, loaded in another process -------------------------------------------------
 
-CLASSES = {getattr(methods, name).name: getattr(methods, name) for name in methods.__all__}
-MATRIX_FREE = {name for name, cls in CLASSES.items() if cls.keeps_operator}
 FORMATS = ["pickle", "joblib", "joblib mmap", "skops", "safetensors"]
 CASES = [
     (name, fit, form)
-    for name, cls in CLASSES.items()
+    for name in EVERY
     for fit in ("rows", "model")
     for form in FORMATS
-    if fit == "model" or all(needed in Gram.faces for needed in cls.requires)
+    if fit == "model" or name in ON_ROWS
 ]
 
 FOREIGN = """
@@ -159,7 +157,7 @@ def _written(inverters, folder):
 @pytest.mark.parametrize(("name", "fit", "form"), CASES, ids=[" ".join(case) for case in CASES])
 def test_a_loaded_inverter_transforms_bit_identically(outcomes, name, fit, form):
     elsewhere, at_home = (outcomes[f"{where}: {name}-{fit}.{form}"] for where in ("elsewhere", "at home"))
-    if name not in MATRIX_FREE:
+    if name not in ITERATIVE:
         assert (elsewhere, at_home) == ("identical", "identical")
     elif form == "safetensors":
         assert "one that factorises" in elsewhere

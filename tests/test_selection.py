@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from definitions import SETTINGS
+from facts import EVERY, KINDS, LOOSE, ON_ROWS, PRECISE, TIGHT
 from oracles import Oracle, oracle_matrix, solution
 from problems import problem
 from sklearn.base import clone
@@ -30,14 +32,11 @@ from skinvert import (
     make_quadratic_scorer,
     methods,
 )
-from skinvert.methods import CG, KFAC, MINRES, Arnoldi, Diagonal, Direct, Nystroem
+from skinvert.curvature import faces_of
+from skinvert.methods import CG, Arnoldi
 from skinvert.operators import Dense
 
 SHIFTS = [1e-3, 1e-2, 0.1, 1.0, 10.0]
-# Every method that serves plain arrays; `kfac` and `ekfac` want layers.
-ON_ARRAYS = [
-    name for name in (getattr(methods, kind).name for kind in methods.__all__) if name not in ("kfac", "ekfac")
-]
 
 
 # -- the scikit-learn contract -----------------------------------------------------------------------------------------
@@ -45,7 +44,7 @@ ON_ARRAYS = [
 
 @parametrize_with_checks(
     [HessianInverterCV(), HessianInverterCV([0.1, 1.0], method="cg"), HessianInverterCV([0.1, 1.0], method="arnoldi")]
-    + [HessianInverter(name, 0.5) for name in ON_ARRAYS]
+    + [HessianInverter(name, 0.5) for name in ON_ROWS]
 )
 def test_check_estimator(estimator, check):
     with warnings.catch_warnings():
@@ -63,20 +62,13 @@ def classification(n=40, weight_decay=0.0):
     rng = np.random.default_rng(0)
     X, y = rng.standard_normal((n, 4)), rng.integers(0, 3, n)
     net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
-    settings = {"model": net, "loss": "cross_entropy", "weight_decay": weight_decay, "batch_size": 7}
+    settings = {"model": net, "loss": "cross_entropy", "weight_decay": weight_decay, "batch_size": 16}
     return X, y, settings
 
 
-METHODS = {
-    "direct": Direct(),
-    "cg": CG(rtol=1e-12),
-    "cg_preconditioned": CG(rtol=1e-12, preconditioner="nystroem"),
-    "minres": MINRES(rtol=1e-12),
-    "arnoldi": Arnoldi(rank=8),
-    "nystroem": Nystroem(rank=8),
-    "kfac": KFAC(),
-    "diagonal": Diagonal(),
-}
+# A loose method's scores are not those of another run.
+METHODS = {name: KINDS[name](**SETTINGS[name]) for name in EVERY if name not in LOOSE}
+METHODS["cg_preconditioned"] = CG(rtol=1e-12, preconditioner="nystroem")
 
 
 def grid_search(X, y, cv, **settings):
@@ -92,8 +84,15 @@ def assert_same_choice(received, search):
     assert received.best_score_ == pytest.approx(search.best_score_, rel=1e-8)
 
 
-@pytest.mark.parametrize("curvature", ["ggn", "empirical_fisher"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "curvature"),
+    [
+        (name, curvature)
+        for name, method in METHODS.items()
+        for curvature in ("ggn", "empirical_fisher")
+        if set(method.requires) <= faces_of(curvature)
+    ],
+)
 def test_equals_a_grid_search(method, curvature):
     X, y, settings = classification(weight_decay=0.01)
     settings |= {"method": METHODS[method], "curvature": curvature}
@@ -183,7 +182,7 @@ def test_forms_of_data_are_the_same_rows(form):
 # -- what is chosen ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["direct", "cg", "minres", "arnoldi"])
+@pytest.mark.parametrize("method", [name for name in PRECISE if not KINDS[name].needs_psd])
 def test_an_indefinite_perturbation_is_never_chosen(method):
     # An MLP far from a minimum: its Hessian has negative eigenvalues in every fold.
     case = problem("mlp", "mse", n=21)
@@ -191,7 +190,7 @@ def test_an_indefinite_perturbation_is_never_chosen(method):
     lowest = [float(np.linalg.eigvalsh(hessian_of(case, train))[0]) for train, _ in KFold(3).split(X)]
     shifts = [0.3 * -min(lowest), 0.9 * -min(lowest), -2 * min(lowest), -20 * min(lowest)]
     assert min(lowest) < 0
-    settings = case.settings(model=case.module, method=Arnoldi(rank=case.p) if method == "arnoldi" else method)
+    settings = case.settings(model=case.module, method=TIGHT[method])
     with pytest.warns(ConvergenceWarning, match="not positive definite"):
         received = HessianInverterCV(shifts, cv=3, **settings).fit(X, y)
     scores = np.array([received.cv_results_[f"split{i}_test_score"] for i in range(3)]).T

@@ -12,7 +12,7 @@ from sklearn.utils import check_random_state
 
 from .._autograd import ordinary
 from .._check import check_choice, must_be
-from .._telling import warn
+from .._naming import may_take
 from ..data import Batches
 from ..models import TorchTwiceDifferentiable, TwiceDifferentiable
 from ..operators import BlockDiagonal
@@ -84,9 +84,7 @@ def register_curvature(name: str, curvature: type[Curvature] | Builder, *, overw
     if not name or name in RESERVED:
         raise ValueError(must_be("A curvature's name", f"another than '' and {', '.join(RESERVED)}", repr(name)))
     _check_kind(curvature)
-    if name in CURVATURES and not overwrite:
-        warn(f"The curvature {name!r} is already registered: the first is kept. Try overwrite=True.", UserWarning)
-    else:
+    if may_take(name, CURVATURES, overwrite, f"The curvature {name!r}"):
         CURVATURES[name] = curvature
 
 

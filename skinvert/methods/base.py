@@ -238,23 +238,29 @@ class InverseOperator(TensorState, ABC):
         return relative_residual(shifted(self.exact, self.hessian_perturbation), B, X)
 
     def verdict(
-        self, B: torch.Tensor, X: torch.Tensor, own: torch.Tensor, outside: torch.Tensor | None = None
+        self,
+        B: torch.Tensor,
+        X: torch.Tensor,
+        own: torch.Tensor,
+        outside: torch.Tensor | None = None,
+        causes: Iterable[tuple[Reason, torch.Tensor]] = (),
     ) -> dict[str, Any]:
         """Return the ``info`` of an inverse of another operator than A + λI, and warn where x = 0 would be better.
 
         ``residual`` (k,) against the exact A, ``converged`` (k,) by it (unknown is False), ``approximate``, and
-        ``residual_of_approximation`` (k,), which is ``own``; ``reason`` (k,), of rows ``outside`` its range SINGULAR.
+        ``residual_of_approximation`` (k,), which is ``own``; ``reason`` (k,), of rows ``outside`` its range SINGULAR,
+        and else the last of the ``causes`` that holds.
         """
         residual = self.true_residual(B, X)
         warn_worse_than_zero(self.name or type(self).__name__, residual, self.hessian_perturbation)
         converged = residual <= self.tolerance
-        causes = [(Reason.NOT_JUDGED, residual.isnan())]
+        found = [(Reason.NOT_JUDGED, residual.isnan()), (Reason.OUT_OF_RANGE, ~torch.isfinite(X).all(1))]
         if outside is not None:
-            causes.append((Reason.SINGULAR, outside))
+            found.append((Reason.SINGULAR, outside))
         return {
             "residual": residual,
             "converged": converged,
-            "reason": reasons(converged, Reason.APPROXIMATE, *causes),
+            "reason": reasons(converged, Reason.APPROXIMATE, *found, *causes),
             "residual_of_approximation": own,
             "approximate": self.approximate,
         }

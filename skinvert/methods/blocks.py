@@ -16,6 +16,15 @@ from .base import InverseOperator, Method
 
 __all__ = ["BlockInverse", "invert_blocks"]
 
+# Why a block may fail to solve its own system; what scores ask for comes last, and wins.
+FAILURES = (
+    Reason.MAX_ITERATIONS,
+    Reason.STAGNATED,
+    Reason.SINGULAR,
+    Reason.OUT_OF_RANGE,
+    Reason.NEGATIVE_CURVATURE,
+)
+
 
 def invert_blocks(method: Method, A: BlockDiagonal, hessian_perturbation: float, verbose: int = 0) -> BlockInverse:
     """Return the inverse of each block by ``method`` (or what it chooses for the block)."""
@@ -86,18 +95,14 @@ class BlockInverse(InverseOperator):
         """Return the solutions.
 
         ``info`` holds ``residual`` (k,) against the whole of the exact curvature, ``converged`` (k,) by it,
-        ``residual_of_approximation`` (k,), of the block-diagonal system, ``approximate`` True, and ``blocks``, each
-        block's own info.
+        ``residual_of_approximation`` (k,), of the block-diagonal system, ``reason`` (k,), a block's where one failed,
+        ``approximate`` True, and ``blocks``, each block's own info.
         """
         results = [inverse.solve(part) for inverse, part in zip(self.inverses, self._blocks.parts(B), strict=True)]
         X = self._blocks.joined([result.x for result in results])
         infos = [result.info for result in results]
-        info = {**self.verdict(B, X, self._residual(B, infos)), "blocks": infos}
-        negative = [entry["negative_curvature"] for entry in infos if "negative_curvature" in entry]
-        if negative:
-            info["negative_curvature"] = torch.stack(negative).any(0)
-            info["reason"][info["negative_curvature"] & ~info["converged"]] = Reason.NEGATIVE_CURVATURE
-        return InverseHvpResult(X, info)
+        info = self.verdict(B, X, self._residual(B, infos), causes=_failures(infos))
+        return InverseHvpResult(X, {**info, "blocks": infos})
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return the solutions alone."""
@@ -131,3 +136,10 @@ class BlockInverse(InverseOperator):
             total += (own.to(total) * torch.where(size > 0, size, 1.0)).square()
         size = B.norm(dim=1).to(total)
         return total.sqrt() / torch.where(size > 0, size, 1.0)
+
+
+def _failures(infos: Sequence[dict[str, Any]]) -> list[tuple[Reason, torch.Tensor]]:
+    """Return the rows (k,) that failed in a block, for each reason."""
+    # A method of one's own may give none.
+    told = [info["reason"] for info in infos if "reason" in info]
+    return [(reason, (torch.stack(told) == reason).any(0)) for reason in FAILURES] if told else []

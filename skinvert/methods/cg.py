@@ -133,9 +133,8 @@ class CGInverse(InverseOperator):
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions of each row.
 
-        ``info`` holds ``residual`` (k,), ``converged`` (k,), ``n_iter`` (k,), ``n_products``: products of one row with
-        A, ``stagnated`` (k,): the dtype's floor was reached above the tolerance, and ``negative_curvature`` (k,): A is
-        not positive definite.
+        ``info`` holds ``residual`` (k,), ``converged`` (k,), ``reason`` (k,), ``n_iter`` (k,) and ``n_products``:
+        products of one row with A.
         """
         problem = Problem.of(self.operator, B, self.atol, starting_point(self.x0, B), products_with(self.operator))
         run = self._run(problem)
@@ -162,29 +161,28 @@ class CGInverse(InverseOperator):
             ),
             "n_iter": run.n_iter,
             "n_products": run.n_products,
-            "stagnated": run.stagnated & ~converged,
-            "negative_curvature": run.negative,
         }
         return InverseHvpResult(X, info)
 
     def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> list[InverseHvpResult]:
         """Return the result at every λ: by one Krylov run without a preconditioner and a start, else one by one.
 
-        The ``info`` of one run is ``residual``, ``converged`` and ``negative_curvature``, each (k,), and
-        ``n_products``, of all λ together. A λ at which a row has not converged is solved again by ``solve``, and judged
-        and warned of as there.
+        The ``info`` of one run is ``residual``, ``converged`` and ``reason``, each (k,), and ``n_products``, of all λ
+        together. A λ at which a row has not converged is solved again by ``solve``, and judged and warned of as there.
         """
         if self.preconditioner is not None or self.x0 is not None:
             return [self.at(shift).solve(B) for shift in hessian_perturbations]
         shifts = list(hessian_perturbations)
         X, info = shifted_cg(self.curvature, B, shifts, self.rtol, self.atol, self.maxiter, self.verbose)
-        names = ("residual", "converged", "negative_curvature")
         whole = {"n_products": info["n_products"], "approximate": False}
-        found = [InverseHvpResult(x, {name: info[name][i] for name in names} | whole) for i, x in enumerate(X)]
-        for _, own in found:
-            own["reason"] = reasons(own["converged"], Reason.STAGNATED)
-        done = info["converged"].all(1).tolist()
-        return [found[i] if done[i] else self.at(shift).solve(B) for i, shift in enumerate(shifts)]
+        results = []
+        for x, residual, converged, shift in zip(X, info["residual"], info["converged"], shifts, strict=True):
+            if bool(converged.all()):
+                own = {"residual": residual, "converged": converged, "reason": reasons(converged, Reason.STAGNATED)}
+                results.append(InverseHvpResult(x, own | whole))
+            else:
+                results.append(self.at(shift).solve(B))
+        return results
 
     def _run(self, problem: Problem) -> CGState:
         B, M = problem.B, self.preconditioner

@@ -33,9 +33,8 @@ class MINRES(Method):
     One product with A per iteration, for all right-hand sides under way together. Each row has its own Lanczos
     recurrence and stops on its own true residual: where the recurrence claims convergence r is recomputed, and a row
     whose claim was wrong goes on from there. A + λI may be singular: b in its range gives the pseudo-inverse's
-    solution; b outside it a least-squares one, its part in the null space arbitrary, flagged ``stagnated`` and never
-    ``converged``. Memory: nine arrays of
-    the size of b.
+    solution; b outside it a least-squares one, its part in the null space arbitrary, whose reason is STAGNATED. Memory:
+    nine arrays of the size of b.
 
     Parameters
     ----------
@@ -115,8 +114,8 @@ class MINRESInverse(InverseOperator):
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions of each row.
 
-        ``info`` holds ``residual`` (k,), ``converged`` (k,), ``n_iter`` (k,) and ``stagnated`` (k,): the dtype's floor
-        was reached above the tolerance, or b has a part outside the range of a singular A + λI.
+        ``info`` holds ``residual`` (k,), ``converged`` (k,), ``n_iter`` (k,) and ``reason`` (k,), STAGNATED where the
+        dtype's floor was reached above the tolerance, or b has a part outside the range of a singular A + λI.
         """
         problem = Problem.of(self.operator, B, self.atol, starting_point(self.x0, B), products_with(self.operator))
         # A hair less than is asked, so that the judgement, which sums in another order, agrees.
@@ -142,7 +141,6 @@ class MINRESInverse(InverseOperator):
                 converged, Reason.MAX_ITERATIONS, (Reason.STAGNATED, stagnated), (Reason.OUT_OF_RANGE, lost | ~held)
             ),
             "n_iter": run.n_iter,
-            "stagnated": stagnated,
         }
         return InverseHvpResult(X, info)
 

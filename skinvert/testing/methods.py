@@ -114,11 +114,8 @@ def check_solutions_are_finite(method: Method) -> None:
         _claim(x.shape == B.shape and x.dtype == B.dtype, "x has b's shape and dtype", (x.shape, x.dtype), problem)
         _claim(bool((x[1] == 0).all()), "x = 0 for b = 0", float(x[1].norm()), problem)
         _claim(bool((B == before).all()), "b is left as it was", "another b", problem)
-        for name in ("residual", "converged"):
+        for name in ("residual", "converged", "reason"):
             _claim(name in info and info[name].shape == (len(B),), f"info[{name!r}] has one entry a row", info, problem)
-        if "reason" in info:
-            told = (info["reason"] == Reason.CONVERGED).cpu()
-            _claim(bool((told == info["converged"].cpu()).all()), "`reason` says what `converged` does", info, problem)
 
 
 def check_residual_is_true(method: Method) -> None:
@@ -126,20 +123,21 @@ def check_residual_is_true(method: Method) -> None:
     for problem, inverse in _inverses(method):
         B = rows(5, problem.A.size, problem.A.dtype)
         x, info = inverse.solve(B)
-        expected, received = problem.residuals(B, x), info["residual"].double().cpu()
-        error = float((received - expected).abs().max())
-        tolerance = ROUNDING[B.dtype] * max(1.0, float(expected.max()))
-        _claim(error <= tolerance, f"the residual is the true {numbers(expected)}", numbers(received), problem)
+        _truly(problem, B, x, info["residual"], "the residual")
 
 
 def check_converged_is_true(method: Method) -> None:
-    """Hold that rows reported as converged solve the exact system, on indefinite matrices too."""
+    """Hold that rows reported as converged solve the exact system, on indefinite matrices too, and others say why."""
     for problem, inverse in _inverses(method):
         B = rows(5, problem.A.size, problem.A.dtype)
         x, info = inverse.solve(B)
-        claimed = problem.residuals(B, x)[info["converged"].cpu().bool()]
+        converged, told = info["converged"].cpu().bool(), info["reason"].cpu().tolist()
+        claimed = problem.residuals(B, x)[converged]
         limit = max(10 * type(method).accuracy, 10 * ROUNDING[B.dtype])
         _claim(bool((claimed <= limit).all()), "converged rows solve the system", numbers(claimed), problem)
+        _claim(set(told) <= set(Reason), "each `reason` is a Reason", told, problem)
+        agrees = converged.tolist() == [reason == Reason.CONVERGED for reason in told]
+        _claim(agrees, "`reason` is CONVERGED where `converged` is", told, problem)
 
 
 def check_exact_is_exact(method: Method) -> None:
@@ -197,10 +195,7 @@ def check_path_is_solve(method: Method) -> None:
             alone, own = inverse.at(shift).solve(B)
             _same(there, method, x, alone, "a path's x is that of solve")
             _claim(bool((info["converged"] == own["converged"]).all()), "both judge alike", info["converged"], there)
-            expected = there.residuals(B, x)
-            error = float((info["residual"].double().cpu() - expected).abs().max())
-            limit = ROUNDING[B.dtype] * max(1.0, float(expected.max()))
-            _claim(error <= limit, f"a path's residual is {numbers(expected)}", numbers(info["residual"]), there)
+            _truly(there, B, x, info["residual"], "a path's residual")
 
 
 def check_rows_are_alone(method: Method) -> None:
@@ -231,11 +226,15 @@ def check_solves_alike_twice(method: Method) -> None:
 
 
 def check_state_survives_pickling(method: Method) -> None:
-    """Hold that an inverse that was pickled solves as before, and serves another λ as before."""
+    """Hold that an inverse that was pickled solves as before, is judged as before, and serves another λ as before."""
     for problem, inverse in _inverses(method, definite=True):
         B, shift = rows(3, problem.A.size, problem.A.dtype), 2 * problem.shift
         loaded = pickle.loads(pickle.dumps(inverse))
-        _same(problem, method, loaded.solve(B).x, inverse.solve(B).x, "a pickled inverse solves as before")
+        x, info = loaded.judged_by(problem.A).solve(B)
+        _same(problem, method, x, inverse.solve(B).x, "a pickled inverse solves as before")
+        kept = loaded.hessian_perturbation
+        _claim(kept == inverse.hessian_perturbation, "a pickled inverse is at its λ", kept, problem)
+        _truly(problem, B, x, info["residual"], "a pickled inverse's residual")
         moved = loaded.at(shift).solve(B).x
         _same(problem.at(shift), method, moved, inverse.at(shift).solve(B).x, "it serves another λ as before")
 
@@ -290,6 +289,13 @@ def _same(problem: Problem, method: Method, X: torch.Tensor, Y: torch.Tensor, wh
     error = float((X.double() - Y.double()).norm()) / (size or 1.0)
     limit = 2 * problem.condition * max(type(method).accuracy, ROUNDING[X.dtype])
     _claim(error <= limit, f"{what}, within {limit:.2g}", f"{error:.3g} off", problem)
+
+
+def _truly(problem: Problem, B: torch.Tensor, X: torch.Tensor, received: torch.Tensor, what: str) -> None:
+    expected = problem.residuals(B, X)
+    error = float((received.double().cpu() - expected).abs().max())
+    limit = ROUNDING[B.dtype] * max(1.0, float(expected.max()))
+    _claim(error <= limit, f"{what} is the true {numbers(expected)}", numbers(received), problem)
 
 
 def _claim(holds: bool, what: str, got: object, problem: Problem | None = None) -> None:

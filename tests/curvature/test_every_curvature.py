@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import sklearn
 import torch
+from definitions import EXACT_TO, SETTINGS, definition_of
+from facts import KINDS, serving
 from oracles import Oracle, held_out_quadratic, matrix_error, oracle_matrix, relative_error, solution
 from problems import problem
 from sklearn.model_selection import GridSearchCV
@@ -219,17 +221,15 @@ def test_the_eigenvalues_of_ekfac_are_the_exact_diagonal_for_a_stranger_too():
 
 
 @STRANGE
-@pytest.mark.parametrize("method", ["direct", "cg", "nystroem", "diagonal", "lissa"])
+@pytest.mark.parametrize("method", serving(Curvature.faces))
 def test_inverts_by_name(name, method):
     case = case_of(weighted=False)
     b, H = case.right_hand_sides(2), expected_matrix(case, name)
     settings = case.settings(curvature=name, random_state=0)
-    inverter = HessianInverter(method, 1.0, **settings).fit(case.module, case.data)
+    inverter = HessianInverter(KINDS[method](**SETTINGS[method]), 1.0, **settings).fit(case.module, case.data)
     assert inverter.curvature_name_ == name
-    if method != "diagonal":
-        assert relative_error(inverter.transform(b), solution(H, 1.0, b)) <= {"lissa": 0.1}.get(method, 1e-6)
-    else:
-        assert relative_error(inverter.transform(b), b / (np.diag(H) + 1.0)) <= 1e-10
+    expected = definition_of(method)(case, name, H, 1.0, b)
+    assert relative_error(inverter.transform(b), expected) <= EXACT_TO.get(method, 1e-8)
 
 
 @STRANGE

@@ -7,26 +7,20 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from definitions import DEFINITIONS, EXACT_TO, ITERATIVE, SETTINGS
+from definitions import DEFINITIONS, EXACT_TO, SETTINGS
+from facts import CHOOSING, EVERY, ITERATIVE, KINDS, TIGHT, at_rest
 from oracles import oracle_matrix, perturbation_for, relative_error, solution
 from problems import number_of_rows, problem, table
 
-from skinvert import HessianInverter, InversionRegistry, TwiceDifferentiable
-from skinvert.methods.base import Method
+from skinvert import HessianInverter
 
 # What solves another system, or by another's work, is in test_every_method alone.
-NOT_EXACT = {"auto", *DEFINITIONS, *EXACT_TO}
-
-METHODS = {
-    name: kind
-    for (model_type, name), kind in InversionRegistry.registry.items()
-    if model_type is TwiceDifferentiable and isinstance(kind, type) and issubclass(kind, Method)
-}
-EXACT = [name for name in METHODS if name not in NOT_EXACT]
+ELSEWHERE = {*CHOOSING, *DEFINITIONS, *EXACT_TO}
+EXACT = [name for name in EVERY if name not in ELSEWHERE]
 
 
 def configured(name):
-    return METHODS[name](**SETTINGS.get(name, {}))
+    return KINDS[name](**SETTINGS[name])
 
 
 @pytest.mark.parametrize("method", EXACT)
@@ -68,8 +62,8 @@ def test_solves_in_float32(method, dtype, tolerance, model):
     H = oracle_matrix(single(case))
     shift = perturbation_for(H, 1e4)
     b = case.right_hand_sides(7).astype(np.float32)
-    settings = {"rtol": None if dtype is None else 1e-10, "maxiter": 10_000} if method in ITERATIVE else {}
-    inverter = HessianInverter(METHODS[method](**settings), shift, dtype=dtype, **case.settings())
+    settings = at_rest(method) if dtype is None else TIGHT[method]
+    inverter = HessianInverter(settings, shift, dtype=dtype, **case.settings())
     expected = solution(H, shift, b)
     received = inverter.fit(single(case).module, single(case).data).transform(b)
     assert received.dtype == np.float32
@@ -81,7 +75,7 @@ def test_reports_the_true_residual(method):
     case = problem("mlp", "mse", 0.1)
     A = oracle_matrix(case) + 3 * np.eye(case.p)
     b = case.right_hand_sides(7)
-    inverter = HessianInverter(METHODS[method](), 3.0, **case.settings()).fit(case.module, case.data)
+    inverter = HessianInverter(method, 3.0, **case.settings()).fit(case.module, case.data)
     x, info = inverter.solve(b)
     expected = np.linalg.norm(x @ A - b, axis=1) / np.linalg.norm(b, axis=1)
     np.testing.assert_allclose(info["residual"], expected, rtol=1e-3, atol=1e-14)

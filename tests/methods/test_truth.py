@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from definitions import TRUNCATED
+from facts import APPROXIMATE, FACTORISING, KINDS, SEMIDEFINITE, TIGHT, at_rest, serving
 from sklearn.exceptions import ConvergenceWarning
 from torch import nn
 
 from skinvert import HessianInverter, HessianInverterCV
 from skinvert.curvature import Gram
-from skinvert.methods import CG, KFAC, MINRES, Arnoldi, Diagonal, Direct, HarmonicMean, Nystroem
+from skinvert.methods import CG, KFAC, Direct, HarmonicMean
 from skinvert.methods.direct import DenseInverse
 from skinvert.methods.kfac import KroneckerInverse
 from skinvert.methods.null_space import zero_cut
@@ -27,13 +29,8 @@ from skinvert.operators import (
     LowRank,
 )
 
-APPROXIMATE = {
-    "kfac": "kfac",
-    "ekfac": "ekfac",
-    "diagonal": "diagonal",
-    "harmonic_mean": "harmonic_mean",
-    "arnoldi": Arnoldi(rank=4),
-    "nystroem": Nystroem(rank=4),
+METHODS = {name: TIGHT[name] for name in APPROXIMATE} | {
+    name: KINDS[name](**{**settings, "rank": 4}) for name, settings in TRUNCATED.items()
 }
 WORSE = "ignore:.* is worse than x = 0:sklearn.exceptions.ConvergenceWarning"
 
@@ -65,13 +62,9 @@ def matrix_of(net, data, curvature):
 
 
 def fitted(name, shift, **settings):
-    net, data = network()
-    inverter = HessianInverter(APPROXIMATE[name], shift, curvature=curvature_of(name), loss="cross_entropy", **settings)
-    return inverter.fit(net, data), matrix_of(net, data, curvature_of(name))
-
-
-def curvature_of(name):
-    return "empirical_fisher" if name == "harmonic_mean" else "ggn"
+    (net, data), curvature = network(), SEMIDEFINITE[name]
+    inverter = HessianInverter(METHODS[name], shift, curvature=curvature, loss="cross_entropy", **settings)
+    return inverter.fit(net, data), matrix_of(net, data, curvature)
 
 
 # -- approximate methods -----------------------------------------------------------------------------------------------
@@ -79,7 +72,7 @@ def curvature_of(name):
 
 @pytest.mark.filterwarnings(WORSE)
 @pytest.mark.parametrize("shift", [1e-3, 0.1, 1e5])
-@pytest.mark.parametrize("name", APPROXIMATE)
+@pytest.mark.parametrize("name", METHODS)
 def test_residual_is_against_the_exact_curvature(name, shift):
     inverter, H = fitted(name, shift)
     b = np.random.default_rng(0).standard_normal((5, len(H)))
@@ -93,7 +86,7 @@ def test_residual_is_against_the_exact_curvature(name, shift):
         np.testing.assert_allclose(info["residual_of_approximation"], gap, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", APPROXIMATE)
+@pytest.mark.parametrize("name", METHODS)
 def test_worse_than_zero_is_said_once_a_call(name):
     inverter, H = fitted(name, 1e-6)
     b = np.random.default_rng(0).standard_normal((5, len(H)))
@@ -103,7 +96,7 @@ def test_worse_than_zero_is_said_once_a_call(name):
         assert len(record) == 1
 
 
-@pytest.mark.parametrize("name", APPROXIMATE)
+@pytest.mark.parametrize("name", METHODS)
 def test_the_product_is_not_spent_where_it_is_not_asked_for(name, monkeypatch):
     inverter, H = fitted(name, 1e-6, check_residual=False)
     monkeypatch.setattr(type(inverter.curvature_), "apply", None)
@@ -112,7 +105,7 @@ def test_the_product_is_not_spent_where_it_is_not_asked_for(name, monkeypatch):
     assert HessianInverterCV(check_residual=False).get_params()["check_residual"] is False
 
 
-@pytest.mark.parametrize("name", APPROXIMATE)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.filterwarnings(WORSE)
 def test_a_loaded_one_does_not_claim_to_know(name):
     inverter, H = fitted(name, 1.0)
@@ -165,13 +158,13 @@ def ill_conditioned(decades, dtype, p=60):
     return torch.from_numpy(Q * np.logspace(0, -decades / 2, p)).to(dtype)
 
 
-@pytest.mark.parametrize("method", [Direct(), Arnoldi(rank=60), Nystroem(rank=60)], ids=lambda m: m.name)
+@pytest.mark.parametrize("name", FACTORISING)
 @pytest.mark.parametrize("decades", [2, 6])
-def test_path_is_solve_and_warns_alike(method, decades):
+def test_path_is_solve_and_warns_alike(name, decades):
     A = LowRank(ill_conditioned(decades, torch.float32).mT)
     H = A.rows.double().mT @ A.rows.double()
     b, shifts = torch.from_numpy(np.random.default_rng(1).standard_normal((3, 60))).float(), [1e-7, 1e-2]
-    inverse = method.invert(A, 1.0)
+    inverse = TIGHT[name].invert(A, 1.0)
     # Of direct, float32 has rounded the matrix itself.
     H = inverse.matrix.double() if isinstance(inverse, DenseInverse) else H
     said = []
@@ -204,15 +197,15 @@ def test_the_path_of_a_float32_direct_is_refined():
 
 @pytest.mark.parametrize("share", [0.7, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("method", [Direct(), Arnoldi(rank=50), Nystroem(rank=50), Diagonal(), CG(), MINRES()])
-def test_one_eigenvalue_is_zero_to_all_or_said(method, dtype, share):
+@pytest.mark.parametrize("name", serving(LowRank.faces))
+def test_one_eigenvalue_is_zero_to_all_or_said(name, dtype, share):
     d = torch.ones(50, dtype=dtype)
     d[-1] = share * zero_cut(d, 50)
     A, b = LowRank(torch.diag(d.sqrt())), torch.zeros(1, 50, dtype=dtype)
     b[0, -1] = d[-1]
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
-        x, info = method.invert(A, 0.0).solve(b)
+        x, info = at_rest(name).invert(A, 0.0).solve(b)
     right = abs(float(x[0, -1]) - 1) <= 0.1
     # Kept above the cut; below it kept, or left out with a word.
     assert right if share > 1 else (right or (len(record) == 1 and not bool(info["converged"])))
@@ -220,23 +213,23 @@ def test_one_eigenvalue_is_zero_to_all_or_said(method, dtype, share):
 
 
 # Not Nyström, whose stabilising shift leaves rounding in a null eigenvalue; its residual says so.
-@pytest.mark.parametrize("method", [Direct(), Arnoldi(rank=9)], ids=lambda m: m.name)
+@pytest.mark.parametrize("name", [name for name in FACTORISING if not KINDS[name].needs_psd])
 @pytest.mark.parametrize("shift", [1e-30, 1e-14])
-def test_nothing_is_cut_where_a_semi_definite_curvature_has_a_shift(method, shift):
+def test_nothing_is_cut_where_a_semi_definite_curvature_has_a_shift(name, shift):
     d = torch.tensor([0.0] + [1.0] * 8, dtype=torch.float64)
     A = LowRank(torch.diag(d.sqrt()))
     b = torch.zeros(1, 9, dtype=torch.float64)
     b[0, 0] = 1.0
-    x, info = method.invert(A, shift).solve(b)
+    x, info = TIGHT[name].invert(A, shift).solve(b)
     assert float(x[0, 0]) == pytest.approx(1 / shift) and bool(info["converged"])
 
 
-@pytest.mark.parametrize("method", [Direct(), Arnoldi(rank=9)], ids=lambda m: m.name)
-def test_a_negative_eigenvalue_just_below_the_cut_is_said(method):
+@pytest.mark.parametrize("name", [name for name in FACTORISING if not KINDS[name].needs_psd])
+def test_a_negative_eigenvalue_just_below_the_cut_is_said(name):
     d = torch.ones(9, dtype=torch.float64)
     d[0] = -2 * zero_cut(d, 9)
     with pytest.warns(scipy.linalg.LinAlgWarning, match="indefinite"):
-        method.invert(Dense(torch.diag(d)), 0.0)
+        TIGHT[name].invert(Dense(torch.diag(d)), 0.0)
 
 
 def test_kfac_inverts_a_negative_eigenvalue_and_says_so():

@@ -8,6 +8,7 @@ import torch
 from skinvert.methods import CG, Arnoldi, Direct, Nystroem
 from skinvert.methods.base import InverseOperator, Method, relative_residual
 from skinvert.operators import Shifted
+from skinvert.reasons import Reason, reasons
 from skinvert.results import InverseHvpResult
 from skinvert.testing import check_method, parametrize_with_methods
 
@@ -63,7 +64,10 @@ class PlainInverse(InverseOperator):
         converged = residual <= 1e-3
         if self.fault == "indefinite" and not self.positive_definite:
             converged = torch.ones_like(converged)
-        return InverseHvpResult(X, {"residual": residual, "converged": converged})
+        reason = reasons(converged, Reason.STAGNATED)
+        if self.fault == "reason":
+            reason[:] = Reason.STAGNATED
+        return InverseHvpResult(X, {"residual": residual, "converged": converged, "reason": reason})
 
     def at(self, hessian_perturbation):
         if self.fault == "at":
@@ -80,6 +84,10 @@ class PlainInverse(InverseOperator):
         state = super().__getstate__()
         if self.fault == "pickle":
             state["hessian_perturbation"] = 0.0
+        if self.fault == "shift":
+            # The solutions are as before; what they are judged by is not.
+            shift = state["hessian_perturbation"]
+            state |= {"hessian_perturbation": 0.0, "matrix": self.matrix + shift * torch.eye(self.size)}
         return state
 
 
@@ -109,9 +117,11 @@ def test_a_right_method_passes():
         ("twice", "check_exact_is_exact: x is that of a dense solve"),
         ("residual", "check_residual_is_true: the residual is the true"),
         ("indefinite", "check_converged_is_true: converged rows solve the system"),
+        ("reason", "check_converged_is_true: `reason` is CONVERGED where `converged` is"),
         ("at", r"check_another_shift_is_fresh: at\(.*\) is at it"),
         ("path", "check_path_is_solve: a path's x is that of solve"),
         ("pickle", "check_state_survives_pickling: a pickled inverse solves as before"),
+        ("shift", "check_state_survives_pickling: a pickled inverse is at its λ"),
         ("batch", "check_rows_are_alone: row 0 alone is as among others"),
         ("draws", "check_solves_alike_twice: two solves give the same x"),
         ("definite", "check_definite_is_definite: positive_definite is"),

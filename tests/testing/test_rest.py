@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from skinvert import HessianInverter
+from skinvert import HessianInverter, InverseHvpResult
 from skinvert.curvature import CURVATURES
 from skinvert.models import DiagonalHessian, Loss
 from skinvert.operators import Dense, DiagonalMatrix, LowRank
@@ -157,7 +157,16 @@ class Faulted(HessianInverter):
 
     def transform(self, X):
         x = super().transform(X)
-        return 1.1 * x if self.fault == "transform" else x
+        # Less than a method stops at which promises three digits.
+        return (1 + 1e-6) * x if self.fault == "transform" else x
+
+    def solve(self, b):
+        x, info = super().solve(b)
+        if self.fault == "converged":
+            x, info = 1.001 * x, {**info, "residual": torch.full_like(info["residual"], 1e-3)}
+        if self.fault == "batch":
+            x = (1 + 1e-3 * (self.batch_size or 0)) * x
+        return InverseHvpResult(x, info)
 
     def fit(self, X, y=None, sample_weight=None):
         if self.fault == "mode":
@@ -174,6 +183,8 @@ class Faulted(HessianInverter):
     ("fault", "method", "told"),
     [
         ("transform", "direct", "`solve` and `transform` give the same x"),
+        ("batch", "kfac", "batch_size=1 gives the same x"),
+        ("converged", "cg", "converged rows solve the system"),
         ("mode", "direct", "the model is left as it was"),
         ("seed", "arnoldi", "the method's random_state is 7"),
     ],

@@ -9,7 +9,7 @@ from typing import TypeGuard
 from torch import nn
 
 from ..._check import check_choice, must_be
-from ..._telling import warn
+from ..._naming import may_take
 from ..compiled import unwrapped
 from .base import Loss
 from .bce import BCE, BCEWithLogits
@@ -86,9 +86,7 @@ def register_loss(name: str, loss: Callable[[], object], *, overwrite: bool = Fa
     if name in _RESERVED:
         raise ValueError(must_be("name", f"another than {', '.join(map(repr, _RESERVED))}", repr(name)))
     _check_maker(loss)
-    if name in LOSSES and not overwrite:
-        warn(f"A loss {name!r} is already registered: the first is kept. Try overwrite=True.", UserWarning)
-    else:
+    if may_take(name, LOSSES, overwrite, f"A loss {name!r}"):
         LOSSES[name] = loss
 
 
