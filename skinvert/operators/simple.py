@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from .._check import check_shift, must_be
+from .._memory import rows_within
 from .base import LinearOperator, add_to_diagonal
 
 __all__ = ["Dense", "DiagonalMatrix", "LowRank", "Shifted"]
@@ -20,6 +21,13 @@ class Dense(LinearOperator):
     >>> Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]])).apply(torch.tensor([[1.0, 0.0]]))
     tensor([[2., 1.]])
     """
+
+    _fields: ClassVar[dict[str, str]] = {
+        "size": "int",
+        "dtype": "dtype",
+        "device": "device",
+        "matrix": "tensor[p,p]",
+    }
 
     def __init__(self, matrix: torch.Tensor) -> None:
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -38,6 +46,15 @@ class Dense(LinearOperator):
     def diagonal(self) -> torch.Tensor:
         """Return the diagonal of the matrix."""
         return self.matrix.diagonal().clone()
+
+    def apply_double(self, V: torch.Tensor) -> torch.Tensor:
+        """Return V A of float64 rows, summed in float64 over blocks of the matrix."""
+        product = torch.zeros_like(V)
+        step = rows_within(8 * self.size, self.size)
+        for start in range(0, self.size, step):
+            rows = slice(start, start + step)
+            product += V[:, rows] @ self.matrix[rows].double()
+        return product
 
 
 class DiagonalMatrix(LinearOperator):
@@ -76,6 +93,14 @@ class LowRank(LinearOperator):
     tensor([[1., 2.],
             [2., 4.]])
     """
+
+    _fields: ClassVar[dict[str, str]] = {
+        "size": "int",
+        "dtype": "dtype",
+        "device": "device",
+        "rows": "tensor[r,p]",
+        "penalty": "tensor[p]|None",
+    }
 
     is_psd = True
 
