@@ -19,6 +19,7 @@ from skinvert._state import Packed
 from skinvert.encoding import decode_state
 from skinvert.methods import EKFAC, KFAC, Arnoldi, Direct, Nystroem
 from skinvert.methods.dense import CholeskyInverse
+from skinvert.operators import Dense
 from skinvert.persistence import HEADER_BYTES, _checksum
 
 
@@ -259,9 +260,10 @@ def test_a_false_claim_of_semi_definiteness_clamps_nothing(tmp_path):
 def crafted_matrix(tmp_path, A):
     """Return the file of the inverse of A + 0.1 I, which claims that A is positive semi-definite."""
     inverter = fitted()
-    A = torch.from_numpy(A)
-    L = torch.linalg.cholesky(A + 0.1 * torch.eye(len(A)))
-    inverter.inverse_ = CholeskyInverse(A, L, 0.1, 1e-6, "", is_psd=True)
+    A = Dense(torch.from_numpy(A))
+    A.is_psd = True
+    L = torch.linalg.cholesky(A.matrix + 0.1 * torch.eye(A.size))
+    inverter.inverse_ = CholeskyInverse(A, L, 0.1, 1e-6)
     inverter.save(tmp_path / "file")
     return tmp_path / "file"
 

@@ -26,6 +26,7 @@ from skinvert.answers import OPTIONAL, file_fields
 from skinvert.curvature import Gram
 from skinvert.methods import CG, Arnoldi, Direct, Nystroem
 from skinvert.methods.dense import CholeskyInverse
+from skinvert.operators import Dense
 from skinvert.persistence import _checksum, load_state
 
 # -- the table: every method × fit × format, loaded in another process -------------------------------------------------
@@ -303,7 +304,7 @@ def test_an_object_met_twice_is_one_object(tmp_path):
     inverter.method = inverter.method_
     # The identity is its own basis of eigenvectors.
     A = torch.eye(3, dtype=torch.float64)
-    inverter.inverse_ = CholeskyInverse(A, A, 0.1, 1e-6, "").at(0.1)
+    inverter.inverse_ = CholeskyInverse(Dense(A), A, 0.1, 1e-6).at(0.1)
     inverter.inverse_.basis.rows = A
     loaded = reloaded(inverter, tmp_path)
     assert loaded.method is loaded.method_

@@ -10,11 +10,9 @@ import torch
 
 from .._check import must_be
 from ..operators import Dense, Eigenvectors, add_to_diagonal, check_dense_memory
-from ..reasons import Reason, reasons
 from ..results import InverseHvpResult
-from .base import InverseOperator, relative_residual, warn_not_converged
+from .base import InverseOperator, relative_residual
 from .condition import norm1, rcond
-from .refinement import double_residual
 from .spectral_inverse import SpectralInverse
 
 __all__ = ["CHOLESKY_COPIES", "CholeskyInverse", "factorise"]
@@ -23,20 +21,18 @@ __all__ = ["CHOLESKY_COPIES", "CholeskyInverse", "factorise"]
 CHOLESKY_COPIES, EIGEN_COPIES = 3, 3
 
 
-def factorise(
-    matrix: torch.Tensor, hessian_perturbation: float, rtol: float, hint: str, is_psd: bool = False
-) -> InverseOperator:
+def factorise(A: Dense, hessian_perturbation: float, rtol: float) -> InverseOperator:
     """Return the inverse of a dense matrix plus λI: by Cholesky where that is good enough, else by eigenvectors."""
-    if not bool(torch.isfinite(matrix).all()):
+    if not bool(torch.isfinite(A.matrix).all()):
         raise ValueError(must_be("The curvature", "finite", "NaN or infinity", "Look at the parameters."))
-    cholesky = _cholesky(matrix, hessian_perturbation)
+    cholesky = _cholesky(A.matrix, hessian_perturbation)
     if cholesky is not None:
-        inverse = CholeskyInverse(matrix, cholesky, hessian_perturbation, rtol, hint, is_psd)
+        inverse = CholeskyInverse(A, cholesky, hessian_perturbation, rtol)
         if inverse.serves():
             return inverse
         # One matrix less beside what `eigh` takes.
         del inverse, cholesky
-    return _decompose(Dense(matrix), hessian_perturbation, rtol, hint, is_psd)
+    return _decompose(A, hessian_perturbation, rtol)
 
 
 class CholeskyInverse(InverseOperator):
@@ -47,8 +43,6 @@ class CholeskyInverse(InverseOperator):
         "cholesky": "tensor[p,p]",
         "hessian_perturbation": "float",
         "rtol": "float",
-        "hint": "str",
-        "is_psd": "bool",
         "judges": "bool|missing",
     }
     _transient = ("exact", "_spectral")
@@ -59,18 +53,9 @@ class CholeskyInverse(InverseOperator):
     # Made when another λ is asked for.
     _spectral: SpectralInverse | None = None
 
-    def __init__(
-        self,
-        matrix: torch.Tensor,
-        cholesky: torch.Tensor,
-        hessian_perturbation: float,
-        rtol: float,
-        hint: str,
-        is_psd: bool = False,
-    ) -> None:
-        self.curvature, self.cholesky = Dense(matrix), cholesky
+    def __init__(self, A: Dense, cholesky: torch.Tensor, hessian_perturbation: float, rtol: float) -> None:
+        self.curvature, self.cholesky, self.rtol = A, cholesky, rtol
         self.hessian_perturbation = float(hessian_perturbation)
-        self.rtol, self.hint, self.is_psd = rtol, hint, is_psd
 
     @property
     def moves(self) -> bool:
@@ -89,14 +74,7 @@ class CholeskyInverse(InverseOperator):
 
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions. ``info`` holds ``residual`` (k,), ``converged`` (k,) and ``approximate`` False."""
-        X = self._refined(B)
-        residual = relative_residual(self.operator, B, X)
-        converged = residual <= self.rtol
-        hint = "Rounding does not allow less. Try dtype=torch.float64 or a larger hessian_perturbation."
-        warn_not_converged("direct", residual, converged, self.rtol, hint)
-        reason = reasons(converged, Reason.STAGNATED)
-        info = {"residual": residual, "converged": converged, "reason": reason, "approximate": False}
-        return InverseHvpResult(X, info)
+        return self.judged(B, self._refined(B))
 
     def at(self, hessian_perturbation: float) -> SpectralInverse:
         """Return the inverse at another λ, from the eigendecomposition of A."""
@@ -115,13 +93,13 @@ class CholeskyInverse(InverseOperator):
 
     def _decomposed(self) -> SpectralInverse:
         if self._spectral is None:
-            self._spectral = _decompose(self.curvature, self.hessian_perturbation, self.rtol, self.hint, self.is_psd)
+            self._spectral = _decompose(self.curvature, self.hessian_perturbation, self.rtol)
         return self._spectral
 
     def _refined(self, B: torch.Tensor) -> torch.Tensor:
-        """Solve, with one step of refinement where the matrix is float32, which loses the condition's digits."""
+        """Solve, with one step of refinement where the matrix is float32."""
         X = self._solve_once(B)
-        R = double_residual(self.curvature, self.hessian_perturbation, B, X)
+        R = self.curvature.refining_residual(B, X, self.hessian_perturbation)
         return X if R is None else X + self._solve_once(R)
 
     def _solve_once(self, B: torch.Tensor) -> torch.Tensor:
@@ -142,13 +120,13 @@ def _cholesky(matrix: torch.Tensor, hessian_perturbation: float) -> torch.Tensor
     return cholesky if int(info) == 0 and rcond(cholesky, norm) >= floor else None
 
 
-def _decompose(A: Dense, hessian_perturbation: float, rtol: float, hint: str, is_psd: bool) -> SpectralInverse:
+def _decompose(A: Dense, hessian_perturbation: float, rtol: float) -> SpectralInverse:
     """Return the inverse by the eigendecomposition of the matrix."""
     check_dense_memory(A, EIGEN_COPIES)
     eigenvalues, eigenvectors = torch.linalg.eigh(A.matrix)
     rounding = torch.finfo(A.dtype).eps ** 0.5 * float(eigenvalues.abs().max())
-    if is_psd and bool((eigenvalues >= -rounding).all()):
+    if A.is_psd and bool((eigenvalues >= -rounding).all()):
         # Rounding alone makes zero eigenvalues slightly negative; where there is more, the claim is wrong.
         eigenvalues = eigenvalues.clamp(min=0)
     basis = Eigenvectors(eigenvectors.mT)
-    return SpectralInverse(basis, eigenvalues, hessian_perturbation, name="direct", source=A, hint=hint, rtol=rtol)
+    return SpectralInverse(basis, eigenvalues, hessian_perturbation, name="direct", source=A, hint=A.hint, rtol=rtol)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from .._check import check_number
-from ..operators import LinearOperator, check_dense_memory
+from ..operators import Dense, LinearOperator, check_dense_memory
 from .assembly import assembled
 from .base import InverseOperator, Method, default_tolerance
 from .dense import CHOLESKY_COPIES, factorise
@@ -68,8 +68,9 @@ class Direct(Method):
             return SampleSpaceInverse(A, hessian_perturbation, shift, rtol, verbose)
         # The matrix and its factor; an eigendecomposition asks for more when it is needed.
         check_dense_memory(A, CHOLESKY_COPIES)
-        matrix = assembled(A, hessian_perturbation, verbose)
-        return factorise(matrix, hessian_perturbation, rtol, A.hint, A.is_psd)
+        dense = Dense(assembled(A, hessian_perturbation, verbose))
+        dense.is_psd, dense.hint = A.is_psd, A.hint
+        return factorise(dense, hessian_perturbation, rtol)
 
 
 def _positive_shift(A: LinearOperator, hessian_perturbation: float) -> torch.Tensor | None:

@@ -12,10 +12,9 @@ import torch
 from .._check import check_hessian_perturbation, must_be
 from .._memory import check_memory
 from ..operators import Eigenvectors, LinearOperator, LowRank, add_to_diagonal
-from ..reasons import Reason, reasons
 from ..results import InverseHvpResult
 from .assembly import check_factor
-from .base import InverseOperator, default_tolerance, relative_residual, warn_not_converged
+from .base import InverseOperator, default_tolerance, relative_residual
 from .spectral_inverse import SpectralInverse
 
 __all__ = ["SampleSpaceInverse"]
@@ -64,15 +63,7 @@ class SampleSpaceInverse(InverseOperator):
 
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions. ``info`` holds ``residual`` (k,) and ``converged`` (k,)."""
-        X = self._refined(B)
-        residual = relative_residual(self.operator, B, X)
-        converged = residual <= self.rtol
-        hint = "Rounding does not allow less at so small a shift. Try a larger hessian_perturbation"
-        hint += " or dtype=torch.float64." if self.dtype == torch.float32 else "."
-        warn_not_converged("direct", residual, converged, self.rtol, hint)
-        reason = reasons(converged, Reason.STAGNATED)
-        info = {"residual": residual, "converged": converged, "reason": reason, "approximate": False}
-        return InverseHvpResult(X, info)
+        return self.judged(B, self._refined(B))
 
     @property
     def moves(self) -> bool:

@@ -16,7 +16,6 @@ from ..reasons import Reason, reasons
 from ..results import InverseHvpResult
 from .base import InverseOperator, default_tolerance, relative_residual, warn_not_converged
 from .null_space import InvertedSpectrum, invert_spectrum
-from .refinement import double_residual
 
 __all__ = ["SpectralInverse"]
 
@@ -236,8 +235,8 @@ class SpectralInverse(InverseOperator):
         return X if across is None or self._drops else X + across / self._rest
 
     def _refined(self, B: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
-        """Take one step of refinement where the source has a float64 residual: float32 loses the condition's digits."""
-        R = double_residual(self.source, self.hessian_perturbation, B, X)
+        """Take one step of refinement where the source offers it."""
+        R = None if self.source is None else self.source.refining_residual(B, X, self.hessian_perturbation)
         return X if R is None else X + self._combined(*self._split(R))
 
     def _solved(self, B: torch.Tensor, along: torch.Tensor, across: torch.Tensor | None) -> InverseHvpResult:
@@ -259,8 +258,8 @@ class SpectralInverse(InverseOperator):
             if self.source is None:
                 info["residual_of_approximation"] = own
         if not self._untold:
-            hint = "Rounding does not allow less. Try dtype=torch.float64 or a larger hessian_perturbation."
-            warn_not_converged(self.name, judged[~outside], judged[~outside] <= self.rtol, self.rtol, hint)
+            inside = judged[~outside]
+            warn_not_converged(self.name, inside, inside <= self.rtol, self.rtol, self.not_solved)
         return InverseHvpResult(X, info)
 
     def _no_complement(self) -> str:

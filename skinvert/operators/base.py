@@ -21,17 +21,11 @@ __all__ = ["FACES", "LinearOperator", "add_to_diagonal", "as_scipy", "check_dens
 
 
 # What an operator may offer beside products, its matrix and its diagonal; ``LinearOperator.faces`` says which it has.
-FACES = (
-    "factor",
-    "factor_chunks",
-    "sample_factors",
-    "gradient_rows",
-    "kronecker_factors",
-    "minibatch",
-    "apply_double",
-)
+FACES = ("factor", "factor_chunks", "sample_factors", "gradient_rows", "kronecker_factors", "minibatch")
 # What computes, and so is made right under any ambient state of autograd.
 _COMPUTED = ("apply", "to_dense", "diagonal", "signals", *FACES)
+# What a file holds of every operator.
+ON_ROWS = {"size": "int", "dtype": "dtype", "device": "device"}
 
 
 class LinearOperator(TensorState, ABC):
@@ -118,6 +112,10 @@ class LinearOperator(TensorState, ABC):
         """Return a positive semi-definite operator that stands for this one in preconditioners; None where none is."""
         return self if self.is_psd else None
 
+    def refining_residual(self, B: torch.Tensor, X: torch.Tensor, shift: float) -> torch.Tensor | None:
+        """Return b − (A + λI) x as one step of refinement wants it; None where that is not at hand, or not needed."""
+        return None
+
     # -- optional faces --------------------------------------------------------------------------------------------
 
     @property
@@ -155,10 +153,6 @@ class LinearOperator(TensorState, ABC):
     def minibatch(self, rows: torch.Tensor) -> LinearOperator:
         """Return an unbiased estimate of A from the samples of these indices (m,)."""
         self._lacks("minibatch")
-
-    def apply_double(self, V: torch.Tensor) -> torch.Tensor:
-        """Return A v for float64 rows V (k, p), summed in float64: what refines the solutions of a float32 matrix."""
-        self._lacks("apply_double")
 
     def _lacks(self, face: str) -> NoReturn:
         raise TypeError(must_be("The operator", f"one with `{face}`", f"a {type(self).__name__}"))

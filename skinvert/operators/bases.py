@@ -83,7 +83,7 @@ class Eigenvectors(Basis):
     tensor([[3.]])
     """
 
-    _fields: ClassVar[dict[str, str]] = {"rows": "tensor[r,p]"}
+    _fields = {"rows": "tensor[r,p]"}
     of_curvature = True
 
     def __init__(self, rows: torch.Tensor) -> None:
@@ -125,11 +125,7 @@ class KroneckerBasis(Basis):
         i.
     """
 
-    _fields: ClassVar[dict[str, str]] = {
-        "left": "tensor[d,d]|tensor[q,d,d]",
-        "right": "tensor[i,i]|None|tensor[q,i,i]",
-        "inputs": "int",
-    }
+    _fields = {"left": "tensor[d,d]|tensor[q,d,d]", "right": "tensor[i,i]|None|tensor[q,i,i]", "inputs": "int"}
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor | None, inputs: int) -> None:
         self.left, self.right, self.inputs = left, right, int(inputs)
@@ -181,7 +177,7 @@ class StandardBasis(Basis):
     Each is judged by itself: it counts, however small beside the others, unless rounding of its own makes θ + λ zero.
     """
 
-    _fields: ClassVar[dict[str, str]] = {"length": "int"}
+    _fields = {"length": "int"}
 
     def __init__(self, size: int) -> None:
         self.length = int(size)
@@ -220,7 +216,7 @@ class BlockBasis(Basis):
         Which entries of a row each block has, in its own order: all of 0, …, p − 1, each once.
     """
 
-    _fields: ClassVar[dict[str, str]] = {"bases": "list[Basis]", "order": "index[p]"}
+    _fields = {"bases": "list[Basis]", "order": "index[p]"}
 
     def __init__(self, bases: Sequence[Basis], indices: Sequence[torch.Tensor]) -> None:
         self.bases = list(bases)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 
-from .base import LinearOperator
+from .base import ON_ROWS, LinearOperator
 from .placing import in_chunks, join_blocks, order_of, split_blocks
 
 __all__ = ["BlockDiagonal"]
@@ -32,14 +31,7 @@ class BlockDiagonal(LinearOperator):
     tensor([[ 2., 10.,  3.]])
     """
 
-    _fields: ClassVar[dict[str, str]] = {
-        "size": "int",
-        "dtype": "dtype",
-        "device": "device",
-        "operators": "list[LinearOperator]",
-        "is_psd": "bool",
-        "order": "index[p]|None",
-    }
+    _fields = {**ON_ROWS, "operators": "list[LinearOperator]", "is_psd": "bool", "order": "index[p]|None"}
 
     def __init__(self, operators: Sequence[LinearOperator], indices: Sequence[torch.Tensor] | None = None) -> None:
         first = operators[0]

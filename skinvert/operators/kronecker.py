@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 
-from .base import LinearOperator
+from .base import ON_ROWS, LinearOperator
 
 __all__ = ["Kronecker"]
 
@@ -28,13 +27,7 @@ class Kronecker(LinearOperator):
     tensor([[2., 2.]])
     """
 
-    _fields: ClassVar[dict[str, str]] = {
-        "size": "int",
-        "dtype": "dtype",
-        "device": "device",
-        "left": "tensor[d,d]|tensor[q,d,d]",
-        "right": "tensor[i,i]|tensor[i]|tensor[q,i,i]",
-    }
+    _fields = {**ON_ROWS, "left": "tensor[d,d]|tensor[q,d,d]", "right": "tensor[i,i]|tensor[i]|tensor[q,i,i]"}
 
     is_psd = True
 

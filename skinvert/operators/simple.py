@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 
 from .._check import check_shift, must_be
 from .._memory import rows_within
-from .base import LinearOperator, add_to_diagonal
+from .base import ON_ROWS, LinearOperator, add_to_diagonal
 
 __all__ = ["Dense", "DiagonalMatrix", "LowRank", "Shifted"]
 
@@ -22,12 +20,7 @@ class Dense(LinearOperator):
     tensor([[2., 1.]])
     """
 
-    _fields: ClassVar[dict[str, str]] = {
-        "size": "int",
-        "dtype": "dtype",
-        "device": "device",
-        "matrix": "tensor[p,p]",
-    }
+    _fields = {**ON_ROWS, "matrix": "tensor[p,p]", "is_psd": "bool|missing", "hint": "str|missing"}
 
     def __init__(self, matrix: torch.Tensor) -> None:
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -47,25 +40,23 @@ class Dense(LinearOperator):
         """Return the diagonal of the matrix."""
         return self.matrix.diagonal().clone()
 
-    def apply_double(self, V: torch.Tensor) -> torch.Tensor:
-        """Return V A of float64 rows, summed in float64 over blocks of the matrix."""
-        product = torch.zeros_like(V)
+    def refining_residual(self, B: torch.Tensor, X: torch.Tensor, shift: float) -> torch.Tensor | None:
+        """Return that of a float32 matrix, summed in float64 by blocks: float32 loses the digits of the condition."""
+        if self.dtype != torch.float32:
+            return None
+        X = X.double()
+        residual = B.double() - shift * X
         step = rows_within(8 * self.size, self.size)
         for start in range(0, self.size, step):
             rows = slice(start, start + step)
-            product += V[:, rows] @ self.matrix[rows].double()
-        return product
+            residual -= X[:, rows] @ self.matrix[rows].double()
+        return residual.to(B.dtype)
 
 
 class DiagonalMatrix(LinearOperator):
     """The operator of a diagonal matrix, given as its diagonal (p,)."""
 
-    _fields: ClassVar[dict[str, str]] = {
-        "size": "int",
-        "dtype": "dtype",
-        "device": "device",
-        "entries": "tensor[p]",
-    }
+    _fields = {**ON_ROWS, "entries": "tensor[p]"}
 
     def __init__(self, entries: torch.Tensor) -> None:
         super().__init__(len(entries), entries.dtype, entries.device)
@@ -94,13 +85,7 @@ class LowRank(LinearOperator):
             [2., 4.]])
     """
 
-    _fields: ClassVar[dict[str, str]] = {
-        "size": "int",
-        "dtype": "dtype",
-        "device": "device",
-        "rows": "tensor[r,p]",
-        "penalty": "tensor[p]|None",
-    }
+    _fields = {**ON_ROWS, "rows": "tensor[r,p]", "penalty": "tensor[p]|None"}
 
     is_psd = True
 
@@ -142,15 +127,7 @@ class Shifted(LinearOperator):
     tensor([1.5000, 1.5000])
     """
 
-    _fields: ClassVar[dict[str, str]] = {
-        "size": "int",
-        "dtype": "dtype",
-        "device": "device",
-        "operator": "LinearOperator",
-        "shift": "float",
-        "is_psd": "bool",
-        "hint": "str",
-    }
+    _fields = {**ON_ROWS, "operator": "LinearOperator", "shift": "float", "is_psd": "bool", "hint": "str"}
 
     def __init__(self, operator: LinearOperator, shift: float) -> None:
         super().__init__(operator.size, operator.dtype, operator.device)

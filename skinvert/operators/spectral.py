@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 
-from .base import LinearOperator
+from .base import ON_ROWS, LinearOperator
 from .bases import Basis
 
 __all__ = ["Spectral"]
@@ -22,15 +20,7 @@ class Spectral(LinearOperator):
     tensor([[2.0000, 0.5000]])
     """
 
-    _fields: ClassVar[dict[str, str]] = {
-        "size": "int",
-        "dtype": "dtype",
-        "device": "device",
-        "basis": "Basis",
-        "values": "tensor[r]",
-        "rest": "float",
-        "is_psd": "bool",
-    }
+    _fields = {**ON_ROWS, "basis": "Basis", "values": "tensor[r]", "rest": "float", "is_psd": "bool"}
 
     def __init__(self, basis: Basis, values: torch.Tensor, rest: float = 0.0) -> None:
         super().__init__(basis.size, values.dtype, values.device)

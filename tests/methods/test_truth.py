@@ -358,4 +358,4 @@ def test_a_wrong_factor_is_an_error():
 def test_cholesky_is_kept_at_an_ordinary_condition_in_float32():
     # 10·p·eps would have sent p = 3,000 to an eigendecomposition at condition 280.
     d = torch.logspace(0, -3, 400)
-    assert isinstance(factorise(torch.diag(d), 0.0, 1e-3, ""), CholeskyInverse)
+    assert isinstance(factorise(Dense(torch.diag(d)), 0.0, 1e-3), CholeskyInverse)
