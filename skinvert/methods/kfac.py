@@ -46,6 +46,9 @@ class KFAC(Method):
     and modules named ...Norm with one weight an entry) have the curvature's exact diagonal. In every chunk of the data
     the factors' product is held against the derivative by the weights themselves.
 
+    Eigenvalues of A + λI within rounding of their layer's largest are left out (the pseudo-inverse); those of the exact
+    diagonal are judged one by one, as ``diagonal`` does. With λ > 0 and a positive semi-definite A none is left out.
+
     It costs one pass with c backward passes for c outputs, O(d³ + i³) per layer, and d² + i² numbers twice over.
 
     Parameters

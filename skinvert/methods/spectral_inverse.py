@@ -288,6 +288,8 @@ class SpectralInverse(InverseOperator):
     def _outside(self, B: torch.Tensor, along: torch.Tensor) -> torch.Tensor:
         """Return which rows have a part along what is left out, and warn of them."""
         found = self.inverted
+        if not found.n_lost:
+            return torch.zeros(len(B), dtype=torch.bool, device=B.device)
         outside = (along * found.lost).norm(dim=1) > self.rtol * B.norm(dim=1)
         if bool(outside.any()):
             double = " or dtype=torch.float64" if self.dtype == torch.float32 else ""

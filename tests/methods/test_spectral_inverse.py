@@ -77,7 +77,10 @@ def problem(case, dtype, aligned):
     Q = np.zeros((P, P))
     Q[order] = scipy.linalg.block_diag(np.kron(U, V), np.eye(4))
     theta = np.concatenate([np.outer(g, a).ravel(), rest])
-    tensor = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(dtype)  # noqa: E731
+
+    def tensor(array):
+        return torch.from_numpy(np.array(array)).to(dtype)
+
     place = torch.from_numpy(order)
     block = KroneckerBlock("fc", place[:6].reshape(2, 3), tensor(U * g @ U.T), tensor(V * a @ V.T), None)
     return Layered(tensor(Q * theta @ Q.T), block, place[6:], tensor(rest)), Q, theta, shift
@@ -225,7 +228,7 @@ def bases():
     return {
         "dense": (Eigenvectors(tensor(W).mT), W),
         "thin": (Eigenvectors(tensor(W[:, :2].T.copy())), W[:, :2]),
-        "kronecker": (KroneckerBasis(tensor(U), tensor(V), 3), np.kron(U, V)),
+        "kronecker": (KroneckerBasis(tensor(W), tensor(V), 3), np.kron(W, V)),
         "kronecker, diagonal": (KroneckerBasis(tensor(U), None, 5), np.kron(U, np.eye(5))),
         "kronecker, groups": (KroneckerBasis(tensor(np.stack([U, U.T])), tensor(np.stack([W, W])), 4), groups),
         "axes": (StandardBasis(4), np.eye(4)),
