@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from inspect import isgeneratorfunction
@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["ordinary", "ordinary_methods", "ordinary_state", "own_tensor"]
+__all__ = ["flat", "ordinary", "ordinary_methods", "ordinary_state", "own_tensor"]
 
 _DEVICE_TYPES = tuple(kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(kind))
 
@@ -41,6 +41,15 @@ def ordinary_methods(cls: type, names: Iterable[str]) -> None:
         method = cls.__dict__.get(name)
         if isinstance(method, FunctionType) and not vars(method).get("__isabstractmethod__", False):
             setattr(cls, name, ordinary(method))
+
+
+def flat(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return tensors as one vector (p,), through which derivatives pass as through the tensors.
+
+    Each is multiplied by 1, so that what comes back to it is a tensor of its own: a slice of the whole's may start at
+    an odd place of memory, of which ``view_as_complex`` makes no view.
+    """
+    return torch.cat([part.reshape(-1) * 1 for part in parts])
 
 
 @contextmanager

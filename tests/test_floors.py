@@ -17,7 +17,11 @@ import ast
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from skinvert import HessianInverter
 
 PACKAGE = Path(__file__).parents[1] / "skinvert"
 
@@ -240,3 +244,43 @@ def _is_literal_dunder(node):
     except ValueError:
         return False
     return True
+
+
+@pytest.mark.parametrize(
+    ("method", "rooms"),
+    [
+        ("direct", ["inverter", "methods", "solvers", "operators"]),
+        ("cg", ["inverter", "methods", "solvers", "operators", "curvature"]),
+    ],
+)
+def test_the_rooms_above_the_foundation_that_rows_pass(method, rooms):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    X, y = torch.randn(20, 4, dtype=torch.float64), torch.arange(20) % 3
+    inverter = HessianInverter(method, 1.0, curvature="ggn", loss="cross_entropy").fit(net, (X, y))
+    b = torch.randn(2, inverter.n_features_in_, dtype=torch.float64)
+    assert _rooms_that_hold(b.shape, lambda: inverter.solve(b)) == rooms
+
+
+def _rooms_that_hold(shape, call):
+    """Return the rooms with a function that is given rows of this shape, in the order of the first such call."""
+    found = {}
+
+    def note(frame, event, _):
+        package, _, module = frame.f_globals.get("__name__", "").partition(".")
+        room = module.partition(".")[0]
+        if event == "call" and package == PACKAGE.name and FLOORS.get(room, 0) > 0:
+            given = [part for value in frame.f_locals.values() for part in (value if _is_pair(value) else [value])]
+            if any(isinstance(value, torch.Tensor | np.ndarray) and value.shape == shape for value in given):
+                found.setdefault(room)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return list(found)
+
+
+def _is_pair(value):
+    return type(value) in (list, tuple)

@@ -8,6 +8,8 @@ from typing import TypeAlias
 
 import torch
 
+from .._autograd import flat
+
 __all__ = ["Products", "flat_products", "forward_products"]
 
 # Rows (k, ...) to rows (k, ...).
@@ -33,7 +35,7 @@ def forward_products(outputs: torch.Tensor, theta: list[torch.Tensor]) -> Produc
         return lambda V: V.new_zeros(len(V), len(outputs), outputs[:1].numel())
     dummy = torch.zeros_like(outputs, requires_grad=True)
     pulled = torch.autograd.grad(outputs, theta, dummy, create_graph=True, materialize_grads=True)
-    along = flat_products(torch.cat([part.reshape(-1) for part in pulled]), [dummy])
+    along = flat_products(flat(pulled), [dummy])
     return lambda V: along(V).reshape(len(V), len(outputs), -1)
 
 
@@ -81,11 +83,11 @@ class _FlatProducts:
             is_grads_batched=batched,
             allow_unused=True,
         )
-        flat = [
+        rows = [
             v.new_zeros(*lead, variable.numel()) if part is None else part.reshape(*lead, -1)
             for part, variable in zip(parts, self.variables, strict=True)
         ]
-        return torch.cat(flat, dim=-1).detach()
+        return torch.cat(rows, dim=-1).detach()
 
     def _empty(self, V: torch.Tensor) -> torch.Tensor:
         return V.new_zeros(0, sum(variable.numel() for variable in self.variables))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._autograd import ordinary, own_tensor
+from .._autograd import flat, ordinary, own_tensor
 from .._check import must_be, resolve_device, resolve_dtype
 from .._checksum import checksum
 from .._progress import progress as progress_bar
@@ -425,7 +425,7 @@ def _flat_grad(
         hint = "Is something computed from parameters kept between calls, as a `cached_property` is? Compute it anew."
         message = must_be("The model's forward pass", "one that makes its own graph", "part of an earlier one's", hint)
         raise ValueError(message) from error
-    return torch.cat([part.reshape(-1) for part in parts])
+    return flat(parts) if create_graph else torch.cat([part.reshape(-1) for part in parts])
 
 
 def _without_fused_rnn(module: nn.Module, device: torch.device) -> AbstractContextManager[None]:

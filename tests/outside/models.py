@@ -394,6 +394,37 @@ def float_at_the_end():
     return classified(Floats(), must="dtype|float", dtype=D)
 
 
+class Fourier(nn.Module):
+    """Complex weights behind an odd number of real ones, so that they start at an odd place of a flat vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.w = nn.Parameter(torch.ones(1)), nn.Parameter(torch.randn(3, 2))
+        self.c = nn.Linear(4, 3)
+
+    def forward(self, x):
+        waves = torch.fft.rfft(torch.tanh(self.scale * x), dim=1) * torch.view_as_complex(self.w)
+        return self.c(torch.fft.irfft(waves, n=4, dim=1))
+
+
+class Waves(Fourier):
+    """The same, written out in real numbers."""
+
+    def forward(self, x):
+        h, angle = torch.tanh(self.scale * x), torch.arange(4.0, dtype=D)[:, None] * torch.arange(3) * (torch.pi / 2)
+        re, im = h @ angle.cos(), -h @ angle.sin()
+        u, v = self.w.mT
+        counted = torch.tensor([0.25, 0.5, 0.25], dtype=D)
+        result = ((re * u - im * v) * counted) @ angle.cos().mT - ((re * v + im * u) * counted) @ angle.sin().mT
+        return self.c(result)
+
+
+def complex_weights():
+    model, twin = Fourier().double(), Waves().double()
+    twin.load_state_dict(model.state_dict())
+    return classified(model, twin)
+
+
 class PlainTensor(Net):
     def __init__(self):
         super().__init__()
@@ -502,6 +533,7 @@ CASES = {
     "autocast inside": autocast_inside,
     "autocast inside, and back": autocast_hidden,
     "float() at the end": float_at_the_end,
+    "complex weights": complex_weights,
     "plain tensor attribute": plain_tensor_attribute,
     "writes into its input": writes_into_its_input,
     "Lazy": lazy,

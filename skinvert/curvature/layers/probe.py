@@ -101,7 +101,8 @@ def _watched(
         # The expanded results of a layer that all samples share do not fit the model.
         if not touched:
             raise
-    why = "sees the same for every sample" if any(layer.shared for layer in touched) else "in an attention of its own"
+    shared = any(layer.shared for layer in touched)
+    why = "sees as many rows for more samples" if shared else "in an attention of its own"
     return None, {name: why for layer in touched for name in layer.names}
 
 
