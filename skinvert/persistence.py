@@ -27,7 +27,7 @@ from .encoding import LeftOut, Writer, decode_state, plain
 
 __all__ = ["left_out", "load_state", "refusing_damage", "require_present", "save_state"]
 
-FORMAT, VERSION = "skinvert", 3
+FORMAT, VERSION = "skinvert", 4
 HEADER = ("format", "version", "kind", "state", "sha256")
 # Names of parameters and plain values, no numbers of a curvature: a larger header is none of ours.
 HEADER_BYTES = 16 * 2**20

@@ -18,7 +18,8 @@ from skinvert import HessianInverter
 from skinvert._state import Packed
 from skinvert.encoding import decode_state
 from skinvert.methods import EKFAC, KFAC, Arnoldi, Direct, Nystroem
-from skinvert.methods.direct import DenseInverse
+from skinvert.methods.dense import CholeskyInverse
+from skinvert.operators import Dense
 from skinvert.persistence import HEADER_BYTES, _checksum
 
 
@@ -128,30 +129,43 @@ def test_an_object_is_no_part_of_itself(tmp_path):
         skinvert.load(crafted(tmp_path, change, fitted(on="net", blocks="layer")))
 
 
+def fields_of(state, class_name):
+    """Return the [key, value] pairs of the objects of this class."""
+    return [found[1][1] for found in state["objects"] if found[0].endswith(f".{class_name}")]
+
+
+def pair_of(fields, name):
+    return next(pair for pair in fields if pair[0] == name)
+
+
 @pytest.mark.parametrize("letter", ["cholesky", "matrix"])
 def test_two_arrays_of_one_shape_are_not_exchanged(letter, tmp_path):
     def change(state, arrays):
-        fields = dict(next(found for found in state["objects"] if found[0].endswith("DenseInverse"))[1][1])
-        other = {"cholesky": "matrix", "matrix": "cholesky"}[letter]
-        fields[letter][2] = fields[other][2]
+        cholesky = pair_of(fields_of(state, "CholeskyInverse")[0], "cholesky")[1]
+        matrix = pair_of(fields_of(state, "Dense")[0], "matrix")[1]
+        if letter == "cholesky":
+            cholesky[2] = matrix[2]
+        else:
+            matrix[2] = cholesky[2]
 
     with pytest.raises(ValueError, match="another answer"):
         skinvert.load(crafted(tmp_path, change))
 
 
 @pytest.mark.parametrize(
-    ("method", "class_name", "field", "other"),
+    ("method", "field"),
     [
-        ("diagonal", "DiagonalInverse", "entries", "values"),
-        ("kfac", "KroneckerInverse", "spectrum", "inverted"),
-        (Arnoldi(rank=5), "LowRankInverse", "complement", 1.0),
+        *itertools.product(["diagonal", "kfac", "ekfac", Arnoldi(rank=5), Nystroem(rank=5)], ["spectrum"]),
+        *itertools.product([Arnoldi(rank=5), Nystroem(rank=5)], ["complement"]),
     ],
 )
-def test_another_lambda_is_served_as_before(method, class_name, field, other, tmp_path):
+def test_another_spectrum_is_refused(method, field, tmp_path):
     def change(state, arrays):
-        fields = next(found for found in state["objects"] if found[0].endswith(class_name))[1][1]
-        value = dict(fields)[other] if isinstance(other, str) else other
-        next(pair for pair in fields if pair[0] == field)[1] = value
+        fields = fields_of(state, "SpectralInverse")[0]
+        if field == "spectrum":
+            arrays[pair_of(fields, field)[1][2][1]] += 0.3
+        else:
+            pair_of(fields, field)[1] = 1.0
 
     with pytest.raises(ValueError, match="another answer"):
         skinvert.load(crafted(tmp_path, change, fitted(method, on="net")))
@@ -161,28 +175,42 @@ def test_another_lambda_is_served_as_before(method, class_name, field, other, tm
     ("saved", "class_name", "field", "value", "message"),
     [
         # One block has a Cholesky factor, so that the whole is never asked for another λ, and one eigenvectors.
-        ("mixed", "DenseInverse", "eigenvectors", None, "all of the eigendecomposition"),
-        ("mixed", "DenseInverse", "inverted", None, "all of the eigendecomposition"),
-        ("mixed", "DenseInverse", "eigenvalues", None, "all of the eigendecomposition"),
-        ("mixed", "DenseInverse", "eigenvalues", "inverted", "DenseInverse.cut must be"),
-        ("mixed", "DenseInverse", "eigenvectors", "matrix", "eigendecomposition must be"),
-        ("mixed", "DenseInverse", "positive_definite", True, "DenseInverse.positive_definite must be"),
-        ("mixed", "DenseInverse", "cut", 0.5, "DenseInverse.cut must be"),
+        ("mixed", "SpectralInverse", "basis", None, "basis must be of type Basis"),
+        ("mixed", "SpectralInverse", "spectrum", None, "spectrum must be of type tensor"),
+        ("mixed", "SpectralInverse", "spectrum", np.flip, "eigendecomposition must be"),
+        ("mixed", "SpectralInverse", "spectrum", lambda theta: theta[:1], "spectrum must be of length"),
+        ("mixed", "Eigenvectors", "rows", np.transpose, "eigendecomposition must be"),
+        ("mixed", "SpectralInverse", "source", "basis", "source must be of type LinearOperator"),
+        ("mixed", "SpectralInverse", "positive_definite", True, "SpectralInverse.positive_definite must be"),
+        ("mixed", "SpectralInverse", "approximate", True, "SpectralInverse.approximate must be"),
+        ("mixed", "SpectralInverse", "filter", "none", "filter must be one of"),
+        # What θ, λ and the basis decide is in no file.
+        ("mixed", "SpectralInverse", "cut", 0.5, "alone"),
+        ("mixed", "SpectralInverse", "inverted", "spectrum", "alone"),
+        ("mixed", "SpectralInverse", "_inverted", "spectrum", "alone"),
         ("mixed", "BlockInverse", "positive_definite", True, "BlockInverse.positive_definite must be"),
         ("mixed", "BlockInverse", "keeps_operator", True, "BlockInverse.keeps_operator must be"),
-        ("direct", "DenseInverse", "positive_definite", False, "a positive definite one"),
-        ("direct", "DenseInverse", "rtol", 0.5, "rtol of the inverse must be"),
-        ("direct", "DenseInverse", "rtol", -1.0, "rtol of the inverse must be"),
+        ("direct", "CholeskyInverse", "positive_definite", False, "alone"),
+        ("direct", "CholeskyInverse", "_spectral", "curvature", "alone"),
+        ("direct", "CholeskyInverse", "cholesky", None, "cholesky must be of type tensor"),
+        ("direct", "CholeskyInverse", "rtol", 0.5, "rtol of the inverse must be"),
+        ("direct", "CholeskyInverse", "rtol", -1.0, "rtol of the inverse must be"),
         ("sample space", "SampleSpaceInverse", "positive_definite", False, "a positive definite one"),
         ("sample space", "SampleSpaceInverse", "penalty", "inverse_shift", "shift must be that of λ"),
         ("sample space", "SampleSpaceInverse", "damped", "shift", "a Cholesky factor, or"),
-        ("arnoldi", "LowRankInverse", "approximate", False, "LowRankInverse.approximate must be"),
-        ("arnoldi", "LowRankInverse", "positive_definite", False, "LowRankInverse.positive_definite must be"),
-        ("arnoldi", "LowRankInverse", "cut", 0.5, "LowRankInverse.cut must be"),
-        ("diagonal", "DiagonalInverse", "positive_definite", False, "DiagonalInverse.positive_definite must be"),
-        ("kfac", "KroneckerInverse", "positive_definite", False, "KroneckerInverse.positive_definite must be"),
-        ("kfac", "KroneckerInverse", "n_lost", 3, "KroneckerInverse.n_lost must be"),
-        ("kfac", "KroneckerInverse", "lost", "inverted", "KroneckerInverse.lost must be"),
+        ("arnoldi", "SpectralInverse", "approximate", False, "SpectralInverse.approximate must be"),
+        ("arnoldi", "SpectralInverse", "positive_definite", False, "SpectralInverse.positive_definite must be"),
+        ("arnoldi", "SpectralInverse", "rtol", 0.5, "rtol of the inverse must be"),
+        ("diagonal", "SpectralInverse", "approximate", False, "SpectralInverse.approximate must be"),
+        ("diagonal", "SpectralInverse", "positive_definite", False, "SpectralInverse.positive_definite must be"),
+        ("diagonal", "StandardBasis", "length", 10**12, "The inverse must be of size"),
+        ("kfac", "SpectralInverse", "approximate", False, "SpectralInverse.approximate must be"),
+        ("kfac", "SpectralInverse", "positive_definite", False, "SpectralInverse.positive_definite must be"),
+        ("kfac", "SpectralInverse", "spectrum", np.flip, "eigendecomposition must be"),
+        ("kfac", "SpectralInverse", "lost", "spectrum", "alone"),
+        ("kfac", "SpectralInverse", "n_lost", 3, "alone"),
+        ("kfac", "KroneckerBasis", "inputs", 7, "The inverse must be of size"),
+        ("ekfac", "SpectralInverse", "spectrum", np.flip, "another answer"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::scipy.linalg.LinAlgWarning")
@@ -194,11 +222,15 @@ def test_what_contradicts_itself_is_refused(saved, class_name, field, value, mes
     }.get(saved, lambda: fitted(saved, on="net"))()
 
     def change(state, arrays):
-        found = [entry[1][1] for entry in state["objects"] if entry[0].endswith(class_name)]
-        # Of the mixed blocks, the one with eigenvalues.
-        fields = next(each for each in found if saved != "mixed" or dict(each).get("eigenvalues", True) is not None)
-        pair = next(pair for pair in fields if pair[0] == field)
-        pair[1] = dict(fields)[value] if isinstance(value, str) else value
+        fields = fields_of(state, class_name)[0]
+        if field not in dict(fields):
+            fields.append([field, None])
+        pair = pair_of(fields, field)
+        if callable(value):
+            name = pair[1][2][1]
+            arrays[name] = np.ascontiguousarray(value(arrays[name]))
+        else:
+            pair[1] = dict(fields).get(value, value) if isinstance(value, str) else value
 
     with pytest.raises(ValueError, match=message):
         skinvert.load(crafted(tmp_path, change, inverter))
@@ -228,7 +260,10 @@ def test_a_false_claim_of_semi_definiteness_clamps_nothing(tmp_path):
 def crafted_matrix(tmp_path, A):
     """Return the file of the inverse of A + 0.1 I, which claims that A is positive semi-definite."""
     inverter = fitted()
-    inverter.inverse_ = DenseInverse(torch.from_numpy(A), 0.1, 1e-6, "", is_psd=True)
+    A = Dense(torch.from_numpy(A))
+    A.is_psd = True
+    L = torch.linalg.cholesky(A.matrix + 0.1 * torch.eye(A.size))
+    inverter.inverse_ = CholeskyInverse(A, L, 0.1, 1e-6)
     inverter.save(tmp_path / "file")
     return tmp_path / "file"
 
@@ -354,9 +389,9 @@ ATOMS = [
     ),
     *([], {}, ["list", []], ["dict", []], ["object", 0], ["object", 1], ["array", "array0"], FUNCTION),
     *(
-        "methods.direct.DenseInverse",
+        "methods.dense.CholeskyInverse",
         "operators.simple.DiagonalMatrix",
-        "methods.kfac.KroneckerInverse",
+        "methods.spectral_inverse.SpectralInverse",
         "parameters.ParameterLayout",
     ),
 ]

@@ -25,7 +25,8 @@ import skinvert
 from skinvert import HessianInverter
 from skinvert.answers import OPTIONAL, file_fields
 from skinvert.methods import CG, Arnoldi, Direct, Nystroem
-from skinvert.methods.direct import DenseInverse
+from skinvert.methods.dense import CholeskyInverse
+from skinvert.operators import Dense
 from skinvert.persistence import _checksum, load_state
 
 # -- the table: every method × fit × format, loaded in another process -------------------------------------------------
@@ -292,7 +293,7 @@ def test_a_map_of_a_file_is_not_written_to(tmp_path):
     write(on_rows(), tmp_path / "file", "joblib")
     expected = (tmp_path / "file").read_bytes()
     loaded = joblib.load(tmp_path / "file", mmap_mode="r")
-    loaded.inverse_.matrix.zero_()
+    loaded.inverse_.curvature.matrix.zero_()
     assert (tmp_path / "file").read_bytes() == expected
 
 
@@ -300,13 +301,14 @@ def test_an_object_met_twice_is_one_object(tmp_path):
     inverter = on_rows()
     inverter.method = inverter.method_
     # The identity is its own basis of eigenvectors.
-    inverter.inverse_ = DenseInverse(torch.eye(3, dtype=torch.float64), 0.1, 1e-6, "").at(0.1)
-    inverter.inverse_.eigenvectors = inverter.inverse_.matrix
+    A = torch.eye(3, dtype=torch.float64)
+    inverter.inverse_ = CholeskyInverse(Dense(A), A, 0.1, 1e-6).at(0.1)
+    inverter.inverse_.basis.rows = A
     loaded = reloaded(inverter, tmp_path)
     assert loaded.method is loaded.method_
-    assert loaded.inverse_.eigenvectors.data_ptr() == loaded.inverse_.matrix.data_ptr()
-    # The matrix, its eigenvalues, those inverted, and the answer.
-    assert len(list(safetensors.safe_open(tmp_path / "file", framework="numpy").keys())) == 4
+    assert loaded.inverse_.basis.rows.data_ptr() == loaded.inverse_.source.matrix.data_ptr()
+    # The matrix, its eigenvalues, and the answer.
+    assert len(list(safetensors.safe_open(tmp_path / "file", framework="numpy").keys())) == 3
 
 
 # -- model, loss and data stay behind ----------------------------------------------------------------------------------
@@ -349,7 +351,7 @@ def test_a_fitted_inverter_is_searched_by_two_processes():
 
 def test_a_copy_within_the_process_shares_the_tensors():
     inverse = on_rows().inverse_
-    assert copy.copy(inverse).matrix is inverse.matrix
+    assert copy.copy(inverse).curvature is inverse.curvature
 
 
 def test_a_fitted_inverter_transforms_in_a_worker():
@@ -423,7 +425,7 @@ def test_operators_move_to_the_device(tmp_path):
     kinds = {"HessianInverter": (file_fields(HessianInverter), OPTIONAL)}
     _, state = load_state(tmp_path / "file", kinds, torch.device("meta"))
     inverse = state["inverse_"]
-    assert inverse.device.type == inverse.matrix.device.type == inverse.cholesky.device.type == "meta"
+    assert inverse.device.type == inverse.curvature.matrix.device.type == inverse.cholesky.device.type == "meta"
 
 
 def test_skops_refuses_a_torch_model_by_name(tmp_path):
@@ -438,10 +440,10 @@ def test_a_fit_on_the_gpu_loads_without_one_and_moves_back(tmp_path):
     inverter = HessianInverter("direct", 0.1, device="cuda").fit(X)
     for form in ("pickle", "skops", "safetensors"):
         loaded = reloaded(inverter, tmp_path, form)
-        assert loaded.inverse_.matrix.device.type == loaded.inverse_.device.type == "cpu"
+        assert loaded.inverse_.curvature.matrix.device.type == loaded.inverse_.device.type == "cpu"
         np.testing.assert_allclose(loaded.transform(X), inverter.transform(X), rtol=1e-9)
     moved = skinvert.load(tmp_path / "file", device="cuda")
-    assert moved.inverse_.matrix.is_cuda
+    assert moved.inverse_.curvature.matrix.is_cuda
     np.testing.assert_array_equal(moved.transform(X), inverter.transform(X))
 
 
@@ -491,15 +493,15 @@ def _damaged(whole, trial, generator):
 
 def _with_another_class(path):
     header = header_of(path)
-    return {"state": header["state"].replace("methods.direct.DenseInverse", "os.system")}
+    return {"state": header["state"].replace("methods.dense.CholeskyInverse", "os.system")}
 
 
 @pytest.mark.parametrize(
     ("header", "message"),
     [
         ({"format": "pt"}, "a file that `save` wrote. Got a safetensors file of format 'pt'"),
-        ({"version": "4"}, "of version 3. Got version 4 instead. Try a newer skinvert"),
-        ({"version": "1"}, "of version 3. Got version 1 instead. Fit again and save again"),
+        ({"version": "5"}, "of version 4. Got version 5 instead. Try a newer skinvert"),
+        ({"version": "1"}, "of version 4. Got version 1 instead. Fit again and save again"),
         ({"version": "one"}, "Got a damaged one"),
         ({"kind": "Other"}, "do not fit their checksum"),
         ({"sha256": "0" * 64}, "do not fit their checksum"),
@@ -555,7 +557,7 @@ def signed(path, **header):
 def test_a_name_outside_the_table_is_never_looked_up(name, tmp_path):
     on_rows().save(tmp_path / "file")
     state = header_of(tmp_path / "file")["state"]
-    signed(tmp_path / "file", state=state.replace("methods.direct.DenseInverse", name))
+    signed(tmp_path / "file", state=state.replace("methods.dense.CholeskyInverse", name))
     with pytest.raises(ValueError, match="a state that cannot be read"):
         skinvert.load(tmp_path / "file")
 

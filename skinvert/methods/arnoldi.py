@@ -9,11 +9,10 @@ from sklearn.exceptions import ConvergenceWarning
 
 from .._check import check_choice, check_number, must_be
 from .._telling import warn
-from ..operators import LinearOperator
+from ..operators import Eigenvectors, LinearOperator, zero_cut
 from ..solvers.lanczos import by_magnitude, eigenpairs, seeded
 from .base import InverseOperator, Method
-from .low_rank import LowRankInverse
-from .null_space import zero_cut
+from .spectral_inverse import SpectralInverse
 
 __all__ = ["Arnoldi"]
 
@@ -92,14 +91,9 @@ class Arnoldi(Method):
         # By rounding alone, unless they were given: those may be of another matrix.
         if A.is_psd and (self.decomposition is None or bool((values >= -zero_cut(values, A.size)).all())):
             values = values.clamp(min=0)
-        inverse = LowRankInverse(
-            values,
-            vectors,
-            self._mean_of_rest(A, values),
-            hessian_perturbation,
-            approximate=len(values) < A.size,
-            name=self.name,
-            hint=A.hint,
+        basis, complement = Eigenvectors(vectors), self._mean_of_rest(A, values)
+        inverse = SpectralInverse(
+            basis, values, hessian_perturbation, name=self.name, complement=complement, hint=A.hint
         )
         return inverse.judged_by(A)
 

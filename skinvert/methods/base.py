@@ -237,6 +237,21 @@ class InverseOperator(TensorState, ABC):
             return torch.full((len(B),), torch.nan, dtype=torch.float64, device=B.device)
         return relative_residual(shifted(self.exact, self.hessian_perturbation), B, X)
 
+    def judged(self, B: torch.Tensor, X: torch.Tensor) -> InverseHvpResult:
+        """Return the solutions of an inverse that keeps A itself, with their residuals; warn of what is not solved."""
+        residual = relative_residual(self.operator, B, X)
+        converged = residual <= self.tolerance
+        warn_not_converged(self.name, residual, converged, self.tolerance, self.not_solved)
+        reason = reasons(converged, Reason.STAGNATED)
+        info = {"residual": residual, "converged": converged, "reason": reason, "approximate": False}
+        return InverseHvpResult(X, info)
+
+    @property
+    def not_solved(self) -> str:
+        """What to say of a row that a factorisation does not solve."""
+        double = "dtype=torch.float64 or " if self.dtype == torch.float32 else ""
+        return f"Rounding does not allow less. Try {double}a larger hessian_perturbation."
+
     def verdict(
         self,
         B: torch.Tensor,

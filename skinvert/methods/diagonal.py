@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import scipy.linalg
-import torch
-
-from .._check import check_hessian_perturbation, must_be
-from .._telling import warn
-from ..operators import DiagonalMatrix, LinearOperator
-from ..results import InverseHvpResult
-from .base import InverseOperator, Method, default_tolerance, relative_residual
-from .null_space import zero_cut
+from ..operators import LinearOperator, StandardBasis
+from .base import InverseOperator, Method
+from .null_space import without_rounding
+from .spectral_inverse import SpectralInverse
 
 __all__ = ["Diagonal"]
 
@@ -35,6 +30,7 @@ class Diagonal(Method):
 
     Examples
     --------
+    >>> import torch
     >>> from skinvert.operators import Dense
     >>> inverse = Diagonal().invert(Dense(torch.tensor([[1.0, 0.5], [0.5, 3.0]])), 1.0)
     >>> inverse.solve(torch.tensor([[2.0, 2.0]])).x
@@ -49,80 +45,6 @@ class Diagonal(Method):
 
     def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> InverseOperator:
         """Compute the diagonal of A."""
-        return DiagonalInverse(A.diagonal(), hessian_perturbation, A.hint).judged_by(A)
-
-
-class DiagonalInverse(InverseOperator):
-    """(diag(A) + λI)⁻¹, or its pseudo-inverse."""
-
-    _fields: ClassVar[dict[str, str]] = {
-        "entries": "tensor[p]",
-        "hessian_perturbation": "float",
-        "hint": "str",
-        "judges": "bool|missing",
-        "values": "tensor[p]",
-        "inverted": "tensor[p]",
-        "positive_definite": "bool",
-    }
-
-    approximate = True
-    name = "diagonal"
-
-    def __init__(self, entries: torch.Tensor, hessian_perturbation: float, hint: str) -> None:
-        if not bool(torch.isfinite(entries).all()):
-            raise ValueError(must_be("The curvature", "finite", "NaN or infinity", "Look at the parameters."))
-        self.entries, self.hint = entries, hint
-        self.hessian_perturbation = check_hessian_perturbation(hessian_perturbation)
-        # A difference of terms whose size is not known: only what is negative can be told to be rounding.
-        rounding = (entries < 0) & (entries >= -zero_cut(entries, 1))
-        self.values = torch.where(rounding, 0.0, entries) + self.hessian_perturbation
-        self.inverted = torch.where(self.values != 0, 1 / self.values, 0.0)
-        least = float(self.values.min()) if len(entries) else 1.0
-        self.positive_definite = least > 0
-        if least < 0:
-            warn(
-                f"diag(A) + λI is indefinite: its smallest entry is {least:.3g}, at hessian_perturbation="
-                f"{self.hessian_perturbation:.3g}. It is inverted as it is. {self.hint}",
-                scipy.linalg.LinAlgWarning,
-            )
-
-    @property
-    def operator(self) -> LinearOperator:
-        """The diagonal matrix diag(A) + λI."""
-        return DiagonalMatrix(self.values)
-
-    @property
-    def preconditions(self) -> bool:
-        """Whether no entry is negative: where one is zero, so are the row and the column of a semi-definite A."""
-        return bool((self.values >= 0).all())
-
-    def solve(self, B: torch.Tensor) -> InverseHvpResult:
-        """Return the solutions, or pseudo-solutions where an entry is zero.
-
-        ``info`` holds ``residual`` (k,) against the exact A + λI, ``converged`` (k,) by it,
-        ``residual_of_approximation`` (k,), of diag(A) + λI, and ``approximate`` True.
-        """
-        X = self.apply(B)
-        own = relative_residual(self.operator, B, X)
-        outside = (B * (self.inverted == 0)).norm(dim=1) > default_tolerance(B.dtype) * B.norm(dim=1)
-        if bool(outside.any()):
-            warn(
-                f"diag(A) + λI is singular ({int((self.inverted == 0).sum())} of {self.size} entries are zero) and "
-                f"{int(outside.sum())} of {len(B)} right-hand sides have a part there: it is left out. "
-                "Try hessian_perturbation > 0.",
-                scipy.linalg.LinAlgWarning,
-            )
-        return InverseHvpResult(X, self.verdict(B, X, own, outside))
-
-    def apply(self, V: torch.Tensor) -> torch.Tensor:
-        """Return the solutions alone."""
-        return V * self.inverted
-
-    def precondition(self, R: torch.Tensor) -> torch.Tensor:
-        """Return the solutions, with r itself where an entry is zero, so that no direction is lost."""
-        return torch.where(self.inverted == 0, R, R * self.inverted)
-
-    def at(self, hessian_perturbation: float) -> DiagonalInverse:
-        """Return the inverse at another λ, from the same diagonal."""
-        other = DiagonalInverse(self.entries, hessian_perturbation, self.hint)
-        return other.judged_as(self)
+        entries = without_rounding(A.diagonal())
+        basis = StandardBasis(len(entries))
+        return SpectralInverse(basis, entries, hessian_perturbation, name=self.name, hint=A.hint).judged_by(A)

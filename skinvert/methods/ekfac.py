@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-
 from ..operators import LinearOperator
 from .base import Method
-from .kfac import KroneckerInverse, factors_of, placed, rotated
+from .kfac import factors_of, inverse_of_layers, with_penalty
+from .spectral_inverse import SpectralInverse
 
 __all__ = ["EKFAC"]
 
@@ -39,8 +38,8 @@ class EKFAC(Method):
     --------
     One parameter, G A = 6 and the re-fitted 8.
 
-    >>> from skinvert.operators import KroneckerBlock, KroneckerFactors
-    >>> from skinvert.operators import DiagonalMatrix
+    >>> import torch
+    >>> from skinvert.operators import DiagonalMatrix, KroneckerBlock, KroneckerFactors
     >>> one = torch.ones(1, 1)
     >>> class Layered(DiagonalMatrix):
     ...     def kronecker_factors(self, approx, unsupported, verbose=0):
@@ -63,11 +62,10 @@ class EKFAC(Method):
         self.approx = approx
         self.unsupported = unsupported
 
-    def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> KroneckerInverse:
+    def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> SpectralInverse:
         """Compute the factors, their eigenbases and the eigenvalues in them."""
         factors = factors_of(A, self.approx, self.unsupported, verbose)
         bases = [block.decompose()[0] for block in factors.blocks]
-        eigenvalues: list[torch.Tensor] = factors.refit(bases)
-        blocks = [rotated(*parts) for parts in zip(factors.blocks, bases, eigenvalues, strict=True)]
-        spectrum = placed(factors, blocks)
-        return KroneckerInverse(spectrum, spectrum, hessian_perturbation, self.name).judged_by(A)
+        refitted = zip(factors.blocks, bases, factors.refit(bases), strict=True)
+        pairs = [(basis, with_penalty(block, basis, eigenvalues)) for block, basis, eigenvalues in refitted]
+        return inverse_of_layers(factors, pairs, hessian_perturbation, name=self.name).judged_by(A)

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from .._check import check_choice, check_hessian_perturbation
+from .._check import check_choice
 from ..operators import (
+    Basis,
+    BlockBasis,
     BlockDiagonal,
     DiagonalMatrix,
-    Eigenbasis,
     Kronecker,
+    KroneckerBasis,
     KroneckerBlock,
     KroneckerFactors,
     LinearOperator,
-    Rotated,
     Shifted,
+    Spectral,
+    StandardBasis,
 )
-from ..results import InverseHvpResult
-from .base import InverseOperator, Method, default_tolerance, relative_residual, warn_not_converged
-from .null_space import invert_spectrum, warn_of_indefinite, warn_of_null_part
+from .base import Method
+from .null_space import without_rounding
+from .spectral_inverse import SpectralInverse
 
 __all__ = ["KFAC"]
 
@@ -42,6 +45,9 @@ class KFAC(Method):
     every sample (positions) counts once a sample. The scale and shift of norms (torch's own, BatchNorm in eval mode,
     and modules named ...Norm with one weight an entry) have the curvature's exact diagonal. In every chunk of the data
     the factors' product is held against the derivative by the weights themselves.
+
+    Eigenvalues of A + λI within rounding of their layer's largest are left out (the pseudo-inverse); those of the exact
+    diagonal are judged one by one, as ``diagonal`` does. With λ > 0 and a positive semi-definite A none is left out.
 
     It costs one pass with c backward passes for c outputs, O(d³ + i³) per layer, and d² + i² numbers twice over.
 
@@ -67,7 +73,7 @@ class KFAC(Method):
     --------
     One block, G = 2 and A = 3; for a model, ``HessianInverter("kfac")``.
 
-    >>> from skinvert.operators import KroneckerBlock, KroneckerFactors
+    >>> from skinvert.operators import DiagonalMatrix, KroneckerBlock, KroneckerFactors
     >>> one = torch.ones(1, 1)
     >>> class Layered(DiagonalMatrix):
     ...     def kronecker_factors(self, approx, unsupported, verbose=0):
@@ -89,131 +95,56 @@ class KFAC(Method):
         self.approx = approx
         self.unsupported = unsupported
 
-    def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> KroneckerInverse:
+    def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> SpectralInverse:
         """Compute the factors and their eigenbases."""
         factors = factors_of(A, self.approx, self.unsupported, verbose)
-        pairs = [block.decompose() for block in factors.blocks]
-        spectrum = [rotated(block, *pair) for block, pair in zip(factors.blocks, pairs, strict=True)]
-        blocks = [_own(block, pair) for block, pair in zip(factors.blocks, spectrum, strict=True)]
-        inverse = KroneckerInverse(placed(factors, blocks), placed(factors, spectrum), hessian_perturbation, self.name)
+        pairs = []
+        for block in factors.blocks:
+            basis, eigenvalues = block.decompose()
+            pairs.append((basis, with_penalty(block, basis, eigenvalues)))
+        sources = [_own(block, *pair) for block, pair in zip(factors.blocks, pairs, strict=True)]
+        inverse = inverse_of_layers(factors, pairs, hessian_perturbation, name=self.name, sources=sources)
         return inverse.judged_by(A)
 
 
-class KroneckerInverse(InverseOperator):
-    """(A + λI)⁻¹ of a block-diagonal A with known eigenbases.
-
-    Eigenvalues of A + λI within rounding of their block's largest are left out (the pseudo-inverse), and a right-hand
-    side with a part in their span is warned of; with A positive semi-definite and λ > 0 none is. Negative ones are
-    inverted as they are, with a warning.
-
-    Parameters
-    ----------
-    curvature : BlockDiagonal
-        A, whose products judge the solutions.
-    spectrum : BlockDiagonal
-        The same A by its eigenbases: blocks ``Rotated`` and ``DiagonalMatrix``.
-    hessian_perturbation : float
-        λ.
-    """
-
-    _fields: ClassVar[dict[str, str]] = {
-        "curvature": "LinearOperator",
-        "spectrum": "LinearOperator",
-        "hessian_perturbation": "float",
-        "name": "str",
-        "judges": "bool|missing",
-        "inverted": "LinearOperator",
-        "lost": "LinearOperator",
-        "n_lost": "int",
-        "positive_definite": "bool",
-    }
-
-    approximate = True
-    curvature: BlockDiagonal
-
-    def __init__(
-        self, curvature: BlockDiagonal, spectrum: BlockDiagonal, hessian_perturbation: float, name: str = "kfac"
-    ) -> None:
-        self.curvature, self.spectrum, self.name = curvature, spectrum, name
-        self.hessian_perturbation = check_hessian_perturbation(hessian_perturbation)
-        shift = self.hessian_perturbation
-        found = [invert_spectrum(_eigenvalues(block), shift, block.size) for block in spectrum.operators]
-        self.inverted = spectrum.with_operators(
-            [_of_eigenvalues(block, each.inverse) for block, each in zip(spectrum.operators, found, strict=True)]
-        )
-        self.lost = spectrum.with_operators(
-            [
-                _of_eigenvalues(block, each.lost.to(spectrum.dtype))
-                for block, each in zip(spectrum.operators, found, strict=True)
-            ]
-        )
-        self.n_lost = sum(int(each.lost.sum()) for each in found)
-        self.positive_definite = all(each.positive_definite for each in found)
-        if any(each.indefinite for each in found):
-            least = f"the approximation has the eigenvalue {min(each.least for each in found):.3g}"
-            hint = 'Try curvature="ggn".'
-            warn_of_indefinite(least, self.hessian_perturbation, "The solution is no minimiser.", hint)
-
-    def apply(self, V: torch.Tensor) -> torch.Tensor:
-        """Return the solutions alone, without a residual."""
-        return self.inverted.apply(V)
-
-    def solve(self, B: torch.Tensor) -> InverseHvpResult:
-        """Return the solutions.
-
-        ``info`` holds ``residual`` (k,) against the exact curvature, ``converged`` (k,) by it,
-        ``residual_of_approximation`` (k,), and ``approximate`` True.
-        """
-        X, tolerance = self.apply(B), default_tolerance(B.dtype)
-        own = relative_residual(self.operator, B, X)
-        outside = torch.zeros_like(own, dtype=torch.bool)
-        if self.n_lost:
-            outside = self.lost.apply(B).norm(dim=1) > tolerance * B.norm(dim=1)
-            what = f"The approximate A + λI is singular ({self.n_lost} of {self.size} eigenvalues are zero)"
-            warn_of_null_part(what, outside, "Try hessian_perturbation > 0.")
-        hint = "Rounding does not allow less. Try a larger hessian_perturbation or dtype=torch.float64."
-        warn_not_converged(self.name, own[~outside], own[~outside] <= tolerance, tolerance, hint)
-        return InverseHvpResult(X, self.verdict(B, X, own, outside))
-
-    def at(self, hessian_perturbation: float) -> KroneckerInverse:
-        """Return the inverse at another λ, from the same eigenbases."""
-        other = KroneckerInverse(self.curvature, self.spectrum, hessian_perturbation, self.name)
-        return other.judged_as(self)
-
-
-def factors_of(A: Any, approx: str, unsupported: str, verbose: int) -> KroneckerFactors:
+def factors_of(A: LinearOperator, approx: str, unsupported: str, verbose: int) -> KroneckerFactors:
     """Return the factors of a layered curvature, for checked settings."""
     check_choice(approx, "approx", ["expand", "reduce"])
     check_choice(unsupported, "unsupported", ["error", "diagonal"])
     return A.kronecker_factors(approx=approx, unsupported=unsupported, verbose=verbose)
 
 
-def rotated(block: KroneckerBlock, basis: Eigenbasis, eigenvalues: torch.Tensor) -> Rotated:
-    """Return Q diag(e + diag(QᵀRQ)) Qᵀ, with R the penalty."""
+def with_penalty(block: KroneckerBlock, basis: KroneckerBasis, eigenvalues: torch.Tensor) -> torch.Tensor:
+    """Return e + diag(QᵀRQ), flat, with R the penalty: itself where it is one value."""
     uniform = block.uniform_penalty
     if uniform is None and block.penalty is not None:
-        return Rotated(basis, eigenvalues + basis.quadratic(block.penalty))
-    return Rotated(basis, eigenvalues + (uniform or 0.0))
+        return eigenvalues.reshape(-1) + basis.quadratic(block.penalty)
+    return eigenvalues.reshape(-1) + (uniform or 0.0)
 
 
-def placed(factors: KroneckerFactors, operators: Sequence[LinearOperator]) -> BlockDiagonal:
-    """Return the layers' operators, and the exact diagonal of the rest, where their parameters lie."""
-    indices = [block.index for block in factors.blocks]
-    if not len(factors.rest):
-        return BlockDiagonal(operators, indices)
-    return BlockDiagonal([*operators, DiagonalMatrix(factors.rest_diagonal)], [*indices, factors.rest])
+def inverse_of_layers(
+    factors: KroneckerFactors,
+    pairs: Sequence[tuple[KroneckerBasis, torch.Tensor]],
+    hessian_perturbation: float,
+    *,
+    name: str,
+    sources: Sequence[LinearOperator] | None = None,
+) -> SpectralInverse:
+    """Return the inverse of the layers' eigenbases and eigenvalues, and of the exact diagonal of the rest."""
+    indices: list[torch.Tensor] = [block.index for block in factors.blocks]
+    bases: list[Basis] = [basis for basis, _ in pairs]
+    spectra = [eigenvalues for _, eigenvalues in pairs]
+    operators = list(sources or [])
+    if len(factors.rest):
+        diagonal = without_rounding(factors.rest_diagonal)
+        indices, spectra = [*indices, factors.rest], [*spectra, diagonal]
+        bases, operators = [*bases, StandardBasis(len(diagonal))], [*operators, DiagonalMatrix(diagonal)]
+    source = None if sources is None else BlockDiagonal(operators, indices)
+    hint, basis, spectrum = 'Try curvature="ggn".', BlockBasis(bases, indices), torch.cat(spectra)
+    return SpectralInverse(basis, spectrum, hessian_perturbation, name=name, source=source, hint=hint)
 
 
-def _own(block: KroneckerBlock, spectral: Rotated) -> LinearOperator:
+def _own(block: KroneckerBlock, basis: KroneckerBasis, eigenvalues: torch.Tensor) -> LinearOperator:
     """Return G ⊗ A plus the penalty, from the factors themselves where the penalty allows it."""
     uniform = block.uniform_penalty
-    return spectral if uniform is None else Shifted(Kronecker(block.left, block.right), uniform)
-
-
-def _eigenvalues(block: Any) -> torch.Tensor:
-    return block.entries if isinstance(block, DiagonalMatrix) else block.eigenvalues
-
-
-def _of_eigenvalues(block: Any, eigenvalues: torch.Tensor) -> LinearOperator:
-    """Return the operator of other eigenvalues along the eigenvectors of a block."""
-    return DiagonalMatrix(eigenvalues) if isinstance(block, DiagonalMatrix) else Rotated(block.basis, eigenvalues)
+    return Spectral(basis, eigenvalues) if uniform is None else Shifted(Kronecker(block.left, block.right), uniform)

@@ -2,90 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import scipy.linalg
 import torch
 
-from .._telling import warn
+from .._check import check_choice, must_be
+from ..operators import Basis, zero_cut
 
-__all__ = ["InvertedSpectrum", "invert_spectrum", "warn_of_indefinite", "warn_of_null_part", "zero_cut"]
+__all__ = ["FILTERS", "InvertedSpectrum", "invert_spectrum", "without_rounding"]
 
 
-def zero_cut(values: torch.Tensor, size: int) -> float:
-    """Return (10 + √p)·eps·max|θ|: how far from zero a null eigenvalue of a p × p matrix comes out by rounding.
+def pseudo_inverse(values: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """Return 1 / t, and 0 where t counts as zero."""
+    return torch.where(zero, 0.0, 1 / values)
 
-    Within it an eigenvalue is zero, below its negative it is negative. eps is that of the dtype in which the matrix was
-    made and decomposed; the rounding of p entries in a row adds up like √p, and 10 is for matrices of few.
-    """
-    return (10 + size**0.5) * torch.finfo(values.dtype).eps * (float(values.abs().max()) if values.numel() else 0.0)
+
+def damped(values: torch.Tensor, _zero: torch.Tensor) -> torch.Tensor:
+    """Return 1 / t for every t, however near to zero."""
+    if bool((values == 0).any()):
+        n = int((values == 0).sum())
+        hint = 'Try another hessian_perturbation, or filter="pseudo_inverse".'
+        raise ValueError(must_be('θ + λ for filter="damped"', "other than 0", f"{n} that are 0", hint))
+    return 1 / values
+
+
+# What becomes of t = θ + λ, of which some count as zero.
+FILTERS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "pseudo_inverse": pseudo_inverse,
+    "damped": damped,
+}
 
 
 @dataclass(frozen=True)
 class InvertedSpectrum:
-    """1 / (θ + λ) where that is no division by zero.
+    """The filtered inverse of θ + λ, entry by entry.
 
     Attributes
     ----------
-    inverse : tensor
-        1 / (θ + λ), of the shape of θ; 0 where it is lost.
-    lost : tensor of bool
-        Which θ + λ count as zero.
-    least : float
-        The smallest θ + λ.
-    cut : float
-        What counts as zero.
+    values : tensor of shape (r,)
+        θ + λ.
+    cuts : tensor of shape (r,)
+        Within which distance of zero each counts as zero.
+    inverse : tensor of shape (r,)
+        f(θ + λ).
+    lost : tensor of bool of shape (r,)
+        Which count as zero and are left out.
     """
 
+    values: torch.Tensor
+    cuts: torch.Tensor
     inverse: torch.Tensor
     lost: torch.Tensor
-    least: float
-    cut: float
+
+    @property
+    def least(self) -> float:
+        """The smallest θ + λ."""
+        return float(self.values.min()) if self.values.numel() else float("inf")
 
     @property
     def positive_definite(self) -> bool:
         """Whether every θ + λ is positive."""
-        return self.least > self.cut
+        return bool((self.values > self.cuts).all())
 
     @property
-    def indefinite(self) -> bool:
-        """Whether some θ + λ is negative."""
-        return self.least < -self.cut
+    def n_negative(self) -> int:
+        """How many θ + λ are negative."""
+        return int((self.values < -self.cuts).sum())
+
+    @property
+    def n_lost(self) -> int:
+        """How many are left out."""
+        return int(self.lost.sum())
 
 
-def invert_spectrum(eigenvalues: torch.Tensor, hessian_perturbation: float, size: int) -> InvertedSpectrum:
-    """Return the inverted θ + λ of a p × p matrix.
-
-    With θ ≥ 0 and λ > 0 nothing is lost, however small λ is: θ + λ is then as exact as λ.
+def invert_spectrum(
+    basis: Basis, eigenvalues: torch.Tensor, hessian_perturbation: float, filter: str = "pseudo_inverse"
+) -> InvertedSpectrum:
+    """Return f(θ + λ) of the eigenvalues θ along a basis, which says which of them round together.
 
     Examples
     --------
-    >>> invert_spectrum(torch.tensor([0.0, 2.0]), 0.0, 2).inverse
+    >>> from skinvert.operators import StandardBasis
+    >>> invert_spectrum(StandardBasis(2), torch.tensor([0.0, 2.0]), 0.0).inverse
     tensor([0.0000, 0.5000])
-    >>> invert_spectrum(torch.tensor([0.0, 2.0]), 1e-20, 2).inverse
+    >>> invert_spectrum(StandardBasis(2), torch.tensor([0.0, 2.0]), 1e-20).inverse
     tensor([1.0000e+20, 5.0000e-01])
     """
     values = eigenvalues + hessian_perturbation
-    safe = hessian_perturbation > 0 and bool((eigenvalues >= 0).all())
-    cut = 0.0 if safe else zero_cut(eigenvalues, size)
-    lost = values.abs() <= cut
-    least = float(values.min()) if values.numel() else float("inf")
-    return InvertedSpectrum(torch.where(lost, torch.zeros_like(values), 1 / values), lost, least, cut)
+    cuts = basis.zero_cuts(eigenvalues, hessian_perturbation)
+    zero = values.abs() <= cuts
+    inverse = FILTERS[check_choice(filter, "filter", FILTERS)](values, zero)
+    return InvertedSpectrum(values, cuts, inverse, zero & (inverse == 0))
 
 
-def warn_of_indefinite(found: str, hessian_perturbation: float, consequence: str, hint: str) -> None:
-    """Warn of negative eigenvalues, which are inverted as they are."""
-    warn(
-        f"A = H + λI is indefinite: {found}, at hessian_perturbation={hessian_perturbation:.3g}. {consequence} {hint}",
-        scipy.linalg.LinAlgWarning,
-    )
+def without_rounding(entries: torch.Tensor) -> torch.Tensor:
+    """Return a diagonal with 0 in place of what is negative by no more than rounding of its largest entry.
 
-
-def warn_of_null_part(what: str, outside: torch.Tensor, hint: str) -> None:
-    """Warn of the rows with a part outside the range of a singular A + λI, which the pseudo-inverse leaves out."""
-    if bool(outside.any()):
-        warn(
-            f"{what} and {int(outside.sum())} of {len(outside)} right-hand sides have a part outside its range: the "
-            f"pseudo-inverse leaves it out. {hint}",
-            scipy.linalg.LinAlgWarning,
-        )
+    A difference of terms whose size is not known: only what is negative can be told to be rounding.
+    """
+    return torch.where((entries < 0) & (entries >= -zero_cut(entries, 1)), 0.0, entries)

@@ -7,13 +7,12 @@ from typing import ClassVar, Self
 import torch
 
 from .._check import check_number, must_be
-from ..operators import LinearOperator
+from ..operators import Eigenvectors, LinearOperator, zero_cut
 from ..solvers.extremes import extreme_eigenvalues
 from ..solvers.lanczos import seeded
 from ..solvers.sketch import Sketch, not_psd
 from .base import InverseOperator, Method
-from .low_rank import LowRankInverse
-from .null_space import zero_cut
+from .spectral_inverse import SpectralInverse
 
 __all__ = ["Nystroem"]
 
@@ -85,9 +84,8 @@ class Nystroem(Method):
         else:
             sketch.grow(rank)
         values, vectors = sketch.decompose()
-        approximate = len(values) < A.size
-        inverse = LowRankInverse(values, vectors, 0.0, hessian_perturbation, approximate=approximate, name=self.name)
-        return inverse.judged_by(A)
+        basis = Eigenvectors(vectors)
+        return SpectralInverse(basis, values, hessian_perturbation, name=self.name, complement=0.0).judged_by(A)
 
     def _checked_rank(self, A: LinearOperator) -> int:
         if isinstance(self.rank, str):

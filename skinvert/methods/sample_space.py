@@ -11,12 +11,11 @@ import torch
 
 from .._check import check_hessian_perturbation, must_be
 from .._memory import check_memory
-from ..operators import LinearOperator, LowRank, add_to_diagonal
-from ..reasons import Reason, reasons
+from ..operators import Eigenvectors, LinearOperator, LowRank, add_to_diagonal
 from ..results import InverseHvpResult
 from .assembly import check_factor
-from .base import InverseOperator, default_tolerance, relative_residual, warn_not_converged
-from .low_rank import LowRankInverse
+from .base import InverseOperator, default_tolerance, relative_residual
+from .spectral_inverse import SpectralInverse
 
 __all__ = ["SampleSpaceInverse"]
 
@@ -53,7 +52,7 @@ class SampleSpaceInverse(InverseOperator):
         self.rows = A.factor(verbose)
         check_factor(A, self.rows, hessian_perturbation)
         self.rtol, self.penalty = rtol, A.penalty
-        self._spectral: LowRankInverse | None = None
+        self._spectral: SpectralInverse | None = None
         self._factorise(shift, hessian_perturbation)
         self.positive_definite = True
 
@@ -64,15 +63,7 @@ class SampleSpaceInverse(InverseOperator):
 
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions. ``info`` holds ``residual`` (k,) and ``converged`` (k,)."""
-        X = self._refined(B)
-        residual = relative_residual(self.operator, B, X)
-        converged = residual <= self.rtol
-        hint = "Rounding does not allow less at so small a shift. Try a larger hessian_perturbation"
-        hint += " or dtype=torch.float64." if self.dtype == torch.float32 else "."
-        warn_not_converged("direct", residual, converged, self.rtol, hint)
-        reason = reasons(converged, Reason.STAGNATED)
-        info = {"residual": residual, "converged": converged, "reason": reason, "approximate": False}
-        return InverseHvpResult(X, info)
+        return self.judged(B, self._refined(B))
 
     @property
     def moves(self) -> bool:
@@ -92,11 +83,15 @@ class SampleSpaceInverse(InverseOperator):
                 _check_svd(self.rows, 2)
                 _, sizes, vectors = torch.linalg.svd(self.rows, full_matrices=False)
                 rest = 0.0 if R is None else float(R[0])
-                self._spectral = LowRankInverse(
-                    sizes.square() + rest, vectors, rest, hessian_perturbation, approximate=False, name="direct"
+                self._spectral = SpectralInverse(
+                    Eigenvectors(vectors),
+                    sizes.square() + rest,
+                    hessian_perturbation,
+                    name=self.name,
+                    complement=rest,
+                    source=LowRank(self.rows, R),
+                    rtol=self.rtol,
                 )
-                self._spectral.rtol = self.rtol
-                self._spectral.exact = LowRank(self.rows, R)
             return self._spectral.at(hessian_perturbation)
         return self._anew(hessian_perturbation)
 
@@ -114,7 +109,7 @@ class SampleSpaceInverse(InverseOperator):
         """Return the results at every λ: a row that the singular vectors do not serve is solved as by ``solve``."""
         shifts = list(hessian_perturbations)
         first = self.at(shifts[0]) if shifts else self
-        if not isinstance(first, LowRankInverse):
+        if not isinstance(first, SpectralInverse):
             return super().solve_path(B, shifts)
         found = first.untold().solve_path(B, shifts)
         served = [bool(info["converged"].all()) for _, info in found]

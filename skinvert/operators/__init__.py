@@ -1,28 +1,33 @@
 """Symmetric linear operators on rows: ``A.apply(V)`` applies A to each row of V (k, p)."""
 
 from .base import FACES, LinearOperator, add_to_diagonal, as_scipy, check_dense_memory, symmetrise
+from .bases import Basis, BlockBasis, Eigenvectors, KroneckerBasis, StandardBasis, zero_cut
 from .block_diagonal import BlockDiagonal
-from .factors import Eigenbasis, KroneckerBlock, KroneckerFactors
-from .kronecker import Kronecker, Rotated
+from .factors import KroneckerBlock, KroneckerFactors
+from .kronecker import Kronecker
 from .simple import Dense, DiagonalMatrix, LowRank, Shifted
 from .spectral import Spectral
 
 __all__ = [
     "FACES",
+    "Basis",
+    "BlockBasis",
     "BlockDiagonal",
     "Dense",
     "DiagonalMatrix",
-    "Eigenbasis",
+    "Eigenvectors",
     "Kronecker",
+    "KroneckerBasis",
     "KroneckerBlock",
     "KroneckerFactors",
     "LinearOperator",
     "LowRank",
-    "Rotated",
     "Shifted",
     "Spectral",
+    "StandardBasis",
     "add_to_diagonal",
     "as_scipy",
     "check_dense_memory",
     "symmetrise",
+    "zero_cut",
 ]

@@ -24,6 +24,8 @@ __all__ = ["FACES", "LinearOperator", "add_to_diagonal", "as_scipy", "check_dens
 FACES = ("factor", "factor_chunks", "sample_factors", "gradient_rows", "kronecker_factors", "minibatch")
 # What computes, and so is made right under any ambient state of autograd.
 _COMPUTED = ("apply", "to_dense", "diagonal", "signals", *FACES)
+# What a file holds of every operator.
+ON_ROWS = {"size": "int", "dtype": "dtype", "device": "device"}
 
 
 class LinearOperator(TensorState, ABC):
@@ -109,6 +111,10 @@ class LinearOperator(TensorState, ABC):
     def psd_companion(self) -> LinearOperator | None:
         """Return a positive semi-definite operator that stands for this one in preconditioners; None where none is."""
         return self if self.is_psd else None
+
+    def refining_residual(self, B: torch.Tensor, X: torch.Tensor, shift: float) -> torch.Tensor | None:
+        """Return b − (A + λI) x as one step of refinement wants it; None where that is not at hand, or not needed."""
+        return None
 
     # -- optional faces --------------------------------------------------------------------------------------------
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 
-from .._check import must_be
-from .._memory import rows_within
-from .base import LinearOperator
+from .base import ON_ROWS, LinearOperator
+from .placing import in_chunks, join_blocks, order_of, split_blocks
 
 __all__ = ["BlockDiagonal"]
 
@@ -33,14 +31,7 @@ class BlockDiagonal(LinearOperator):
     tensor([[ 2., 10.,  3.]])
     """
 
-    _fields: ClassVar[dict[str, str]] = {
-        "size": "int",
-        "dtype": "dtype",
-        "device": "device",
-        "operators": "list[LinearOperator]",
-        "is_psd": "bool",
-        "order": "index[p]|None",
-    }
+    _fields = {**ON_ROWS, "operators": "list[LinearOperator]", "is_psd": "bool", "order": "index[p]|None"}
 
     def __init__(self, operators: Sequence[LinearOperator], indices: Sequence[torch.Tensor] | None = None) -> None:
         first = operators[0]
@@ -48,22 +39,11 @@ class BlockDiagonal(LinearOperator):
         self.operators = list(operators)
         self.is_psd = all(operator.is_psd for operator in operators)
         # One tensor, so that it is pickled as an array.
-        self.order: torch.Tensor | None = None
-        if indices is not None:
-            self.order = torch.cat([index.reshape(-1) for index in indices]).to(first.device)
-            _check_partition(self.order, self.size)
+        self.order = None if indices is None else order_of(indices, self.size, first.device)
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return each block's product with its own entries, in chunks of rows that fit the working memory."""
-        # The parts of V, a rotation of them, the products, and these in place.
-        chunk = rows_within(4 * self.size * V.element_size())
-        if len(V) <= chunk:
-            return self._apply(V)
-        product = torch.empty_like(V)
-        for start in range(0, len(V), chunk):
-            rows = slice(start, start + chunk)
-            product[rows] = self._apply(V[rows])
-        return product
+        return in_chunks(self._apply, V, self.size)
 
     def _apply(self, V: torch.Tensor) -> torch.Tensor:
         return self.joined([A.apply(part) for A, part in zip(self.operators, self.parts(V), strict=True)])
@@ -81,27 +61,10 @@ class BlockDiagonal(LinearOperator):
         """Return the diagonals of the blocks, in place."""
         return self.joined([operator.diagonal()[None] for operator in self.operators])[0]
 
-    def with_operators(self, operators: Sequence[LinearOperator]) -> BlockDiagonal:
-        """Return the operator of other blocks on the same entries."""
-        other = BlockDiagonal(operators)
-        other.order = self.order
-        return other
-
     def parts(self, V: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return each block's own entries of the rows V (k, p)."""
-        sizes = [operator.size for operator in self.operators]
-        return (V if self.order is None else V[:, self.order]).split(sizes, dim=1)
+        return split_blocks(V, [operator.size for operator in self.operators], self.order)
 
     def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return rows (k, p) of each block's own entries."""
-        rows = torch.cat(list(parts), dim=1)
-        if self.order is None:
-            return rows
-        placed = torch.empty_like(rows)
-        placed[:, self.order] = rows
-        return placed
-
-
-def _check_partition(order: torch.Tensor, size: int) -> None:
-    if len(order) != size or not bool((order.sort().values == torch.arange(size, device=order.device)).all()):
-        raise ValueError(must_be("indices", f"each of 0, ..., {size - 1} once", f"{len(order)} of them"))
+        return join_blocks(parts, self.order)

@@ -1,57 +1,15 @@
-"""The Kronecker factors of a curvature's layers, and the eigenbases that they have."""
+"""The Kronecker factors of a curvature's layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from .._state import TensorState
+from .bases import KroneckerBasis
 
-__all__ = ["Eigenbasis", "KroneckerBlock", "KroneckerFactors"]
-
-
-class Eigenbasis(TensorState):
-    """The orthogonal matrix Q = U_G ⊗ U_A, kept as its factors; ``right`` None is the identity.
-
-    Parameters
-    ----------
-    left : tensor of shape (d, d) or (q, d, d)
-        U_G, eigenvectors in columns; q of them for q groups.
-    right : tensor of shape (i, i), (q, i, i) or None
-        U_A.
-    """
-
-    _fields: ClassVar[dict[str, str]] = {
-        "left": "tensor[d,d]|tensor[q,d,d]",
-        "right": "tensor[i,i]|None|tensor[q,i,i]",
-    }
-
-    def __init__(self, left: torch.Tensor, right: torch.Tensor | None) -> None:
-        self.left, self.right = left, right
-
-    def coordinates(self, W: torch.Tensor) -> torch.Tensor:
-        """Return U_Gᵀ W U_A of matrices W (..., d, i)."""
-        return self.left.mT @ (W if self.right is None else W @ self.right)
-
-    def combination(self, C: torch.Tensor) -> torch.Tensor:
-        """Return U_G C U_Aᵀ of coordinates C (..., d, i)."""
-        return self.left @ (C if self.right is None else C @ self.right.mT)
-
-    def of_inputs(self, a: torch.Tensor) -> torch.Tensor:
-        """Return U_Aᵀ a of rows a (..., i)."""
-        return a if self.right is None else a @ self.right
-
-    def of_signals(self, g: torch.Tensor) -> torch.Tensor:
-        """Return U_Gᵀ g of rows g (..., d)."""
-        return g @ self.left
-
-    def quadratic(self, R: torch.Tensor) -> torch.Tensor:
-        """Return diag(Qᵀ diag(R) Q) of a diagonal R, both of the shape of a layer's matrix."""
-        right = R if self.right is None else R @ self.right.square()
-        return self.left.square().mT @ right
+__all__ = ["KroneckerBlock", "KroneckerFactors"]
 
 
 @dataclass(frozen=True)
@@ -78,12 +36,13 @@ class KroneckerBlock:
     right: torch.Tensor
     penalty: torch.Tensor | None
 
-    def decompose(self) -> tuple[Eigenbasis, torch.Tensor]:
-        """Return the eigenbasis of G ⊗ A and its eigenvalues, of the shape of ``index``."""
+    def decompose(self) -> tuple[KroneckerBasis, torch.Tensor]:
+        """Return the eigenbasis of G ⊗ A and its eigenvalues, flat."""
         left, U = torch.linalg.eigh(self.left)
         right, V = (self.right, None) if self.right.ndim == 1 else torch.linalg.eigh(self.right)
         # Rounding alone makes zero eigenvalues slightly negative.
-        return Eigenbasis(U, V), left.clamp(min=0)[..., :, None] * right.clamp(min=0)[..., None, :]
+        eigenvalues = left.clamp(min=0)[..., :, None] * right.clamp(min=0)[..., None, :]
+        return KroneckerBasis(U, V, self.index.shape[-1]), eigenvalues.reshape(-1)
 
     @property
     def uniform_penalty(self) -> float | None:
@@ -107,11 +66,11 @@ class KroneckerFactors:
     rest_diagonal : tensor of shape (q,)
         The exact diagonal of the curvature there, penalty included.
     refit : callable
-        Maps one ``Eigenbasis`` per block to diag(QᵀHQ) (d, i) of each layer, exact and without the penalty, by one
+        Maps one ``KroneckerBasis`` per block to diag(QᵀHQ) (d, i) of each layer, exact and without the penalty, by one
         more pass over the data.
     """
 
     blocks: tuple[KroneckerBlock, ...]
     rest: torch.Tensor
     rest_diagonal: torch.Tensor
-    refit: Callable[[Sequence[Eigenbasis]], list[torch.Tensor]]
+    refit: Callable[[Sequence[KroneckerBasis]], list[torch.Tensor]]

@@ -1,16 +1,14 @@
-"""Operators of layers: Kronecker products, as such and by their eigenbases."""
+"""Kronecker products on the rows of a layer."""
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 
-from .base import LinearOperator
-from .factors import Eigenbasis
+from .base import ON_ROWS, LinearOperator
 
-__all__ = ["Kronecker", "Rotated"]
+__all__ = ["Kronecker"]
 
 
 class Kronecker(LinearOperator):
@@ -29,13 +27,7 @@ class Kronecker(LinearOperator):
     tensor([[2., 2.]])
     """
 
-    _fields: ClassVar[dict[str, str]] = {
-        "size": "int",
-        "dtype": "dtype",
-        "device": "device",
-        "left": "tensor[d,d]|tensor[q,d,d]",
-        "right": "tensor[i,i]|tensor[i]|tensor[q,i,i]",
-    }
+    _fields = {**ON_ROWS, "left": "tensor[d,d]|tensor[q,d,d]", "right": "tensor[i,i]|tensor[i]|tensor[q,i,i]"}
 
     is_psd = True
 
@@ -60,26 +52,3 @@ class Kronecker(LinearOperator):
         """Return the outer product of the diagonals, flat."""
         right = self.right if self.right.ndim == 1 else self.right.diagonal(dim1=-2, dim2=-1)
         return (self.left.diagonal(dim1=-2, dim2=-1)[..., :, None] * right[..., None, :]).reshape(-1)
-
-
-class Rotated(LinearOperator):
-    """Q diag(e) Qᵀ, with Q an ``Eigenbasis`` and e the eigenvalues (d, i), or (q, d, i) of q groups."""
-
-    _fields: ClassVar[dict[str, str]] = {
-        "size": "int",
-        "dtype": "dtype",
-        "device": "device",
-        "basis": "Eigenbasis",
-        "eigenvalues": "tensor[d,i]|tensor[q,d,i]",
-        "is_psd": "bool",
-    }
-
-    def __init__(self, basis: Eigenbasis, eigenvalues: torch.Tensor) -> None:
-        super().__init__(eigenvalues.numel(), eigenvalues.dtype, eigenvalues.device)
-        self.basis, self.eigenvalues = basis, eigenvalues
-        self.is_psd = bool((eigenvalues >= 0).all())
-
-    def apply(self, V: torch.Tensor) -> torch.Tensor:
-        """Return the rows, rotated, scaled and rotated back."""
-        C = self.basis.coordinates(V.reshape(len(V), *self.eigenvalues.shape))
-        return self.basis.combination(C * self.eigenvalues).reshape(V.shape)

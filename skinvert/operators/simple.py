@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 
 from .._check import check_shift, must_be
-from .base import LinearOperator, add_to_diagonal
+from .._memory import rows_within
+from .base import ON_ROWS, LinearOperator, add_to_diagonal
 
 __all__ = ["Dense", "DiagonalMatrix", "LowRank", "Shifted"]
 
@@ -20,6 +19,8 @@ class Dense(LinearOperator):
     >>> Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]])).apply(torch.tensor([[1.0, 0.0]]))
     tensor([[2., 1.]])
     """
+
+    _fields = {**ON_ROWS, "matrix": "tensor[p,p]", "is_psd": "bool|missing", "hint": "str|missing"}
 
     def __init__(self, matrix: torch.Tensor) -> None:
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -39,16 +40,23 @@ class Dense(LinearOperator):
         """Return the diagonal of the matrix."""
         return self.matrix.diagonal().clone()
 
+    def refining_residual(self, B: torch.Tensor, X: torch.Tensor, shift: float) -> torch.Tensor | None:
+        """Return that of a float32 matrix, summed in float64 by blocks: float32 loses the digits of the condition."""
+        if self.dtype != torch.float32:
+            return None
+        X = X.double()
+        residual = B.double() - shift * X
+        step = rows_within(8 * self.size, self.size)
+        for start in range(0, self.size, step):
+            rows = slice(start, start + step)
+            residual -= X[:, rows] @ self.matrix[rows].double()
+        return residual.to(B.dtype)
+
 
 class DiagonalMatrix(LinearOperator):
     """The operator of a diagonal matrix, given as its diagonal (p,)."""
 
-    _fields: ClassVar[dict[str, str]] = {
-        "size": "int",
-        "dtype": "dtype",
-        "device": "device",
-        "entries": "tensor[p]",
-    }
+    _fields = {**ON_ROWS, "entries": "tensor[p]"}
 
     def __init__(self, entries: torch.Tensor) -> None:
         super().__init__(len(entries), entries.dtype, entries.device)
@@ -76,6 +84,8 @@ class LowRank(LinearOperator):
     tensor([[1., 2.],
             [2., 4.]])
     """
+
+    _fields = {**ON_ROWS, "rows": "tensor[r,p]", "penalty": "tensor[p]|None"}
 
     is_psd = True
 
@@ -117,15 +127,7 @@ class Shifted(LinearOperator):
     tensor([1.5000, 1.5000])
     """
 
-    _fields: ClassVar[dict[str, str]] = {
-        "size": "int",
-        "dtype": "dtype",
-        "device": "device",
-        "operator": "LinearOperator",
-        "shift": "float",
-        "is_psd": "bool",
-        "hint": "str",
-    }
+    _fields = {**ON_ROWS, "operator": "LinearOperator", "shift": "float", "is_psd": "bool", "hint": "str"}
 
     def __init__(self, operator: LinearOperator, shift: float) -> None:
         super().__init__(operator.size, operator.dtype, operator.device)

@@ -1,33 +1,38 @@
-"""The operator of a few eigenpairs, and of one value on all that is orthogonal to them."""
+"""The operator of eigenvalues along a basis, and of one value on all that is orthogonal to it."""
 
 from __future__ import annotations
 
 import torch
 
-from .base import LinearOperator
+from .base import ON_ROWS, LinearOperator
+from .bases import Basis
 
 __all__ = ["Spectral"]
 
 
 class Spectral(LinearOperator):
-    """The operator Uᵀ diag(values) U + rest (I − UᵀU) of orthonormal rows U (r, p).
+    """The operator Q diag(values) Qᵀ + rest (I − QQᵀ) of a basis Q; ``rest`` counts where Q is not all of the space.
 
     Examples
     --------
-    >>> Spectral(torch.tensor([2.0]), torch.tensor([[1.0, 0.0]]), 0.5).apply(torch.ones(1, 2))
+    >>> from skinvert.operators import Eigenvectors
+    >>> Spectral(Eigenvectors(torch.tensor([[1.0, 0.0]])), torch.tensor([2.0]), 0.5).apply(torch.ones(1, 2))
     tensor([[2.0000, 0.5000]])
     """
 
-    def __init__(self, values: torch.Tensor, vectors: torch.Tensor, rest: float) -> None:
-        super().__init__(vectors.shape[1], vectors.dtype, vectors.device)
-        self.values, self.vectors, self.rest = values, vectors, rest
-        self.is_psd = rest >= 0 and bool((values >= 0).all())
+    _fields = {**ON_ROWS, "basis": "Basis", "values": "tensor[r]", "rest": "float", "is_psd": "bool"}
+
+    def __init__(self, basis: Basis, values: torch.Tensor, rest: float = 0.0) -> None:
+        super().__init__(basis.size, values.dtype, values.device)
+        self.basis, self.values = basis, values
+        self.rest = 0.0 if basis.rank == basis.size else float(rest)
+        self.is_psd = self.rest >= 0 and bool((values >= 0).all())
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:
-        """Return the products, by two GEMMs."""
-        along = V @ self.vectors.mT
-        return self.rest * V + (along * (self.values - self.rest)) @ self.vectors
+        """Return the products, from the rows' coordinates."""
+        along = self.basis.combination(self.basis.coordinates(V) * (self.values - self.rest))
+        return self.rest * V + along if self.rest else along
 
     def diagonal(self) -> torch.Tensor:
         """Return the diagonal (p,)."""
-        return self.rest + (self.values - self.rest) @ self.vectors.square()
+        return self.rest + self.basis.diagonal(self.values - self.rest)

@@ -9,7 +9,7 @@ import torch
 from .._check import must_be
 from .._memory import check_memory, rows_within
 from .._scaling import norms
-from ..operators import LinearOperator, Spectral
+from ..operators import Eigenvectors, LinearOperator, Spectral
 from .lanczos import gaussian_rows
 
 __all__ = ["Sketch", "not_psd"]
@@ -80,7 +80,7 @@ class Sketch:
     def _exceeds(self, tolerance: float) -> bool:
         """Return whether ‖A − Â‖ exceeds the tolerance, as far as the power method tells."""
         values, vectors = self.decompose()
-        approximation = Spectral(values, vectors, 0.0)
+        approximation = Spectral(Eigenvectors(vectors), values)
         v = gaussian_rows(1, self.A, self.generator)
         for _ in range(POWER_ITERATIONS):
             v = v / norms(v)[:, None].to(v)

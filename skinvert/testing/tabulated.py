@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from ..operators import Dense, Eigenbasis, KroneckerFactors, LinearOperator, symmetrise
+from ..operators import Dense, KroneckerBasis, KroneckerFactors, LinearOperator, symmetrise
 
 __all__ = ["Tabulated"]
 
@@ -95,7 +95,7 @@ class Tabulated(LinearOperator):
         )
         return KroneckerFactors(blocks, factors.rest, factors.rest_diagonal.to(self.dtype), self._refit)
 
-    def _refit(self, bases: Sequence[Eigenbasis]) -> list[torch.Tensor]:
+    def _refit(self, bases: Sequence[KroneckerBasis]) -> list[torch.Tensor]:
         """Return diag(QᵀHQ) of each layer's block of H, the penalty left out."""
         factors = self.layers["expand"]
         assert factors is not None
@@ -103,10 +103,9 @@ class Tabulated(LinearOperator):
         diagonals = []
         for block, basis in zip(factors.blocks, bases, strict=True):
             index = block.index.reshape(-1)
-            part, shape = H[index][:, index], block.index.shape
-            half = basis.coordinates(part.reshape(-1, *shape)).reshape(len(part), -1)
-            whole = basis.coordinates(half.mT.reshape(-1, *shape)).reshape(len(part), -1)
-            diagonals.append(whole.diagonal().reshape(shape).clone())
+            part = H[index][:, index]
+            whole = basis.coordinates(basis.coordinates(part).mT)
+            diagonals.append(whole.diagonal().reshape(block.index.shape).clone())
         return diagonals
 
 

@@ -539,8 +539,8 @@ def test_rows_are_multiplied_in_chunks(monkeypatch):
     inverse = fitted(net, X, y).inverse_
     b = torch.randn(9, inverse.operator.size, dtype=torch.float64)
     expected, seen = inverse.apply(b), []
-    whole = type(inverse.inverted)._apply
-    monkeypatch.setattr(type(inverse.inverted), "_apply", lambda self, V: seen.append(len(V)) or whole(self, V))
+    whole = type(inverse.basis)._combination
+    monkeypatch.setattr(type(inverse.basis), "_combination", lambda self, V: seen.append(len(V)) or whole(self, V))
     with sklearn.config_context(working_memory=2 * 4 * b.shape[1] * 8 / 2**20):
         assert_close(inverse.apply(b).numpy(), expected.numpy())
     assert seen == [2, 2, 2, 2, 1]

@@ -78,7 +78,7 @@ def test_error_is_that_of_the_best_truncation(name, complement):
     inverse = Arnoldi(rank=15, complement=complement).invert(A, shift)
     received = error(inverse.solve(torch.from_numpy(b)).x.numpy(), matrix, shift, b)
     assert received == pytest.approx(expected, rel=0.1)
-    U = inverse.eigenvectors.numpy()
+    U = inverse.basis.rows.numpy()
     assert np.abs(U @ U.T - np.eye(15)).max() <= 1e-13
     # The tolerance of the pairs, and the rounding of a product.
     values = inverse.eigenvalues.numpy()
@@ -195,7 +195,7 @@ def test_residual_is_small_inside_the_span():
     # 1/λ magnifies what rounding leaves of b across the eigenvectors, and θ magnifies it again in the residual.
     matrix = symmetric(np.concatenate([np.full(5, 1e4), np.zeros(95)]))
     inverse = Arnoldi(rank=5).invert(operator(matrix), 1e-6)
-    b = torch.from_numpy(rows(3, 5)) @ inverse.eigenvectors
+    b = torch.from_numpy(rows(3, 5)) @ inverse.basis.rows
     assert inverse.solve(b).info["residual"].max() <= 1e-10
 
 
@@ -297,7 +297,7 @@ def test_is_deterministic_and_survives_pickling():
     A, b = operator(symmetric(SPECTRA["flat"])), torch.from_numpy(rows(3, 120))
     inverse = Arnoldi(rank=10).invert(A, 0.1)
     other = Arnoldi(rank=10, random_state=0).invert(A, 0.1)
-    assert torch.equal(inverse.eigenvectors, other.eigenvectors)
+    assert torch.equal(inverse.basis.rows, other.basis.rows)
     loaded = pickle.loads(pickle.dumps(inverse))
     assert torch.equal(loaded.at(0.5).solve(b).x, inverse.at(0.5).solve(b).x)
 

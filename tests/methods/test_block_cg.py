@@ -12,8 +12,8 @@ from torch import nn
 
 from skinvert import HessianInverter, PerSampleGradient
 from skinvert.methods import CG, Diagonal, Nystroem
-from skinvert.methods.diagonal import DiagonalInverse
-from skinvert.operators import Dense
+from skinvert.methods.spectral_inverse import SpectralInverse
+from skinvert.operators import Dense, StandardBasis
 
 
 def spd(p, condition=1e3, seed=0):
@@ -225,13 +225,13 @@ def test_columns_of_very_different_units_in_float32(loss):
 
 
 def test_a_preconditioner_that_rounding_makes_indefinite_is_left_aside():
-    class Odd(DiagonalInverse):
+    class Odd(SpectralInverse):
         def precondition(self, R):
             return R * torch.tensor([1.0, -1.0, 1.0, 0.0]).double()
 
     class Indefinite(Diagonal):
         def invert(self, A, hessian_perturbation, verbose=0):
-            return Odd(A.diagonal(), hessian_perturbation, "")
+            return Odd(StandardBasis(A.size), A.diagonal(), hessian_perturbation, name="diagonal")
 
     b = np.diag([1.0, 1.0, 0.0, 1.0])
     for block in (False, True):

@@ -15,7 +15,7 @@ from torch import nn
 
 from skinvert import HessianInverter, TorchTwiceDifferentiable
 from skinvert.methods import Direct
-from skinvert.methods.direct import DenseInverse
+from skinvert.methods.dense import CholeskyInverse
 from skinvert.methods.sample_space import SampleSpaceInverse
 from skinvert.operators import Dense, LowRank
 
@@ -179,13 +179,13 @@ def test_sample_space_needs_a_positive_shift_everywhere():
     F, penalty = torch.randn(2, 5, dtype=torch.float64), torch.tensor([0.0, 1, 1, 1, 1], dtype=torch.float64)
     inverse = Direct().invert(LowRank(F, penalty), 0.0)
     b = torch.randn(3, 5, dtype=torch.float64)
-    assert isinstance(inverse, DenseInverse)
+    assert isinstance(inverse, CholeskyInverse)
     assert relative_error(inverse.solve(b).x, solution(LowRank(F, penalty).to_dense().numpy(), 0.0, b)) <= 1e-10
 
 
 def test_a_factor_of_many_rows_is_summed():
     F = torch.randn(9, 4, dtype=torch.float64)
-    assert isinstance(Direct().invert(LowRank(F), 1.0), DenseInverse)
+    assert isinstance(Direct().invert(LowRank(F), 1.0), CholeskyInverse)
 
 
 # -- float32 -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import nn
 
 from skinvert import HessianInverter, TorchTwiceDifferentiable, solve_hvp
 from skinvert.methods import EKFAC, KFAC
-from skinvert.operators import BlockDiagonal, Dense, DiagonalMatrix, Eigenbasis, Kronecker, Rotated
+from skinvert.operators import BlockDiagonal, Dense, DiagonalMatrix, Kronecker, KroneckerBasis, Spectral
 
 # What is tested here is what an approximate method is by definition; tests/methods/test_truth.py holds what it says.
 pytestmark = pytest.mark.filterwarnings("ignore:.* is worse than x = 0:sklearn.exceptions.ConvergenceWarning")
@@ -277,7 +277,7 @@ def test_operators_are_their_matrices(diagonal):
     index = [torch.tensor([5, 0, 13]), torch.tensor([i for i in range(15) if i not in (5, 0, 13)])]
     expected = {
         Kronecker(G, A): np.kron(G.numpy(), full.numpy()),
-        Rotated(Eigenbasis(U, V), values): Q @ np.diag(values.numpy().ravel()) @ Q.T,
+        Spectral(KroneckerBasis(U, V, 4), values.flatten()): Q @ np.diag(values.numpy().ravel()) @ Q.T,
     }
     for operator, matrix in expected.items():
         check_operator(operator, matrix)
@@ -292,7 +292,7 @@ def test_a_diagonal_in_the_eigenbasis(diagonal):
     R = torch.rand(3, 4, dtype=torch.float64)
     Q = np.kron(U.numpy(), np.eye(4) if diagonal else V.numpy())
     expected = np.diag(Q.T @ np.diag(R.numpy().ravel()) @ Q)
-    np.testing.assert_allclose(Eigenbasis(U, V).quadratic(R).numpy().ravel(), expected, rtol=1e-12)
+    np.testing.assert_allclose(KroneckerBasis(U, V, 4).quadratic(R).numpy(), expected, rtol=1e-12)
 
 
 def _placed(blocks, index):

@@ -15,18 +15,17 @@ from torch import nn
 from skinvert import HessianInverter, HessianInverterCV
 from skinvert.curvature import Gram
 from skinvert.methods import CG, KFAC, Direct, HarmonicMean
-from skinvert.methods.direct import DenseInverse
-from skinvert.methods.kfac import KroneckerInverse
-from skinvert.methods.null_space import zero_cut
+from skinvert.methods.dense import CholeskyInverse, factorise
 from skinvert.methods.sample_space import SampleSpaceInverse
+from skinvert.methods.spectral_inverse import SpectralInverse
 from skinvert.operators import (
-    BlockDiagonal,
     Dense,
-    Eigenbasis,
+    KroneckerBasis,
     KroneckerBlock,
     KroneckerFactors,
     LinearOperator,
     LowRank,
+    zero_cut,
 )
 
 METHODS = {name: TIGHT[name] for name in APPROXIMATE} | {
@@ -166,7 +165,7 @@ def test_path_is_solve_and_warns_alike(name, decades):
     b, shifts = torch.from_numpy(np.random.default_rng(1).standard_normal((3, 60))).float(), [1e-7, 1e-2]
     inverse = TIGHT[name].invert(A, 1.0)
     # Of direct, float32 has rounded the matrix itself.
-    H = inverse.matrix.double() if isinstance(inverse, DenseInverse) else H
+    H = inverse.curvature.matrix.double() if isinstance(inverse, CholeskyInverse) else H
     said = []
     for way in (lambda: inverse.solve_path(b, shifts), lambda: [inverse.at(shift).solve(b) for shift in shifts]):
         with warnings.catch_warnings(record=True) as record:
@@ -247,17 +246,9 @@ def test_kfac_inverts_a_negative_eigenvalue_and_says_so():
 
 
 def test_kfac_warns_of_rows_that_rounding_leaves_unsolved():
-    basis, values = Eigenbasis(torch.eye(2), None), torch.ones(2, 1)
-    spectrum = BlockDiagonal([(lambda block: block)(_rotated(basis, values))])
-    wrong = BlockDiagonal([_rotated(basis, 2 * values)])
+    basis, wrong = KroneckerBasis(torch.eye(2), None, 1), Dense(2 * torch.eye(2))
     with pytest.warns(ConvergenceWarning, match="ekfac did not converge on 1 of 1"):
-        KroneckerInverse(wrong, spectrum, 0.0, "ekfac").solve(torch.ones(1, 2))
-
-
-def _rotated(basis, values):
-    from skinvert.operators import Rotated
-
-    return Rotated(basis, values)
+        SpectralInverse(basis, torch.ones(2), 0.0, name="ekfac", source=wrong).solve(torch.ones(1, 2))
 
 
 # -- the diagonal ------------------------------------------------------------------------------------------------------
@@ -360,4 +351,4 @@ def test_a_wrong_factor_is_an_error():
 def test_cholesky_is_kept_at_an_ordinary_condition_in_float32():
     # 10·p·eps would have sent p = 3,000 to an eigendecomposition at condition 280.
     d = torch.logspace(0, -3, 400)
-    assert DenseInverse(torch.diag(d), 0.0, 1e-3, "").cholesky is not None
+    assert isinstance(factorise(Dense(torch.diag(d)), 0.0, 1e-3), CholeskyInverse)

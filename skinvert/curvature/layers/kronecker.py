@@ -9,7 +9,7 @@ import torch
 
 from ..._check import check_choice
 from ..._memory import check_memory, rows_within
-from ...operators import Eigenbasis, KroneckerBlock, KroneckerFactors
+from ...operators import KroneckerBasis, KroneckerBlock, KroneckerFactors
 from ..objective import Objective
 from .found import refuse
 from .kinds import Inputs, KroneckerLayer, Layer, gram
@@ -108,7 +108,7 @@ class _Refit:
     passes: Passes
     layers: list[KroneckerLayer]
 
-    def __call__(self, bases: Sequence[Eigenbasis]) -> list[torch.Tensor]:
+    def __call__(self, bases: Sequence[KroneckerBasis]) -> list[torch.Tensor]:
         """Return Σ (U_Gᵀ (Σₜ gₜaₜᵀ) U_A)² of each layer: the exact diagonal of H, without the penalty, in its basis."""
         dtype = self.passes.curvature.objective.dtype
         sums = [torch.zeros(layer.index.shape, dtype=dtype, device=layer.index.device) for layer in self.layers]

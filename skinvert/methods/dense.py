@@ -1,0 +1,132 @@
+"""The inverse of a dense matrix: by its Cholesky factor at one λ, or by its eigendecomposition at any."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import ClassVar
+
+import torch
+
+from .._check import must_be
+from ..operators import Dense, Eigenvectors, add_to_diagonal, check_dense_memory
+from ..results import InverseHvpResult
+from .base import InverseOperator, relative_residual
+from .condition import norm1, rcond
+from .spectral_inverse import SpectralInverse
+
+__all__ = ["CHOLESKY_COPIES", "CholeskyInverse", "factorise"]
+
+# Matrices of p × p at the peak, as measured: H, its factor, and the factor by columns; then what `eigh` takes beside H.
+CHOLESKY_COPIES, EIGEN_COPIES = 3, 3
+
+
+def factorise(A: Dense, hessian_perturbation: float, rtol: float) -> InverseOperator:
+    """Return the inverse of a dense matrix plus λI: by Cholesky where that is good enough, else by eigenvectors."""
+    if not bool(torch.isfinite(A.matrix).all()):
+        raise ValueError(must_be("The curvature", "finite", "NaN or infinity", "Look at the parameters."))
+    cholesky = _cholesky(A.matrix, hessian_perturbation)
+    if cholesky is not None:
+        inverse = CholeskyInverse(A, cholesky, hessian_perturbation, rtol)
+        if inverse.serves():
+            return inverse
+        # One matrix less beside what `eigh` takes.
+        del inverse, cholesky
+    return _decompose(A, hessian_perturbation, rtol)
+
+
+class CholeskyInverse(InverseOperator):
+    """The inverse of a positive definite A + λI by its Cholesky factor; at another λ by the eigendecomposition of A."""
+
+    _fields: ClassVar[dict[str, str]] = {
+        "curvature": "Dense",
+        "cholesky": "tensor[p,p]",
+        "hessian_perturbation": "float",
+        "rtol": "float",
+        "judges": "bool|missing",
+    }
+    _transient = ("exact", "_spectral")
+
+    name = "direct"
+    positive_definite = True
+    curvature: Dense
+    # Made when another λ is asked for.
+    _spectral: SpectralInverse | None = None
+
+    def __init__(self, A: Dense, cholesky: torch.Tensor, hessian_perturbation: float, rtol: float) -> None:
+        self.curvature, self.cholesky, self.rtol = A, cholesky, rtol
+        self.hessian_perturbation = float(hessian_perturbation)
+
+    @property
+    def moves(self) -> bool:
+        """Whether another λ needs no factorisation: here it does."""
+        return False
+
+    @property
+    def all_eigenvalues(self) -> torch.Tensor | None:
+        """All eigenvalues, where another λ was asked for."""
+        return None if self._spectral is None else self._spectral.all_eigenvalues
+
+    @property
+    def tolerance(self) -> float:
+        """``rtol``."""
+        return self.rtol
+
+    def solve(self, B: torch.Tensor) -> InverseHvpResult:
+        """Return the solutions. ``info`` holds ``residual`` (k,), ``converged`` (k,) and ``approximate`` False."""
+        return self.judged(B, self._refined(B))
+
+    def at(self, hessian_perturbation: float) -> SpectralInverse:
+        """Return the inverse at another λ, from the eigendecomposition of A."""
+        return self._decomposed().at(hessian_perturbation).judged_as(self)
+
+    def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> list[InverseHvpResult]:
+        """Return the results at every λ, from the eigendecomposition of A."""
+        shifts = list(hessian_perturbations)
+        return self._decomposed().solve_path(B, shifts) if shifts else []
+
+    def serves(self) -> bool:
+        """Return whether a random right-hand side is solved to ``rtol``."""
+        generator = torch.Generator("cpu").manual_seed(0)
+        b = torch.randn(1, self.size, dtype=torch.float64, generator=generator, device="cpu").to(self.cholesky)
+        return bool((relative_residual(self.operator, b, self._refined(b)) <= self.rtol).all())
+
+    def _decomposed(self) -> SpectralInverse:
+        if self._spectral is None:
+            self._spectral = _decompose(self.curvature, self.hessian_perturbation, self.rtol)
+        return self._spectral
+
+    def _refined(self, B: torch.Tensor) -> torch.Tensor:
+        """Solve, with one step of refinement where the matrix is float32."""
+        X = self._solve_once(B)
+        R = self.curvature.refining_residual(B, X, self.hessian_perturbation)
+        return X if R is None else X + self._solve_once(R)
+
+    def _solve_once(self, B: torch.Tensor) -> torch.Tensor:
+        return torch.cholesky_solve(B.mT, self.cholesky).mT.contiguous()
+
+
+def _cholesky(matrix: torch.Tensor, hessian_perturbation: float) -> torch.Tensor | None:
+    """Return the Cholesky factor of A + λI, or None where there is none, or the condition is near 1 / eps."""
+    # In place, and back: one matrix less at the peak.
+    diagonal = matrix.diagonal().clone()
+    try:
+        add_to_diagonal(matrix, hessian_perturbation or None)
+        norm = norm1(matrix)
+        cholesky, info = torch.linalg.cholesky_ex(matrix)
+    finally:
+        matrix.diagonal().copy_(diagonal)
+    floor = 10 * math.sqrt(len(matrix)) * torch.finfo(matrix.dtype).eps
+    return cholesky if int(info) == 0 and rcond(cholesky, norm) >= floor else None
+
+
+def _decompose(A: Dense, hessian_perturbation: float, rtol: float) -> SpectralInverse:
+    """Return the inverse by the eigendecomposition of the matrix."""
+    check_dense_memory(A, EIGEN_COPIES)
+    eigenvalues, eigenvectors = torch.linalg.eigh(A.matrix)
+    rounding = torch.finfo(A.dtype).eps ** 0.5 * float(eigenvalues.abs().max())
+    if A.is_psd and bool((eigenvalues >= -rounding).all()):
+        # Rounding alone makes zero eigenvalues slightly negative; where there is more, the claim is wrong.
+        eigenvalues = eigenvalues.clamp(min=0)
+    basis = Eigenvectors(eigenvectors.mT)
+    return SpectralInverse(basis, eigenvalues, hessian_perturbation, name="direct", source=A, hint=A.hint, rtol=rtol)

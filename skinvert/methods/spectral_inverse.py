@@ -1,0 +1,305 @@
+"""The inverse of eigenvalues along a basis: what every method that knows a spectrum solves by."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import ClassVar, Self
+
+import scipy.linalg
+import torch
+
+from .._check import check_hessian_perturbation, must_be
+from .._telling import warn
+from ..operators import Basis, LinearOperator, Shifted, Spectral
+from ..reasons import Reason, reasons
+from ..results import InverseHvpResult
+from .base import InverseOperator, default_tolerance, relative_residual, warn_not_converged
+from .null_space import InvertedSpectrum, invert_spectrum
+
+__all__ = ["SpectralInverse"]
+
+
+class SpectralInverse(InverseOperator):
+    """x = Q f(θ + λ) Qᵀ b + (I − QQᵀ) b / (τ + λ), for eigenvalues θ along a basis Q; λ enters last.
+
+    f is 1 / t. What of θ + λ counts as zero, the basis says; it is left out (the pseudo-inverse), and a right-hand side
+    with a part along it is warned of. Negative ones are inverted as they are, with a warning.
+
+    Parameters
+    ----------
+    basis : Basis
+        Q (p, r).
+    spectrum : tensor of shape (r,)
+        θ.
+    hessian_perturbation : float
+        λ.
+    name : str
+        The method's.
+    complement : float or None, default=None
+        τ, what stands for the other p − r eigenvalues where r < p; None leaves their span out.
+    source : LinearOperator or None, default=None
+        A as the method inverts it, where its products do not go by the basis: they judge the solutions, and refine
+        those of a float32 matrix. None is Q diag(θ) Qᵀ itself.
+    hint : str, default=""
+        What to try where A + λI is indefinite.
+    rtol : float, default=None
+        The relative residual up to which a row counts as solved, and the part of b along what is left out that is not
+        warned of; None is 1e-3 in float32, else 1e-6.
+    filter : {"pseudo_inverse", "damped"}, default="pseudo_inverse"
+        f: of ``FILTERS``.
+
+    Examples
+    --------
+    >>> from skinvert.operators import Eigenvectors
+    >>> basis = Eigenvectors(torch.tensor([[1.0, 0.0]]))
+    >>> SpectralInverse(basis, torch.tensor([3.0]), 1.0, name="one", complement=0.0).apply(torch.tensor([[4.0, 4.0]]))
+    tensor([[1., 4.]])
+    """
+
+    _fields: ClassVar[dict[str, str]] = {
+        "basis": "Basis",
+        "spectrum": "tensor[r]",
+        "hessian_perturbation": "float",
+        "name": "str",
+        "complement": "float|None",
+        "source": "LinearOperator|None",
+        "hint": "str",
+        "rtol": "float",
+        "filter": "str",
+        "approximate": "bool",
+        "positive_definite": "bool",
+        "judges": "bool|missing",
+    }
+    _transient = ("exact", "_inverted", "_untold")
+    # θ + λ inverted: made anew after a load, so that no file can contradict it.
+    _inverted: InvertedSpectrum | None = None
+    # Whether rows that are not solved are left to the caller to tell.
+    _untold: bool | None = None
+
+    def __init__(
+        self,
+        basis: Basis,
+        spectrum: torch.Tensor,
+        hessian_perturbation: float,
+        *,
+        name: str,
+        complement: float | None = None,
+        source: LinearOperator | None = None,
+        hint: str = "",
+        rtol: float | None = None,
+        filter: str = "pseudo_inverse",
+    ) -> None:
+        if not bool(torch.isfinite(spectrum).all()):
+            raise ValueError(must_be("The curvature", "finite", "NaN or infinity", "Look at the parameters."))
+        self.basis, self.spectrum, self.complement, self.source = basis, spectrum, complement, source
+        self.name, self.hint, self.filter = name, hint, filter
+        self.rtol = default_tolerance(spectrum.dtype) if rtol is None else rtol
+        self._set(hessian_perturbation)
+
+    @property
+    def operator(self) -> LinearOperator:
+        """A + λI as the method inverts it; without the complement where that is left out."""
+        if self.source is not None:
+            return Shifted(self.source, self.hessian_perturbation)
+        return Spectral(self.basis, self.inverted.values, self._rest)
+
+    @property
+    def size(self) -> int:
+        """Number p of parameters."""
+        return self.basis.size
+
+    @property
+    def inverted(self) -> InvertedSpectrum:
+        """θ + λ, what of it counts as zero, and f of it."""
+        if self._inverted is None:
+            self._inverted = invert_spectrum(self.basis, self.spectrum, self.hessian_perturbation, self.filter)
+        return self._inverted
+
+    @property
+    def eigenvalues(self) -> torch.Tensor | None:  # type: ignore[override]  # Kept once, as the spectrum.
+        """Those of A, ascending, where the basis is of its eigenvectors."""
+        return self.spectrum if self.basis.of_curvature else None
+
+    @property
+    def all_eigenvalues(self) -> torch.Tensor | None:
+        """All eigenvalues of the exact A, where these are all."""
+        return self.eigenvalues if self._spans else None
+
+    @property
+    def tolerance(self) -> float:
+        """``rtol``."""
+        return self.rtol
+
+    @property
+    def preconditions(self) -> bool:
+        """Whether none is negative: what is left out ``precondition`` puts back."""
+        return bool(self.positive_definite) or (self._spans and not self.inverted.n_negative)
+
+    def solve(self, B: torch.Tensor) -> InverseHvpResult:
+        """Return the solutions, or pseudo-solutions where A + λI is singular.
+
+        ``info`` holds ``residual`` (k,), against the exact A where it is at hand, ``converged`` (k,) by it, and
+        ``approximate``; ``residual_of_approximation`` (k,), against Q diag(θ) Qᵀ + λI, where A itself is not kept.
+        """
+        return self._solved(B, *self._split(B))
+
+    def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> list[InverseHvpResult]:
+        """Return the results at every λ: B is projected once."""
+        along, across = self._split(B)
+        return [self.at(shift)._solved(B, along, across) for shift in hessian_perturbations]
+
+    def at(self, hessian_perturbation: float) -> Self:
+        """Return the inverse at another λ, from the same basis and spectrum."""
+        other = copy.copy(self)
+        other._set(hessian_perturbation)
+        return other
+
+    def untold(self) -> Self:
+        """Return this inverse without warnings of rows that it does not solve, for callers that solve them anew."""
+        other = copy.copy(self)
+        other._untold = True
+        return other
+
+    def apply(self, V: torch.Tensor) -> torch.Tensor:
+        """Return the solutions alone; an exact inverse of a matrix still says what it did not solve."""
+        if self.source is not None and not self.approximate:
+            return super().apply(V)
+        along, across = self._split(V)
+        self._outside(V, along)
+        return self._refined(V, self._combined(along, across))
+
+    def precondition(self, R: torch.Tensor) -> torch.Tensor:
+        """Return M⁻¹ r, with r itself along what is left out, so that no direction is lost.
+
+        Where r < p it is P⁻¹ = (θ_r + λ) Q (θ + λ)⁻¹ Qᵀ + (I − QQᵀ), θ_r the smallest of the eigenvalues kept, the form
+        of Frangella, Tropp & Udell (2023), eq. 1.3 and 5.3: those that are not computed count as the smallest one that
+        is, and not as zero.
+        """
+        along, across = self._split(R)
+        found = self.inverted
+        if across is None:
+            return self.basis.combination(along * (found.inverse + found.lost))
+        return across + self.basis.combination(along * (found.values.min() / found.values))
+
+    def check(self) -> None:
+        """Raise ValueError where the parts contradict each other, or the spectrum what it is said to be of."""
+        if len(self.spectrum) != self.basis.rank:
+            raise ValueError(must_be("SpectralInverse.spectrum", f"of length {self.basis.rank}", len(self.spectrum)))
+        super().check()
+        if self.source is None:
+            return
+        b = torch.ones(1, self.size, dtype=self.dtype, device=self.device)
+        gap = self.source.apply(b) - Spectral(self.basis, self.spectrum, self.complement or 0.0).apply(b)
+        size = float(self.spectrum.double().abs().max()) * self.size**0.5
+        # Not (gap > ...): NaN compares false.
+        if not bool(gap.double().norm() <= 1e-3 * size):
+            raise ValueError(must_be("The eigendecomposition", "that of the matrix", "another"))
+
+    @property
+    def _spans(self) -> bool:
+        """Whether the basis is of the whole space."""
+        return self.basis.rank == self.basis.size
+
+    @property
+    def _drops(self) -> bool:
+        """Whether nothing is inverted on the complement: none is wanted, or there is none."""
+        return self.complement is None or self._spans
+
+    @property
+    def _rest(self) -> float:
+        """τ + λ, on the complement; 0 where nothing is inverted there."""
+        return 0.0 if self._drops or self.complement is None else self.complement + self.hessian_perturbation
+
+    def _set(self, hessian_perturbation: float) -> None:
+        self.hessian_perturbation = check_hessian_perturbation(hessian_perturbation)
+        if not self._drops and self._rest == 0:
+            raise ValueError(self._no_complement())
+        self._inverted = None
+        self.approximate = not (self.basis.of_curvature and (self._spans or self.source is not None))
+        self.positive_definite = self.inverted.positive_definite and (self._drops or self._rest > 0)
+        self._warn_of_negative()
+
+    def _split(self, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the coordinates of B (k, r), and its part across the basis (k, p), None where there is none."""
+        along = self.basis.coordinates(B)
+        if self._spans:
+            return along, None
+        across = B - self.basis.combination(along)
+        # Twice: 1/λ would magnify what rounding leaves along the basis.
+        more = self.basis.coordinates(across)
+        return along + more, across - self.basis.combination(more)
+
+    def _combined(self, along: torch.Tensor, across: torch.Tensor | None) -> torch.Tensor:
+        X = self.basis.combination(along * self.inverted.inverse)
+        return X if across is None or self._drops else X + across / self._rest
+
+    def _refined(self, B: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        """Take one step of refinement where the source offers it."""
+        R = None if self.source is None else self.source.refining_residual(B, X, self.hessian_perturbation)
+        return X if R is None else X + self._combined(*self._split(R))
+
+    def _solved(self, B: torch.Tensor, along: torch.Tensor, across: torch.Tensor | None) -> InverseHvpResult:
+        """Solve, with the coordinates of B and its part across the basis."""
+        outside = self._outside(B, along)
+        X = self._refined(B, self._combined(along, across))
+        judged = own = relative_residual(self.operator, B, X)
+        if across is not None and self._drops:
+            # A complement that was dropped as asked is no failure to solve.
+            judged = relative_residual(self.operator, B - across, X)
+        if self.approximate:
+            info = self.verdict(B, X, own, outside)
+        else:
+            residual = own if self.source is not None else self.true_residual(B, X)
+            judged, unknown = torch.where(residual.isnan(), judged, residual), residual.isnan()
+            converged = residual <= self.rtol
+            reason = reasons(converged, Reason.STAGNATED, (Reason.NOT_JUDGED, unknown), (Reason.SINGULAR, outside))
+            info = {"residual": residual, "converged": converged, "reason": reason, "approximate": False}
+            if self.source is None:
+                info["residual_of_approximation"] = own
+        if not self._untold:
+            inside = judged[~outside]
+            warn_not_converged(self.name, inside, inside <= self.rtol, self.rtol, self.not_solved)
+        return InverseHvpResult(X, info)
+
+    def _no_complement(self) -> str:
+        what = f"hessian_perturbation + {self.complement:.3g}" if self.complement else "hessian_perturbation"
+        left = self.size - self.basis.rank
+        hint = f"The {left} eigenvalues that are not computed count as {self.complement:.3g}. "
+        return must_be(f"{what} for {self.name} with rank < p", "> 0", self._rest, hint + "Try 1e-3, or rank=p.")
+
+    @property
+    def _what(self) -> str:
+        return f"A = H + λI as {self.name} approximates it" if self.approximate else "A = H + λI"
+
+    def _warn_of_negative(self) -> None:
+        """Warn of negative eigenvalues, which are inverted as they are."""
+        found = self.inverted
+        left_out = 0 if self._drops or self._rest >= -float(found.cuts.max()) else self.size - self.basis.rank
+        if n := found.n_negative + left_out:
+            least = min(found.least, self._rest) if left_out else found.least
+            warn(
+                f"{self._what} is indefinite: its smallest eigenvalue is {least:.3g}, at hessian_perturbation="
+                f"{self.hessian_perturbation:.3g}, and {n} of {self.size} are negative. They are inverted as they are: "
+                f"the solution is no minimiser. {self.hint}",
+                scipy.linalg.LinAlgWarning,
+            )
+
+    def _outside(self, B: torch.Tensor, along: torch.Tensor) -> torch.Tensor:
+        """Return which rows have a part along what is left out, and warn of them."""
+        found = self.inverted
+        if not found.n_lost:
+            return torch.zeros(len(B), dtype=torch.bool, device=B.device)
+        outside = (along * found.lost).norm(dim=1) > self.rtol * B.norm(dim=1)
+        if bool(outside.any()):
+            double = " or dtype=torch.float64" if self.dtype == torch.float32 else ""
+            larger = "a larger hessian_perturbation" if self.hessian_perturbation > 0 else "hessian_perturbation > 0"
+            cut = float(found.cuts[found.lost].max())
+            counted = f": eigenvalues within {cut:.2g} of zero count as zero." if cut else "."
+            warn(
+                f"{self._what} is singular (rank {self.basis.rank - found.n_lost} of {self.basis.rank}) and "
+                f"{int(outside.sum())} of {len(B)} right-hand sides have a part outside its range: the pseudo-inverse "
+                f"leaves it out. Try {larger}{double}{counted}",
+                scipy.linalg.LinAlgWarning,
+            )
+        return outside
