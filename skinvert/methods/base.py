@@ -242,7 +242,7 @@ class InverseOperator(TensorState, ABC):
         residual = relative_residual(self.operator, B, X)
         converged = residual <= self.tolerance
         warn_not_converged(self.name, residual, converged, self.tolerance, self.not_solved)
-        reason = reasons(converged, Reason.STAGNATED)
+        reason = reasons(converged, Reason.STAGNATED, (Reason.OUT_OF_RANGE, ~torch.isfinite(X).all(1)))
         info = {"residual": residual, "converged": converged, "reason": reason, "approximate": False}
         return InverseHvpResult(X, info)
 

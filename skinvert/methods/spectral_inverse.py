@@ -253,7 +253,10 @@ class SpectralInverse(InverseOperator):
             residual = own if self.source is not None else self.true_residual(B, X)
             judged, unknown = torch.where(residual.isnan(), judged, residual), residual.isnan()
             converged = residual <= self.rtol
-            reason = reasons(converged, Reason.STAGNATED, (Reason.NOT_JUDGED, unknown), (Reason.SINGULAR, outside))
+            unheld = (Reason.OUT_OF_RANGE, ~torch.isfinite(X).all(1))
+            reason = reasons(
+                converged, Reason.STAGNATED, (Reason.NOT_JUDGED, unknown), unheld, (Reason.SINGULAR, outside)
+            )
             info = {"residual": residual, "converged": converged, "reason": reason, "approximate": False}
             if self.source is None:
                 info["residual_of_approximation"] = own
