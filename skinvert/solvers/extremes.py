@@ -31,7 +31,9 @@ def smallest_eigenvalue(A: LinearOperator, random_state: int = 0) -> tuple[float
     # ARPACK's tolerance has an absolute floor of about eps ** (2/3): A is brought near one.
     start = np.random.default_rng(random_state).standard_normal(A.size)
     products = ScaledProducts(A.apply, A.dtype)
-    products(torch.from_numpy(start)[None].to(A.device, A.dtype))
+    if not bool(products(torch.from_numpy(start)[None].to(A.device, A.dtype)).any()):
+        # It maps a random row to zero: it is zero, and ARPACK has no Krylov space of it.
+        return 0.0, 0.0
     operator = _Scaled(A, products).aslinearoperator()
     start = start.astype(operator.dtype)
     try:

@@ -158,6 +158,11 @@ class ParametersInLists(nn.Module):
         return x
 
 
+def rms_norm(c):
+    """Of a written eps: torch's own is that of the dtype, so that the oracle's copy in float64 is another model."""
+    return nn.RMSNorm(c, eps=1e-5)
+
+
 def batch_norm(kind, c):
     norm = kind(c)
     norm.running_mean, norm.running_var = torch.randn(c) / 2, torch.rand(c) + 0.5
@@ -174,7 +179,7 @@ VECTOR = {
     "orthogonal": lambda c: parametrizations.orthogonal(nn.Linear(c, c), use_trivialization=False),
     "batch_norm": lambda c: batch_norm(nn.BatchNorm1d, c),
     "layer_norm": nn.LayerNorm,
-    "rms_norm": nn.RMSNorm,
+    "rms_norm": rms_norm,
     "residual": Residual,
     "twice": Twice,
     "tied": TiedPair,
@@ -249,7 +254,7 @@ SEQUENCE = {
     "own_attention": OwnAttention,
     "encoder": lambda c: nn.TransformerEncoderLayer(c, 2, 6, batch_first=True, activation="gelu"),
     "layer_norm": nn.LayerNorm,
-    "rms_norm": nn.RMSNorm,
+    "rms_norm": rms_norm,
 }
 
 # (m, 2, h, w) in, (m, 2, h', w') out.

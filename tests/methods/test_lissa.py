@@ -191,11 +191,13 @@ def test_too_few_steps_warn():
     assert not info["converged"].any() and info["n_iter"].tolist() == [5, 5, 5] and torch.isfinite(x).all()
 
 
-def test_a_curvature_of_zero():
+@pytest.mark.parametrize("p", [2, 40])
+def test_a_curvature_of_zero(p):
+    A, b = gram(np.zeros((3, p))), torch.ones(1, p).double()
     with pytest.warns(ConvergenceWarning):
-        x, info = LiSSA().invert(gram(np.zeros((3, 2))), 0.0).solve(torch.ones(1, 2).double())
+        x, info = LiSSA().invert(A, 0.0).solve(b)
     assert torch.isfinite(x).all() and not info["converged"].any()
-    x, info = LiSSA().invert(gram(np.zeros((3, 2))), 0.5).solve(torch.ones(1, 2).double())
+    x, info = LiSSA().invert(A, 0.5).solve(b)
     torch.testing.assert_close(x, torch.full_like(x, 2.0), rtol=2e-2, atol=0.0)
 
 

@@ -5,9 +5,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from sklearn.exceptions import ConvergenceWarning
 
 from skinvert import HessianInverter
-from skinvert.methods import CG, Arnoldi
+from skinvert.methods import CG, MINRES, Arnoldi
 from skinvert.operators import Dense, DiagonalMatrix
 from skinvert.solvers.extremes import extreme_eigenvalues, lanczos_density, smallest_eigenvalue
 
@@ -169,3 +170,14 @@ def test_the_scale_of_A_divides_out(size, dtype):
     for moment in (1, 2):
         own = float((own_nodes**moment * own_weights).sum())
         assert float(((nodes / size) ** moment * weights).sum()) == pytest.approx(own, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [3, 40, 400])
+def test_an_operator_that_is_zero_has_eigenvalue_zero(size):
+    A = DiagonalMatrix(torch.zeros(size, dtype=torch.float64))
+    assert smallest_eigenvalue(A) == (0.0, 0.0)
+    assert extreme_eigenvalues(A) == ((0.0, 0.0), (0.0, 0.0))
+    for method in (CG(), MINRES()):
+        with pytest.warns(ConvergenceWarning):
+            x, info = method.invert(A, 0.0).solve(torch.ones(2, size, dtype=torch.float64))
+        assert not info["converged"].any() and torch.isfinite(x).all()
