@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from definitions import DEFINITIONS, EXACT_TO, SETTINGS, SETTINGS_FLOAT32, definition_of
-from facts import LOOSE
+from facts import ITERATIVE, LOOSE
 from oracles import oracle_matrix, perturbation_for, relative_error
 from problems import number_of_rows, problem
 from sklearn.exceptions import ConvergenceWarning
@@ -63,7 +63,9 @@ def check(name, curvature, model, dtype, batch_size):
         return
     inverter.fit(case.module, case.data, case.sample_weight)
     tolerance = EXACT_TO.get(name, {torch.float32: 1e-3, torch.float64: 1e-8}[dtype])
-    for k in ("1", "7", "p+5"):
+    # Hundreds of products a row: an iterative method takes more rows than parameters on the small models.
+    many = () if name in ITERATIVE and case.p > 25 else ("p+5",)
+    for k in ("1", "7", *many):
         b = case.right_hand_sides(number_of_rows(k, case.p))
         expected = definition_of(name)(case, curvature, H, shift, b)
         received, info = inverter.solve(b)
