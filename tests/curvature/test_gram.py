@@ -1,9 +1,11 @@
 """The curvature of linear least squares on plain rows."""
 
 import numpy as np
+import pytest
 import torch
 from oracles import matrix_error
 
+from skinvert import HessianInverter
 from skinvert.curvature import Gram
 
 
@@ -26,3 +28,14 @@ def test_factor_and_products():
     np.testing.assert_allclose(F.mT @ F, A.to_dense(), atol=1e-14)
     np.testing.assert_allclose(A.apply(V), V @ A.to_dense(), atol=1e-14)
     np.testing.assert_allclose(A.diagonal(), A.to_dense().diagonal(), atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_whose_squares_leave_the_dtype_are_told(dtype):
+    X, limits = np.random.default_rng(0).standard_normal((5, 3)).astype(dtype), np.finfo(dtype)
+    for size in (limits.tiny, limits.max**0.7):
+        with pytest.raises(ValueError, match="other units"):
+            HessianInverter("direct", 1.0).fit(X * dtype(size))
+    # Small, and within it; and zeros.
+    for size in (10 * (limits.tiny / limits.eps) ** 0.5, 0.0):
+        HessianInverter("direct", 1.0).fit(X * dtype(size))

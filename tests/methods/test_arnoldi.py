@@ -324,3 +324,14 @@ def test_rank_in_a_grid():
     X = rows(40, 20)
     search = GridSearchCV(HessianInverter(Arnoldi(), 0.1), {"method__rank": [2, 5, 20]}, cv=3).fit(X)
     assert search.best_estimator_.method_.rank in (2, 5, 20)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+def test_eigenvalues_of_any_scale_have_the_digits_asked_for(size):
+    values = size * 0.98 ** np.arange(400)
+    A = operator(symmetric(values))
+    inverse = Arnoldi(rank=5, krylov_dimension=20, tol=1e-9).invert(A, size)
+    np.testing.assert_allclose(inverse.eigenvalues.numpy(), values[:5][::-1], rtol=1e-12)
+    U = inverse.basis.rows
+    errors = (A.apply(U) - inverse.eigenvalues[:, None] * U).norm(dim=1)
+    assert bool((errors <= 2e-9 * inverse.eigenvalues).all())

@@ -12,7 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import nn
 
 from skinvert import HessianInverter
-from skinvert.methods import CG
+from skinvert.methods import CG, MINRES
 from skinvert.operators import Dense, DiagonalMatrix
 
 
@@ -117,6 +117,17 @@ def test_atol():
     A, B = spd(50, 1e3), 1e-6 * torch.randn(6, 50, dtype=torch.float64)
     _, info = CG(rtol=0.0, atol=1.0).invert(Dense(A), 0.0).solve(B)
     assert info["converged"].all() and not info["n_iter"].any()
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+@pytest.mark.parametrize("method", [CG, MINRES])
+def test_atol_decides_who_converged(method, size):
+    A, B = spd(50, 1e3), size * torch.randn(6, 50, dtype=torch.float64)
+    X, info = method(rtol=0.0, atol=0.02 * size).invert(Dense(A), 0.0).solve(B)
+    assert info["converged"].all() and bool(((X @ A - B).norm(dim=1) <= 0.02 * size).all())
+    with pytest.warns(ConvergenceWarning):
+        X, info = method(rtol=0.0, atol=0.02 * size, maxiter=2).invert(Dense(A), 0.0).solve(B)
+    assert not info["converged"].any() and bool(((X @ A - B).norm(dim=1) > 0.02 * size).all())
 
 
 @pytest.mark.parametrize("maxiter", [1, 5])

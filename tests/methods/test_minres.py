@@ -173,3 +173,18 @@ def test_an_mlp_stopped_early():
     model = TorchTwiceDifferentiable(net, "cross_entropy")
     again = solve_hvp("minres", model, (X, y), b, hessian_perturbation=1e-2, rtol=1e-10)
     assert np.linalg.norm(again.x @ H - b, axis=1).max() <= 1e-8
+
+
+@pytest.mark.parametrize("power", [-40, 40])
+def test_the_size_of_b_decides_nothing(power):
+    """Powers of two change no digit, and so no decision: singular, and beyond what the dtype's rounding allows."""
+    singular = np.concatenate([[0.0, 0.0], np.logspace(-1, 1, 18)])
+    for A, settings in ((matrix(singular), {}), (matrix(INDEFINITE), {"rtol": 0.0})):
+        b = rows(3, len(A))
+        with pytest.warns(ConvergenceWarning):
+            x, info = solve(A, b, **settings)
+        with pytest.warns(ConvergenceWarning):
+            scaled, scaled_info = solve(A, 2.0**power * b, **settings)
+        torch.testing.assert_close(scaled, 2.0**power * x, rtol=0.0, atol=0.0)
+        assert scaled_info["n_iter"].tolist() == info["n_iter"].tolist()
+        assert scaled_info["reason"].tolist() == info["reason"].tolist()
