@@ -304,3 +304,21 @@ def test_only_unsupported_parameters_are_a_diagonal():
     inverter = fitted(net, X, y, instance("kfac", unsupported="diagonal"), params="0.*")
     expected = np.diag(np.diag(fitted(net, X, y, "direct", curvature="ggn", params="0.*").curvature_.to_dense()))
     np.testing.assert_allclose(dense(inverter), expected, atol=1e-12)
+
+
+def test_what_the_factors_hold_is_counted_before_they_are_made(monkeypatch):
+    """4 bytes a number: factors and eigenbases, eigenvalues and their inverse, two indices of 8 bytes, and `eigh`."""
+    asked = {}
+
+    def note(needed, what, *_):
+        asked.setdefault(what, needed)
+
+    monkeypatch.setattr("skinvert.curvature.layers.kronecker.check_memory", note)
+    net = nn.Sequential(nn.Embedding(50, 7), nn.Flatten(), nn.Linear(14, 6), nn.Tanh(), nn.Linear(6, 3))
+    X, y = torch.randint(50, (8, 2)), torch.arange(8) % 3
+    fitted(net, X, y)
+    # (d, i), with the bias's coordinate; of the embedding (7, 50), whose right side is a diagonal.
+    sides = [7 * 7 + 50, 6 * 6 + 15 * 15, 3 * 3 + 7 * 7]
+    entries = 7 * 50 + 6 * 15 + 3 * 7
+    layers = 4 * (2 * sum(sides) + 2 * entries + 3 * 15 * 15) + 16 * entries
+    assert layers <= asked["The Kronecker factors of the layers"] <= layers + 4 * 4000
