@@ -242,15 +242,34 @@ class Odd(nn.Module):
         if what == "reparametrised":
             nn.utils.parametrizations.weight_norm(self.fc)
         self.scaled = UnusualNorm() if what == "unusual norm" else None
+        self.experts = Experts() if what == "experts" else None
+        # Makes the weights of a layer from what is no sample.
+        self.maker = nn.Linear(2, 16) if what == "hypernetwork" else None
 
     def forward(self, x):
         h = self.fc(x).tanh()
         if self.what == "outside":
             h = F.linear(h, self.fc.weight).tanh()
-        for layer in (self.prelu, self.tied, self.scaled):
+        for layer in (self.prelu, self.tied, self.scaled, self.experts):
             h = h if layer is None else layer(h)
+        if self.maker is not None:
+            h = h @ self.maker(torch.tensor([0.3, -0.7], dtype=h.dtype)).reshape(4, 4)
         h = h if self.bilinear is None else self.bilinear(h, h)
         return self.head(h if self.scale is None else h * self.scale)
+
+
+class Experts(nn.Module):
+    """Two layers, of which each sees some of the rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        result = torch.zeros_like(x)
+        for layer, rows in ((self.one, x[:, 0] > 0), (self.two, x[:, 0] <= 0)):
+            result = result.index_put((rows.nonzero()[:, 0],), layer(x[rows]))
+        return result.tanh()
 
 
 class UnusualNorm(nn.Module):
@@ -274,8 +293,10 @@ ODD = {
     "reparametrised": "a ParametrizationList",
     "outside": "fc.weight (its weights are used outside it too)",
     "unusual norm": "scaled.weight (its weights are used outside it too)",
+    "experts": "experts.one.weight (sees",
+    "hypernetwork": "maker.weight (sees as many rows for more samples)",
 }
-OWN = ("prelu", "bilinear", "bare", "never called", "unusual norm")
+OWN = ("prelu", "bilinear", "bare", "never called", "unusual norm", "experts", "hypernetwork")
 
 
 @pytest.mark.parametrize(("what", "named"), ODD.items())
