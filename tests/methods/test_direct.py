@@ -15,9 +15,11 @@ from torch import nn
 
 from skinvert import HessianInverter, TorchTwiceDifferentiable
 from skinvert.methods import Direct
+from skinvert.methods.advice import advise
+from skinvert.methods.condition import norm1, rcond
 from skinvert.methods.dense import CholeskyInverse
 from skinvert.methods.sample_space import SampleSpaceInverse
-from skinvert.operators import Dense, LowRank
+from skinvert.operators import Dense, DiagonalMatrix, LowRank
 
 
 class Unpenalised(TorchTwiceDifferentiable):
@@ -214,3 +216,44 @@ def test_perturbation_is_on_the_scale_of_the_mean():
     shift = perturbation_for(H, 100)
     inverter = HessianInverter("direct", shift, **case.settings()).fit(case.module, case.data)
     assert relative_error(inverter.transform(b), solution(H, shift, b)) <= 1e-10
+
+
+@pytest.mark.parametrize("decades", [0, 3, 8])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_the_condition_is_estimated_from_a_factor_in_either_layout(decades, by_columns):
+    Q = np.linalg.qr(np.random.default_rng(0).standard_normal((30, 30)))[0]
+    A = torch.from_numpy((Q * np.logspace(-decades, 0, 30)) @ Q.T)
+    A = (A + A.mT) / 2
+    factor = torch.linalg.cholesky(A)
+    factor = factor.mT.contiguous().mT if by_columns else factor.contiguous()
+    exact = 1 / np.linalg.cond(A.numpy(), 1)
+    # Hager's estimate of ‖A⁻¹‖ is from below, and within a factor of three in practice.
+    assert exact * (1 - 1e-6) <= rcond(factor, norm1(A)) <= 3 * exact
+
+
+def test_a_factorised_matrix_is_no_approximation():
+    A = Dense(torch.diag(torch.tensor([1.0, 2.0])))
+    dense, few = Direct().invert(A, 0.0), Direct().invert(LowRank(torch.eye(2)[:1]), 1.0)
+    for inverse in (dense, dense.at(1.0), few):
+        assert inverse.solve(torch.ones(1, 2)).info["approximate"] is False
+
+
+def test_direct_is_advised_where_it_fits(monkeypatch):
+    A = DiagonalMatrix(torch.ones(3))
+    assert advise(A, "a", "b") == 'Try a, b, or method="direct".'
+    # 6 p² numbers of 4 bytes.
+    monkeypatch.setattr("skinvert.methods.advice.available_memory", lambda device: 6 * 9 * 4)
+    assert advise(A, "a", "b") == "Try a, or b." and advise(A, "a") == "Try a."
+
+
+@pytest.mark.parametrize("shift", [1e-1, 1e-2])
+def test_sample_space_is_nearer_than_the_identity_of_woodbury_alone(shift):
+    """One step of refinement takes off what the difference of two large terms has lost."""
+    generator = torch.Generator().manual_seed(0)
+    F, b = torch.randn(20, 60, generator=generator), torch.randn(30, 60, generator=generator)
+    core = torch.eye(20) + F @ F.mT / shift
+    alone = b / shift - (torch.linalg.solve(core, (b / shift) @ F.mT, left=False) @ F) / shift
+    H = F.double().mT @ F.double() + shift * torch.eye(60, dtype=torch.float64)
+    expected = torch.linalg.solve(H, b.double().mT).mT
+    received = Direct(rtol=0.1).invert(LowRank(F), shift).solve(b).x
+    assert float((received - expected).norm()) <= 0.7 * float((alone - expected).norm())
