@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -75,7 +74,7 @@ class Saved(BaseEstimator, ABC):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         """Return what pickle, joblib and copy rebuild the inverter from."""
-        return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]  # No stub has it.
+        return _blank, (type(self),), self.__getstate__()
 
     def __reduce__(self) -> tuple[object, ...] | str:
         """Refuse a model by name where skops, which alone calls this, would stumble over its tensors."""
@@ -119,6 +118,11 @@ class Saved(BaseEstimator, ABC):
         if KINDS.get(name) is not type(self):
             raise TypeError(must_be("save", f"called on a {' or '.join(KINDS)} itself", name, "Try pickle."))
         save_state(path, name, self._file_state(), *self._file_fields())
+
+
+def _blank(cls: type[Saved]) -> Saved:
+    """Return an estimator without attributes, for ``__setstate__``; not by ``__reduce__``, which refuses models."""
+    return object.__new__(cls)
 
 
 def load(path: str | os.PathLike[str], device: Device = None) -> Saved:

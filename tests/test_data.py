@@ -7,10 +7,10 @@ from oracles import matrix_error, oracle_matrix
 from problems import problem
 from skorch.helper import SliceDataset, SliceDict
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
 from skinvert import HessianInverter
-from skinvert.data import as_batches
+from skinvert.data import as_batches, count
 
 CASE = problem("mlp", "class_weights", 0.1)
 X, Y = CASE.data
@@ -137,3 +137,14 @@ def test_read_only_arrays_are_fine():
         array.flags.writeable = False
     inverter = HessianInverter("direct", 2.0, **CASE.settings()).fit(CASE.module, frozen)
     assert matrix_error(inverter.curvature_.to_dense(), oracle_matrix(CASE)) <= 1e-12
+
+
+def test_a_dataset_without_a_length_cannot_be_split():
+    class Endless(Dataset):
+        def __getitem__(self, index):
+            return torch.ones(2), 0
+
+    for data in (Endless(), DataLoader(Endless(), 4, sampler=range(8))):
+        with pytest.raises(TypeError, match="Data to split into folds must be .* with a length"):
+            count(data)
+    assert count(TensorDataset(torch.ones(3, 2)))[0] == 3

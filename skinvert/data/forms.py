@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 
 import numpy as np
 import torch
@@ -63,9 +63,9 @@ def count(data: object) -> tuple[int, Array]:
     dataset = data
     if isinstance(data, DataLoader) and data.batch_size is not None:
         dataset = data.dataset if type(data.sampler) in (SequentialSampler, RandomSampler) else None
-    if isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset):
-        return len(dataset), None  # type: ignore[arg-type]  # Datasets declare no length.
-    must = "an (X, y) tuple, a map-style Dataset, or a DataLoader of one without a sampler of its own"
+    if isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset) and isinstance(dataset, Sized):
+        return len(dataset), None
+    must = "an (X, y) tuple, a map-style Dataset with a length, or a DataLoader of one without a sampler of its own"
     raise TypeError(must_be("Data to split into folds", must, type(data).__name__, "Batches hide their rows."))
 
 

@@ -92,8 +92,6 @@ class InverseOperator(TensorState, ABC):
         Whether an approximate inverse spends one product with the exact curvature per solve on its true residual.
     positive_definite : bool or None
         Whether A + λI was found positive definite; None where the method cannot know before a solve.
-    eigenvalues : tensor or None
-        Those of A that the method computed, ascending.
     name : str
         The method's, for warnings.
     """
@@ -104,7 +102,6 @@ class InverseOperator(TensorState, ABC):
     approximate: bool = False
     judges: bool = True
     positive_definite: bool | None = None
-    eigenvalues: torch.Tensor | None = None
     name: str = ""
     # Whether a solve needs the curvature itself, and with it the model and the data.
     keeps_operator: bool = False
@@ -150,6 +147,11 @@ class InverseOperator(TensorState, ABC):
     def moves(self) -> bool:
         """Whether ``at`` serves another λ from what is kept, without factorising anew."""
         return True
+
+    @property
+    def eigenvalues(self) -> torch.Tensor | None:
+        """Those of A that the method computed, ascending."""
+        return None
 
     @property
     def all_eigenvalues(self) -> torch.Tensor | None:

@@ -117,7 +117,7 @@ class SpectralInverse(InverseOperator):
         return self._inverted
 
     @property
-    def eigenvalues(self) -> torch.Tensor | None:  # type: ignore[override]  # Kept once, as the spectrum.
+    def eigenvalues(self) -> torch.Tensor | None:
         """Those of A, ascending, where the basis is of its eigenvectors."""
         return self.spectrum if self.basis.of_curvature else None
 
