@@ -395,15 +395,14 @@ def float_at_the_end():
 
 
 class Fourier(nn.Module):
-    """Complex weights behind an odd number of real ones, so that they start at an odd place of a flat vector."""
+    """Complex weights, and an odd number of parameters: every other row of a matrix starts at an odd place."""
 
     def __init__(self):
         super().__init__()
-        self.scale, self.w = nn.Parameter(torch.ones(1)), nn.Parameter(torch.randn(3, 2))
-        self.c = nn.Linear(4, 3)
+        self.w, self.a, self.c = nn.Parameter(torch.randn(3, 2)), nn.Linear(4, 4), nn.Linear(4, 3)
 
     def forward(self, x):
-        waves = torch.fft.rfft(torch.tanh(self.scale * x), dim=1) * torch.view_as_complex(self.w)
+        waves = torch.fft.rfft(torch.tanh(self.a(x)), dim=1) * torch.view_as_complex(self.w)
         return self.c(torch.fft.irfft(waves, n=4, dim=1))
 
 
@@ -411,7 +410,7 @@ class Waves(Fourier):
     """The same, written out in real numbers."""
 
     def forward(self, x):
-        h, angle = torch.tanh(self.scale * x), torch.arange(4.0, dtype=D)[:, None] * torch.arange(3) * (torch.pi / 2)
+        h, angle = torch.tanh(self.a(x)), torch.arange(4.0, dtype=D)[:, None] * torch.arange(3) * (torch.pi / 2)
         re, im = h @ angle.cos(), -h @ angle.sin()
         u, v = self.w.mT
         counted = torch.tensor([0.25, 0.5, 0.25], dtype=D)
