@@ -100,7 +100,8 @@ class Oracle:
     @once
     def gradient_rows(self):
         """The gᵢ, with κ = Σ w / Σ w m."""
-        scale = float(self.weights.sum()) / self.mass()
+        # Where all targets are ignored there is no L, and so no gradient: what is tried is that it is refused.
+        scale = float(self.weights.sum()) / (self.mass() or 1.0)
         parts = []
         for i in range(len(self.X)):
             f = self.outputs(slice(i, i + 1))
