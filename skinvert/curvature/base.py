@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,29 +14,13 @@ from .._types import Batch
 from ..models import map_tensors
 from ..operators import LinearOperator
 from .objective import MeanLoss
-from .products import Products
+from .products import Products, Share
 
-__all__ = ["Curvature", "Share"]
+__all__ = ["Curvature"]
 
-
-@dataclass(frozen=True)
-class Share:
-    """A batch's share of the products, and the bytes that it holds beside what autograd saves for it.
-
-    Parameters
-    ----------
-    products : callable
-        Rows (k, p) to rows (k, p).
-    nbytes : int
-        Of tensors that no graph has saved.
-    """
-
-    products: Products
-    nbytes: int = 0
-
-    def __call__(self, V: torch.Tensor) -> torch.Tensor:
-        """Return the products with the rows of V."""
-        return self.products(V)
+# A batch's operations are recorded for products with so many rows at once, or so many in all with what is kept: that
+# costs a few gradient passes, and halves the price of a row.
+AT_ONCE, IN_ALL = 32, 64
 
 
 class Curvature(LinearOperator):
@@ -92,6 +75,9 @@ class Curvature(LinearOperator):
     objective: MeanLoss
 
     _transient: tuple[str, ...] = ("_graphs",)
+    # Rows so far, of products with the graphs that are kept; whether these are of operations recorded.
+    _rows = 0
+    _recorded = False
 
     def __init__(self, objective: MeanLoss) -> None:
         super().__init__(objective.size, objective.dtype, objective.device)
@@ -129,7 +115,7 @@ class Curvature(LinearOperator):
         product = torch.zeros_like(V)
         if not len(V):
             return product
-        for share in self._shares():
+        for share in self._shares(len(V)):
             product += share(V)
         product /= self.objective.weight_sum
         return product if self.penalty is None else product.addcmul_(V, self.penalty)
@@ -150,25 +136,32 @@ class Curvature(LinearOperator):
             setattr(part, name, None)
         return part
 
-    def _shares(self) -> Iterator[Products]:
-        if self._graphs is not None:
+    def share(self, batch: Batch, weights: torch.Tensor, many: bool) -> Products:
+        """Return ``graph``, or where ``many`` rows are to come what serves those faster."""
+        return self.graph(batch, weights)
+
+    def _shares(self, rows: int) -> Iterator[Products]:
+        """Yield the batches' shares, for products with so many rows."""
+        many = rows >= AT_ONCE or (self._graphs is not None and self._rows + rows >= IN_ALL)
+        if self._graphs is not None and self._recorded >= many:
+            self._rows += rows
             yield from self._graphs
             return
         kept: list[Products] = []
         keep: bool | None = None
         for batch, weights in self.objective.batches:
             if keep is None:
-                share, size = _measured(lambda: self.graph(batch, weights))  # noqa: B023 (called at once)
+                share, size = _measured(lambda: self.share(batch, weights, many))  # noqa: B023 (called at once)
                 # A graph may hold its batch, which the memory holds anyway where the data are kept.
                 size += _nbytes(batch) if self.objective.batches.kept is None else 0
                 keep = size * self.objective.batches.n_samples / len(weights) <= working_memory()
             else:
-                share = self.graph(batch, weights)
+                share = self.share(batch, weights, many)
             if keep:
                 kept.append(share)
             yield share
         if keep:
-            self._graphs = kept
+            self._graphs, self._recorded, self._rows = kept, many, rows
 
 
 def _measured(build: Callable[[], Products]) -> tuple[Products, int]:
@@ -181,7 +174,8 @@ def _measured(build: Callable[[], Products]) -> tuple[Products, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         built = build()
-    return built, sum(sizes) + (built.nbytes if isinstance(built, Share) else 0)
+    saved = 0 if isinstance(built, Share) and built.alone else sum(sizes)
+    return built, saved + (built.nbytes if isinstance(built, Share) else 0)
 
 
 def _nbytes(batch: Batch) -> int:

@@ -13,14 +13,14 @@ from .._memory import check_memory, rows_within
 from .._types import Batch
 from ..models import FactoredHessian, OutputHessian, map_tensors
 from ..operators import KroneckerFactors
-from .base import Curvature, Share
+from .base import Curvature
 from .columns import Columns
 from .layered import Layered
 from .layers import Signals
 from .loss_curvature import check_convex, loss_products, output_factor
 from .objective import Objective
 from .per_sample import jacobian_rows, split_batch
-from .products import Products, flat_products, forward_products
+from .products import Products, Share, both_passes, flat_products, forward_products
 
 __all__ = ["GGN"]
 
@@ -42,6 +42,8 @@ class GGN(Layered):
     name: ClassVar[str] = "ggn"
     # A subclass of another output Hessian than the loss's own has no derivatives of the loss to verify.
     of_the_loss: ClassVar[bool] = True
+    # Until a batch is met whose operations have none.
+    _has_rules = True
 
     def __init__(self, objective: Objective) -> None:
         super().__init__(objective)
@@ -108,6 +110,17 @@ class GGN(Layered):
 
         return Share(products, middle.nbytes)
 
+    def share(self, batch: Batch, weights: torch.Tensor, many: bool) -> Products:
+        """Return the products by the operations of both passes, where they have rules; else ``graph``."""
+        if not many or not self._has_rules or self._by_rows:
+            return self.graph(batch, weights)
+        passes = both_passes(lambda: self.outputs(batch), self.objective.model.theta)
+        self._has_rules = passes is not None
+        if passes is None:
+            return self.graph(batch, weights)
+        middle = self._output_products(passes.outputs, batch, self.objective.scale * weights)
+        return Share(lambda V: passes.through(V, middle), passes.nbytes + middle.nbytes, alone=middle.alone)
+
     def factor_of(self, batch: Batch, weights: torch.Tensor) -> torch.Tensor:
         """Return √wᵢ SᵢᵀJᵢ (m, r, p), with ∇²_f ℓᵢ = SᵢSᵢᵀ."""
         return torch.cat(list(self.factor_parts(batch, weights)), dim=1)
@@ -166,7 +179,7 @@ class GGN(Layered):
         """Return U (k, m, c) -> w ∇²_f s U."""
         closed = self.closed_hessian(outputs.detach(), batch)
         if closed is not None:
-            return Share(lambda U: closed.products(U) * weights[:, None], closed.nbytes)
+            return Share(lambda U: closed.products(U) * weights[:, None], closed.nbytes, alone=True)
         free = outputs.detach().requires_grad_(True)
         return Share(loss_products(self.objective.model, free, self.data_of(batch), weights))
 

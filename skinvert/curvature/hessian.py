@@ -15,7 +15,8 @@ from .base import Curvature
 from .differences import DifferencedGradient
 from .ggn import GGN
 from .objective import GenericObjective, Objective
-from .products import Products, flat_products
+from .products import Products, Share, flat_products, recorded_products
+from .tangents import recorded
 
 __all__ = ["GenericHessian", "Hessian"]
 
@@ -36,6 +37,8 @@ class Hessian(Curvature):
 
     name: ClassVar[str] = "hessian"
     objective: Objective
+    # Until a batch is met whose operations have none.
+    _has_rules = True
 
     def __init__(self, objective: Objective) -> None:
         super().__init__(objective)
@@ -60,6 +63,19 @@ class Hessian(Curvature):
             return partial(self.differenced.products, batch, self.objective.scale * weights)
         model, losses = self.objective.model, self.objective.losses(batch)
         return flat_products(model.gradient_of((losses * weights).sum(), create_graph=True), model.theta)
+
+    def share(self, batch: Batch, weights: torch.Tensor, many: bool) -> Products:
+        """Return the products by the operations of the gradient, where they have rules; else ``graph``."""
+        if not many or not self._has_rules or self.differenced is not None:
+            return self.graph(batch, weights)
+        model = self.objective.model
+        record, gradient = recorded(
+            lambda: model.gradient_of((self.objective.losses(batch) * weights).sum(), create_graph=True)
+        )
+        products = flat_products(gradient, model.theta)
+        program = recorded_products(record, model.theta, gradient, products)
+        self._has_rules = program is not None
+        return products if program is None else Share(program, program.nbytes, alone=True)
 
     def kronecker_factors(
         self, approx: str = "expand", unsupported: str = "error", verbose: int = 0

@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 
 from .._autograd import flat
+from .tangents import Program, Recording, UnservedError, recorded
 
-__all__ = ["Products", "flat_products", "forward_products"]
+__all__ = ["BothPasses", "Products", "Share", "both_passes", "flat_products", "forward_products", "recorded_products"]
 
 # Rows (k, ...) to rows (k, ...).
 Products: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A batch's share of the products, and the bytes that it holds beside what autograd saves for it.
+
+    Parameters
+    ----------
+    products : callable
+        Rows (k, p) to rows (k, p).
+    nbytes : int
+        Of tensors that no graph has saved.
+    alone : bool
+        Whether these are all: no graph is kept.
+    """
+
+    products: Products
+    nbytes: int = 0
+    alone: bool = False
+
+    def __call__(self, V: torch.Tensor) -> torch.Tensor:
+        """Return the products with the rows of V."""
+        return self.products(V)
 
 
 def flat_products(value: torch.Tensor, variables: list[torch.Tensor]) -> Products:
@@ -37,6 +62,65 @@ def forward_products(outputs: torch.Tensor, theta: list[torch.Tensor]) -> Produc
     pulled = torch.autograd.grad(outputs, theta, dummy, create_graph=True, materialize_grads=True)
     along = flat_products(flat(pulled), [dummy])
     return lambda V: along(V).reshape(len(V), len(outputs), -1)
+
+
+@dataclass(frozen=True)
+class BothPasses:
+    """V -> J V and U -> Jᵀ U of a batch's outputs (m, ...), by the operations of the two passes."""
+
+    outputs: torch.Tensor
+    along: Program
+    back: Program
+
+    def through(self, V: torch.Tensor, middle: Products) -> torch.Tensor:
+        """Return Jᵀ M J v for each row of V (k, p), with M given on (k, m, c)."""
+        m = len(self.outputs)
+        parts = torch.split(V, min(self.along.rows, self.back.rows))
+        return torch.cat([self.back(middle(self.along(rows).reshape(len(rows), m, -1)).flatten(1)) for rows in parts])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the two hold."""
+        return self.along.nbytes + self.back.nbytes
+
+
+def both_passes(forward: Callable[[], torch.Tensor], theta: list[torch.Tensor]) -> BothPasses | None:
+    """Return the products with J and Jᵀ of outputs; None where an operation has no rule."""
+
+    def compute() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        outputs = forward()
+        dummy = torch.zeros_like(outputs, requires_grad=True)
+        pulled = torch.autograd.grad(outputs, theta, dummy, create_graph=True, materialize_grads=True)
+        return outputs, dummy, flat(pulled)
+
+    record, (outputs, dummy, pulled) = recorded(compute)
+    along = recorded_products(record, theta, outputs, flat_products(pulled, [dummy]))
+    back = recorded_products(record, [dummy], pulled, flat_products(outputs, theta))
+    if along is None or back is None:
+        return None
+    return BothPasses(outputs.detach(), along, back)
+
+
+def recorded_products(
+    record: Recording, inputs: Sequence[torch.Tensor], output: torch.Tensor, expected: Products
+) -> Program | None:
+    """Return V (k, Σ numel of the inputs) -> (k, numel of the output) by what was recorded.
+
+    None where an operation has no rule, or where a random direction does not come out as by ``expected``: there it is
+    held against autograd.
+    """
+    try:
+        program = Program(record, inputs, output)
+        generator = torch.Generator("cpu").manual_seed(0)
+        drawn = torch.randn(program.rows + 1, sum(program.sizes), generator=generator, dtype=torch.float64, device="cpu")
+        V = drawn.to(output)
+        found, wanted = program(V), expected(V[:1])[0]
+    except torch.OutOfMemoryError:
+        raise
+    except (UnservedError, RuntimeError, NotImplementedError, ValueError, TypeError, IndexError):
+        return None
+    gap, size = (found[0] - wanted).norm(), wanted.norm()
+    return program if bool(gap <= math.sqrt(torch.finfo(output.dtype).eps) * size) else None
 
 
 class _FlatProducts:

@@ -1,0 +1,6 @@
+"""Derivatives of what a batch computes, along many directions at once: recorded, then pushed through rule by rule."""
+
+from .program import Program, UnservedError
+from .recording import Recording, recorded
+
+__all__ = ["Program", "Recording", "UnservedError", "recorded"]
