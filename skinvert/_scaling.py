@@ -53,7 +53,7 @@ def times_powers(V: torch.Tensor, powers: torch.Tensor | int) -> torch.Tensor:
 def lost_rows(exact: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """Return which rows (..., k) are not zero in ``exact``, and below the range of normal numbers in ``found``."""
     small = torch.linalg.vector_norm(found, ord=torch.inf, dim=-1) < torch.finfo(found.dtype).tiny
-    return small & (exact != 0).any(-1)
+    return small & (exact != 0).any(-1) if bool(small.any()) else small
 
 
 class ScaledProducts:

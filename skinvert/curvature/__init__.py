@@ -1,6 +1,6 @@
 """Curvatures: each maps a model and data to a symmetric operator on rows."""
 
-from .base import Curvature, Share
+from .base import Curvature
 from .build import (
     CURVATURES,
     build_blocks,
@@ -21,6 +21,7 @@ from .hessian import GenericHessian, Hessian
 from .layered import Layered
 from .objective import Objective
 from .per_sample import gradient_rows, split_batch
+from .products import Share
 
 __all__ = [
     "CURVATURES",

@@ -10,10 +10,11 @@ import torch
 from .._telling import warn
 from .._types import Batch
 from ..models.second_derivative import SecondDerivativeError
-from ..operators import KroneckerFactors
+from ..operators import KroneckerFactors, add_to_diagonal, symmetrise
 from .base import Curvature
 from .differences import DifferencedGradient
 from .ggn import GGN
+from .layers import agrees, hessian_from_layers
 from .objective import GenericObjective, Objective
 from .products import Products, Share, flat_products, recorded_products
 from .tangents import recorded
@@ -76,6 +77,13 @@ class Hessian(Curvature):
         program = recorded_products(record, model.theta, gradient, products)
         self._has_rules = program is not None
         return products if program is None else Share(program, program.nbytes, alone=True)
+
+    def to_dense(self, verbose: int = 0) -> torch.Tensor:
+        """Return the matrix (p, p): from the layers where each sees one row a sample, else by p products."""
+        matrix = None if self.differenced is not None else hessian_from_layers(self.objective, verbose)
+        if matrix is None or not agrees(self, matrix):
+            return super().to_dense(verbose)
+        return symmetrise(add_to_diagonal(matrix, self.penalty))
 
     def kronecker_factors(
         self, approx: str = "expand", unsupported: str = "error", verbose: int = 0

@@ -112,7 +112,9 @@ def recorded_products(
     try:
         program = Program(record, inputs, output)
         generator = torch.Generator("cpu").manual_seed(0)
-        drawn = torch.randn(program.rows + 1, sum(program.sizes), generator=generator, dtype=torch.float64, device="cpu")
+        drawn = torch.randn(
+            program.rows + 1, sum(program.sizes), generator=generator, dtype=torch.float64, device="cpu"
+        )
         V = drawn.to(output)
         found, wanted = program(V), expected(V[:1])[0]
     except torch.OutOfMemoryError:

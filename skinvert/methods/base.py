@@ -239,9 +239,9 @@ class InverseOperator(TensorState, ABC):
             return torch.full((len(B),), torch.nan, dtype=torch.float64, device=B.device)
         return relative_residual(shifted(self.exact, self.hessian_perturbation), B, X)
 
-    def judged(self, B: torch.Tensor, X: torch.Tensor) -> InverseHvpResult:
+    def judged(self, B: torch.Tensor, X: torch.Tensor, residual: torch.Tensor | None = None) -> InverseHvpResult:
         """Return the solutions of an inverse that keeps A itself, with their residuals; warn of what is not solved."""
-        residual = relative_residual(self.operator, B, X)
+        residual = relative_residual(self.operator, B, X) if residual is None else residual
         converged = residual <= self.tolerance
         warn_not_converged(self.name, residual, converged, self.tolerance, self.not_solved)
         reason = reasons(converged, Reason.STAGNATED, (Reason.OUT_OF_RANGE, ~torch.isfinite(X).all(1)))

@@ -1,7 +1,8 @@
 """The layers of a model, recorded: what each sees and the derivatives at its results, and what is made of both."""
 
-from .assembly import dense_from_layers
+from .assembly import agrees, dense_from_layers
 from .kronecker import kronecker_factors
 from .recording import Signals
+from .second_order import hessian_from_layers
 
-__all__ = ["Signals", "dense_from_layers", "kronecker_factors"]
+__all__ = ["Signals", "agrees", "dense_from_layers", "hessian_from_layers", "kronecker_factors"]

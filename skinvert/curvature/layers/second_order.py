@@ -1,17 +1,18 @@
 """The Hessian of a model whose layers see one row a sample: by the second derivatives at their results.
 
-With z = W a + b the results of layers and ε added to each, the second derivative by the entries (o, i) of one layer's
-[W, b] and (o', i') of another's is, of a sample, aᵢ a'ᵢ' ∂²ℓ/∂ε_o∂ε'_o' + aᵢ ∂a'ᵢ'/∂ε_o ∂ℓ/∂ε'_o' and the like with the
-two exchanged: Σ d directions of ε through the batch's operations give all of it, where products take p.
+With z = W a + b a layer's results and ε added to them, the second derivative of a sample's loss by the entries (o, i)
+of one layer's [W, b] and (o', i') of another's is a_i a'_i' ∂²ℓ/∂ε_o∂ε'_o' + a_i ∂a'_i'/∂ε_o ∂ℓ/∂ε'_o', and the like
+with the two exchanged. So Σ d directions of ε give all of it, where products take p.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..._memory import rows_within
@@ -19,65 +20,135 @@ from ..._progress import progress
 from ..._types import Batch
 from ..objective import Objective
 from ..per_sample import split_batch
-from ..products import flat_products, recorded_products
+from ..products import forward_products, recorded_products
 from ..tangents import recorded
 from .assembly import PairSums, linear_layers
 from .found import layers_of
-from .kinds import KroneckerLayer
+from .kinds import Call, KroneckerLayer
 
 __all__ = ["hessian_from_layers"]
 
-
-class _Seen(NamedTuple):
-    """What the layers saw on m samples: inputs (m, i), noise ε (m, d), and ∂ℓ/∂ε (m, d), ℓ the weighted loss."""
-
-    inputs: list[torch.Tensor]
-    noise: list[torch.Tensor]
-    slopes: list[torch.Tensor]
-    joined: torch.Tensor
+# Samples at a time: many enough for the products, few enough for the caches.
+CHUNK = 512
 
 
 def hessian_from_layers(objective: Objective, verbose: int = 0) -> torch.Tensor | None:
     """Return the Hessian (p, p) without the penalty; None unless all parameters are in layers that see one row each.
 
-    n p² operations, as for the GGN; its products with the identity take some 12 n p² and p passes.
+    n p² operations, as for the GGN; products with the identity take some 12 n p².
     """
     layers = linear_layers(layers_of(objective.model).layers, objective.size)
-    if layers is None:
+    if layers is None or any(layer.key is not layer.module for layer in layers):
         return None
-    sums = PairSums(layers)
-    width = sum(layer.index.shape[0] for layer in layers)
-    # The directions, and every layer's second derivatives along them.
-    chunk = rows_within(8 * width * sum(sum(layer.index.shape) for layer in layers) * objective.dtype.itemsize)
+    sums, width = PairSums(layers), sum(sum(layer.index.shape) for layer in layers)
+    most = max(len(a.index) * len(b.index) * a.index.shape[1] for a in layers for b in layers)
+    chunk = min(CHUNK, rows_within((8 * width**2 + 2 * most) * objective.dtype.itemsize))
     for batch, weights in progress(objective.batches, "layers", verbose):
-        for rows, part in split_batch(batch, objective.scale * weights / objective.weight_sum, min(chunk, CHUNK)):
+        for rows, part in split_batch(batch, objective.scale * weights / objective.weight_sum, chunk):
             if not _add(sums, layers, objective, rows, part):
                 return None
     return sums.matrix()
 
 
-# Samples at a time: enough for the products to be large, few enough for the caches.
-CHUNK = 512
-
-
 def _add(
     sums: PairSums, layers: Sequence[KroneckerLayer], objective: Objective, batch: Batch, weights: torch.Tensor
 ) -> bool:
-    """Add samples; return whether the layers saw one row of each, by operations that have rules."""
-    record, seen = recorded(lambda: _seen(layers, objective, batch, weights))
-    if seen is None:
+    """Add samples; return whether each layer saw one row of each, once, by operations that have rules."""
+    model, noisy = objective.model, _Noisy(layers, len(weights))
+
+    def compute() -> torch.Tensor | None:
+        with noisy.hooked():
+            losses = model.per_sample_loss(model.forward(batch), batch)
+        return noisy.joined((losses * weights).sum()) if noisy.plain else None
+
+    record, joined = recorded(compute)
+    if joined is None:
         return False
-    program = recorded_products(record, seen.noise, seen.joined, flat_products(seen.joined, seen.noise))
+    program = recorded_products(
+        record, noisy.noise, joined, lambda V: forward_products(joined, noisy.noise)(V).flatten(1)
+    )
     if program is None:
         return False
-    # Of all samples together: each depends on its own noise alone.
-    m, widths = len(weights), [one.shape[1] for one in seen.noise]
-    directions = torch.cat(
-        [_directions(j, m, widths, seen.joined) for j in range(len(widths))],
-    )
-    along = program(directions)
-    sizes = [a.shape[1] for a in seen.inputs] + widths
-    parts = [part.reshape(len(along), m, -1) for part in along.split([m * size for size in sizes], dim=1)]
-    slopes = [slope.detach() for slope in seen.slopes]
-    ...
+    _add_pairs(sums, noisy, program(noisy.directions()).reshape(-1, len(weights), joined.numel() // len(weights)))
     return True
+
+
+def _add_pairs(sums: PairSums, noisy: _Noisy, along: torch.Tensor) -> None:
+    """Add every pair of layers, given the derivatives (Σ d, m, Σ (d + i)) of slopes and inputs along the noise."""
+    count = len(noisy.layers)
+    widths, depths = [one.shape[1] for one in noisy.noise], [a.shape[1] for a in noisy.inputs]
+    # parts[j][i]: of layer i's slopes, then of its input, by layer j's noise.
+    parts = [block.split([*widths, *depths], dim=2) for block in along.split(widths)]
+    rows = noisy.rows()
+    for i in range(count):
+        for j in range(count):
+            if j <= i:
+                sums.add_pair(i, j, parts[j][i].permute(1, 2, 0), rows[i], rows[j])
+            K = parts[j][count + i].permute(1, 2, 0)
+            if noisy.layers[i].has_weight and i != j and bool(K.any()):
+                # A bias sees a constant.
+                K = F.pad(K, (0, 0, 0, int(noisy.layers[i].has_bias)))
+                sums.add_crossed(i, j, noisy.slopes[i].detach(), K, rows[j])
+
+
+class _Noisy:
+    """Layers whose results have noise ε of zeros added, and what they saw.
+
+    Attributes
+    ----------
+    noise : list of tensor
+        The ε (m, d) of each layer.
+    inputs, slopes : list of tensor
+        The a (m, i) and the ∂ℓ/∂ε (m, d), ℓ the weighted loss.
+    plain : bool
+        Whether each layer was called once, on one row a sample.
+    """
+
+    def __init__(self, layers: Sequence[KroneckerLayer], m: int) -> None:
+        self.layers, self.m = layers, m
+        one = layers[0].parameters[0]
+        self.noise = [one.new_zeros(m, len(layer.index)).requires_grad_(True) for layer in layers]
+        self.calls: dict[int, list[torch.Tensor]] = {}
+        self.inputs: list[torch.Tensor] = []
+        self.slopes: list[torch.Tensor] = []
+
+    @property
+    def plain(self) -> bool:
+        """Whether each layer was called once, on one row a sample."""
+        shapes = [[a.shape for a in self.calls.get(j, [])] for j in range(len(self.layers))]
+        return all(len(own) == 1 and own[0] in _one_row(self.m, own[0][-1]) for own in shapes)
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Add the noise while the context lasts."""
+        with ExitStack() as stack:
+            for j, layer in enumerate(self.layers):
+                stack.callback(layer.module.register_forward_hook(partial(self._add, j)).remove)
+            yield
+
+    def joined(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the slopes and the inputs, sample by sample, as one vector."""
+        slopes = torch.autograd.grad(loss, self.noise, create_graph=True, materialize_grads=True)
+        self.slopes = list(slopes)
+        self.inputs = [self.calls[j][0].reshape(self.m, -1) for j in range(len(self.layers))]
+        return torch.cat([*self.slopes, *self.inputs], dim=1).reshape(-1)
+
+    def directions(self) -> torch.Tensor:
+        """Return one direction for each entry of a layer's results, the same for all samples: (Σ d, Σ m d)."""
+        blocks = [torch.eye(one.shape[1]).to(one).repeat(1, self.m) for one in self.noise]
+        return torch.block_diag(*blocks)
+
+    def rows(self) -> list[torch.Tensor]:
+        """Return the inputs with the bias's coordinate."""
+        pairs = zip(self.layers, self.inputs, strict=True)
+        return [layer.inputs([Call(a, a.shape, None)], self.m, a.dtype)[0][:, 0] for layer, a in pairs]
+
+    def _add(self, j: int, module: nn.Module, args: tuple[torch.Tensor, ...], result: torch.Tensor) -> torch.Tensor:
+        self.calls.setdefault(j, []).append(args[0] if args else result.new_empty(0))
+        fits = result.numel() == self.noise[j].numel()
+        return result + self.noise[j].reshape(result.shape) if fits else result
+
+
+def _one_row(m: int, i: int) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of an input of one row a sample."""
+    return ((m, i), (m, 1, i))

@@ -19,7 +19,7 @@ def _mm(call: Call, live: list[bool]) -> Push:
 @rule(aten.addmm.default, aten.baddbmm.default)
 def _addmm(call: Call, live: list[bool]) -> Push:
     if call.kwargs:
-        raise UnservedError("addmm with alpha or beta")
+        raise UnservedError(call.operation.name())
     _, a, b = _tensors(call, 3)
     (shape,) = (one.shape for one in _tensors(call._replace(args=call.results), 1))
 
@@ -36,7 +36,7 @@ def _addmm(call: Call, live: list[bool]) -> Push:
 @rule(aten.convolution.default)
 def _convolution(call: Call, live: list[bool]) -> Push:
     x, weight = _tensors(call, 2)
-    setting = _single_group(call.args[3:9])
+    setting = _single_group(call, call.args[3:9])
     out = call.results[0]
     assert isinstance(out, torch.Tensor)
 
@@ -62,9 +62,9 @@ def _convolution(call: Call, live: list[bool]) -> Push:
 @rule(aten.convolution_backward.default)
 def _convolution_backward(call: Call, live: list[bool]) -> Push:
     g, x, weight = _tensors(call, 3)
-    sizes, setting, mask = call.args[3], _single_group(call.args[4:10]), call.args[10]
+    sizes, setting, mask = call.args[3], _single_group(call, call.args[4:10]), call.args[10]
     if setting[3]:
-        raise UnservedError("the backward pass of a transposed convolution")
+        raise UnservedError(call.operation.name())
     assert isinstance(mask, list | tuple)
 
     def pulled(g: torch.Tensor, x: torch.Tensor, kernel: torch.Tensor, wanted: list[bool]) -> list[torch.Tensor]:
@@ -220,8 +220,8 @@ def _axis(call: Call, place: int = 1) -> int:
     return axis % result.ndim - result.ndim if result.ndim else -1
 
 
-def _single_group(setting: tuple[object, ...]) -> list[object]:
+def _single_group(call: Call, setting: tuple[object, ...]) -> list[object]:
     """Return a convolution's stride, padding, dilation, transposed, output padding and groups."""
     if setting[5] != 1:
-        raise UnservedError("a convolution in groups")
+        raise UnservedError(call.operation.name())
     return list(setting)

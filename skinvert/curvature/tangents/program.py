@@ -110,7 +110,9 @@ class Program:
     @torch.no_grad()
     def _pushed(self, V: torch.Tensor) -> torch.Tensor:
         parts = V.split(self.sizes, dim=1)
-        alive = {j: part.reshape(len(V), *shape) for j, (part, shape) in enumerate(zip(parts, self.shapes, strict=True))}
+        alive = {
+            j: part.reshape(len(V), *shape) for j, (part, shape) in enumerate(zip(parts, self.shapes, strict=True))
+        }
         for step in self.steps:
             found = step.push(*[None if source is None else alive[source] for source in step.sources])
             for target, tangent in zip(step.targets, found, strict=True):
@@ -144,7 +146,7 @@ class _Slots:
         kept = call.operation is aten.detach.default
         sources = [self.of(one, kept) for one in spread(call.args)]
         if any(self.of(one) is not None for one in spread(tuple(call.kwargs.values()))):
-            raise UnservedError(f"{call.operation} by a keyword")
+            raise UnservedError(call.operation.name())
         if all(source is None for source in sources):
             self._forget(call)
             return []

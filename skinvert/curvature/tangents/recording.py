@@ -1,4 +1,4 @@
-"""What a batch computes, operation by operation, as torch's dispatcher sees it: a backward pass as well as a forward."""
+"""What a batch computes, operation by operation, as torch's dispatcher sees it: forward and backward passes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ class Recording(TorchDispatchMode):
     """Takes down every operation while it is entered; all its tensors are held, so that each is known by its ``id``."""
 
     def __init__(self) -> None:
-        super().__init__()
+        # Torch's own has no types.
+        prepare: Callable[[], None] = super().__init__
+        prepare()
         self.calls: list[Call] = []
 
     def __torch_dispatch__(

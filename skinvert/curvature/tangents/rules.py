@@ -97,7 +97,10 @@ def _by_entries(call: Call) -> bool:
     if torch.Tag.pointwise in call.operation.tags:
         return True
     # Losses without a reduction.
-    return call.operation in LOSSES and call.results[0].shape == call.args[LOSSES[call.operation]].shape
+    outputs, result = call.args[LOSSES.get(call.operation, 0)], call.results[0]
+    if call.operation not in LOSSES or not isinstance(outputs, torch.Tensor) or not isinstance(result, torch.Tensor):
+        return False
+    return outputs.shape == result.shape
 
 
 LOSSES: dict[Operation, int] = {
@@ -152,8 +155,9 @@ def _forward_mode(call: Call, live: list[bool]) -> Push | None:
     floating = [_is_real(one) for one in call.results]
     if not any(floating):
         return None
+    shapes = [one if isinstance(one, torch.Tensor) else torch.empty(0, device="cpu") for one in call.results]
     of, places = _as_function(call, live)
-    primals = tuple(spread(call.args)[j] for j in places)
+    primals = _tensors(call, places)
 
     def along(*tangents: Tangent) -> tuple[Tangent, ...]:
         known = [tangents[j] for j in places]
@@ -162,8 +166,8 @@ def _forward_mode(call: Call, live: list[bool]) -> Push | None:
         with warnings.catch_warnings(), forward_ad.dual_level():
             # Its first use loads scripts of torch's own.
             warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
-            found = torch.vmap(lambda *ts: tuple(_filled(_within(of, primals, ts), call.results)))(*rows)
-        return tuple(found)
+            found: tuple[torch.Tensor, ...] = torch.vmap(lambda *ts: _filled(_within(of, primals, ts), shapes))(*rows)
+        return found
 
     return Push(along, live, floating, [x for x in spread(call.args) if isinstance(x, torch.Tensor)])
 
@@ -171,8 +175,8 @@ def _forward_mode(call: Call, live: list[bool]) -> Push | None:
 def _slopes(call: Call, live: list[bool], result: torch.Tensor) -> dict[int, torch.Tensor]:
     """Return ∂f/∂xⱼ, of the result's shape, of each argument that has a tangent; those that are zero are left out."""
     of, places = _as_function(call, live)
-    given = [x for x in (spread(call.args)[j] for j in places) if isinstance(x, torch.Tensor)]
-    leaves = [x.detach().to(result.dtype).expand(result.shape).requires_grad_(True) for x in given]
+    given = [x.detach().to(result.dtype) for x in _tensors(call, places)]
+    leaves = [x.expand(result.shape).requires_grad_(True) for x in given]
     with torch.enable_grad():
         value = of(*leaves)
     if not isinstance(value, torch.Tensor) or not value.requires_grad:
@@ -191,13 +195,9 @@ def _within(
     return [forward_ad.unpack_dual(one).tangent if _is_real(one) else None for one in results]
 
 
-def _filled(tangents: Sequence[Tangent], results: Sequence[object]) -> list[torch.Tensor]:
+def _filled(tangents: Sequence[Tangent], results: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Return zeros for no tangent, so that each is one."""
-    return [
-        torch.zeros_like(one) if t is None and isinstance(one, torch.Tensor) else t
-        for t, one in zip(tangents, results, strict=True)
-        if t is not None or isinstance(one, torch.Tensor)
-    ]
+    return tuple(torch.zeros_like(one) if t is None else t for t, one in zip(tangents, results, strict=True))
 
 
 def _as_function(call: Call, live: list[bool]) -> tuple[Callable[..., object], list[int]]:
@@ -206,7 +206,8 @@ def _as_function(call: Call, live: list[bool]) -> tuple[Callable[..., object], l
 
     def of(*given: torch.Tensor) -> object:
         values = dict(zip(places, given, strict=True))
-        args, start = [], 0
+        args: list[object] = []
+        start = 0
         for one in call.args:
             if isinstance(one, list | tuple):
                 args.append([values.get(start + i, x) for i, x in enumerate(one)])
@@ -217,6 +218,11 @@ def _as_function(call: Call, live: list[bool]) -> tuple[Callable[..., object], l
         return call.operation(*args, **call.kwargs)
 
     return of, places
+
+
+def _tensors(call: Call, places: Sequence[int]) -> list[torch.Tensor]:
+    args = spread(call.args)
+    return [x for x in (args[j] for j in places) if isinstance(x, torch.Tensor)]
 
 
 def lifted(tangent: torch.Tensor, ndim: int) -> torch.Tensor:

@@ -65,7 +65,7 @@ def _moving(*operations: Operation) -> Callable[[Move], Move]:
 
 
 @_moving(aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh.default)
-def _same(t: torch.Tensor, call: Call) -> torch.Tensor:
+def _same(t: torch.Tensor, _: Call) -> torch.Tensor:
     return t
 
 
@@ -75,7 +75,7 @@ def _cast(t: torch.Tensor, call: Call) -> torch.Tensor:
 
 
 @_moving(aten.t.default)
-def _turn(t: torch.Tensor, call: Call) -> torch.Tensor:
+def _turn(t: torch.Tensor, _: Call) -> torch.Tensor:
     return t.mT if t.ndim == 3 else t
 
 
@@ -102,7 +102,7 @@ def _expand(t: torch.Tensor, call: Call) -> torch.Tensor:
 
 
 @_moving(aten.sum.default)
-def _sum(t: torch.Tensor, call: Call) -> torch.Tensor:
+def _sum(t: torch.Tensor, _: Call) -> torch.Tensor:
     return t.reshape(len(t), -1).sum(1)
 
 
