@@ -90,6 +90,9 @@ def both_passes(forward: Callable[[], torch.Tensor], theta: list[torch.Tensor]) 
     def compute() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         outputs = forward()
         dummy = torch.zeros_like(outputs, requires_grad=True)
+        if not outputs.requires_grad:
+            # This batch reaches none of the parameters.
+            return outputs, dummy, outputs.new_zeros(sum(t.numel() for t in theta))
         pulled = torch.autograd.grad(outputs, theta, dummy, create_graph=True, materialize_grads=True)
         return outputs, dummy, flat(pulled)
 
