@@ -148,3 +148,32 @@ def test_a_dataset_without_a_length_cannot_be_split():
         with pytest.raises(TypeError, match="Data to split into folds must be .* with a length"):
             count(data)
     assert count(TensorDataset(torch.ones(3, 2)))[0] == 3
+
+
+def test_small_batches_are_joined_in_their_order():
+    X, y = torch.arange(22.0).reshape(11, 2), torch.arange(11)
+    loader = DataLoader(TensorDataset(X, y), batch_size=3)
+    batches = as_batches(loader, dtype=torch.float32, device=torch.device("cpu"), sample_weight=np.arange(1.0, 12.0))
+    merged = batches.merged(7)
+    assert [len(batch[1]) for batch, _ in merged] == [6, 5]
+    assert torch.equal(torch.cat([batch[0] for batch, _ in merged]), X)
+    assert torch.equal(torch.cat([batch[1] for batch, _ in merged]), y)
+    assert torch.equal(torch.cat([weights for _, weights in merged]), torch.arange(1.0, 12.0))
+    # What was given stays as it is.
+    assert [len(batch[1]) for batch, _ in batches] == [3, 3, 3, 2]
+
+
+def test_batches_of_other_shapes_stay_as_they_are():
+    raw = [(torch.zeros(2, 3), torch.zeros(2)), (torch.zeros(2, 4), torch.zeros(2))]
+    batches = as_batches(raw, dtype=torch.float32, device=torch.device("cpu"))
+    assert [batch[0].shape for batch, _ in batches.merged(100)] == [(2, 3), (2, 4)]
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "empirical_fisher"])
+def test_a_loader_of_small_batches_costs_no_pass_each(curvature):
+    p = problem("mlp", "cross_entropy", weighted=True, n=40)
+    loader = DataLoader(TensorDataset(p.X, p.y), batch_size=2)
+    inverter = HessianInverter("cg", 1.0, curvature=curvature, loss=p.loss)
+    A = inverter.fit(p.module, loader, sample_weight=p.sample_weight).curvature_
+    assert len(A.objective.batches.kept) == 1
+    assert matrix_error(A.to_dense(), oracle_matrix(p, curvature)) < 1e-10

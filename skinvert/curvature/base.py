@@ -15,6 +15,7 @@ from ..models import map_tensors
 from ..operators import LinearOperator
 from .objective import MeanLoss
 from .products import Products, Share
+from .saved import counted
 
 __all__ = ["Curvature"]
 
@@ -166,15 +167,9 @@ class Curvature(LinearOperator):
 
 def _measured(build: Callable[[], Products]) -> tuple[Products, int]:
     """Return what ``build`` returns, and the bytes that it holds: what its graph saves, and what it says itself."""
-    sizes: list[int] = []
-
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        sizes.append(tensor.coalesce().values().nbytes if tensor.layout == torch.sparse_coo else tensor.nbytes)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    with counted() as graph:
         built = build()
-    saved = 0 if isinstance(built, Share) and built.alone else sum(sizes)
+    saved = 0 if isinstance(built, Share) and built.alone else graph.nbytes
     return built, saved + (built.nbytes if isinstance(built, Share) else 0)
 
 

@@ -12,6 +12,7 @@ from ..models import FactoredHessian
 from .columns import Columns
 from .layered import Layered
 from .layers import Signals
+from .products import Products, Share, both_passes, flat_products, forward_products
 
 __all__ = ["EmpiricalFisher"]
 
@@ -28,10 +29,28 @@ class EmpiricalFisher(Layered):
     """
 
     name: ClassVar[str] = "empirical_fisher"
+    # Until a batch is met whose operations have none.
+    _has_rules = True
 
     def factor_of(self, batch: Batch, weights: torch.Tensor) -> torch.Tensor:
         """Return √wᵢ gᵢᵀ (m, 1, p)."""
         return (self.objective.gradients(batch) * weights.sqrt()[:, None])[:, None]
+
+    def graph(self, batch: Batch, weights: torch.Tensor) -> Products:
+        """Return the products Σ wᵢ gᵢ(gᵢᵀv) over one batch: along the losses, and back, with no row's gradient made."""
+        losses, theta = self.objective.losses(batch), self.objective.model.theta
+        along, back = forward_products(losses[:, None], theta), flat_products(losses, theta)
+        return lambda V: back(along(V)[..., 0] * weights)
+
+    def share(self, batch: Batch, weights: torch.Tensor, many: bool) -> Products:
+        """Return the products by the operations of both passes, where they have rules; else ``graph``."""
+        passes = None
+        if many and self._has_rules:
+            passes = both_passes(lambda: self.objective.losses(batch), self.objective.model.theta)
+            self._has_rules = passes is not None
+        if passes is None:
+            return self.graph(batch, weights)
+        return Share(lambda V: passes.through(V, lambda U: U * weights[:, None]), passes.nbytes, alone=True)
 
     def gradient_rows(self, verbose: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gᵢ (n, p), and wᵢ/Σw (n,)."""

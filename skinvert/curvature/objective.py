@@ -25,8 +25,12 @@ from .checks import (
 from .first_pass import FirstPass
 from .loss_values import LossValues
 from .per_sample import gradient_rows
+from .saved import counted
 
 __all__ = ["GenericObjective", "MeanLoss", "Objective"]
+
+# Up to how many rows, and bytes that a forward pass keeps of them, small batches are joined.
+MERGED_ROWS, MERGED_BYTES = 512, 2**26
 
 
 class MeanLoss:
@@ -107,9 +111,12 @@ class Objective(MeanLoss):
         model.settle(batches)
         self._values, self._alone, start = LossValues(model), False, 0
         self.first_pass = FirstPass(model)
+        self._row_bytes = 1
         for index, (batch, weights) in enumerate(progress(batches, "loss and gradient", verbose)):
             self._add(batch, weights, index, slice(start, start + len(weights)))
             start += len(weights)
+        # Each row was found to be alone: batches too small for fast products need not stay so.
+        self.batches = batches.merged(min(MERGED_ROWS, MERGED_BYTES // self._row_bytes))
         self.unreached = tuple(self.first_pass.unreached)
         del self._values, self.first_pass
         self._check_joined()
@@ -161,7 +168,9 @@ class Objective(MeanLoss):
         self.mass_sum *= share
 
     def _add(self, batch: Batch, weights: torch.Tensor, index: int, rows: slice) -> None:
-        outputs = forward_or_tell(self.first_pass, batch)
+        with counted() as saved:
+            outputs = forward_or_tell(self.first_pass, batch)
+        self._row_bytes = max(self._row_bytes, saved.nbytes // len(weights))
         if not self._alone and len(weights) > 1:
             check_rows_alone(self.model, outputs, batch)
             self._alone = True

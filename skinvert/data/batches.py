@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -82,6 +82,24 @@ class Batches:
         weights = None if self.sample_weight is None else self.sample_weight[order]
         kept = _merged(parts)
         return Batches(kept.__iter__, self.dtype, self.device, weights, len(rows), kept)
+
+    def merged(self, most: int) -> Batches:
+        """Return the same rows in the same order, small kept batches joined to at most so many rows where they fit.
+
+        Those of other shapes, as padded sequences are, stay as they are.
+        """
+        if self.kept is None:
+            return self
+        groups: list[list[Batch]] = [[]]
+        rows = 0
+        for batch in self.kept:
+            m = leading_length(batch)
+            if groups[-1] and rows + m > most:
+                groups.append([])
+                rows = 0
+            groups[-1].append(batch)
+            rows += m
+        return replace(self, kept=[batch for group in groups for batch in _merged(group)])
 
     def _weights(self, start: int, m: int) -> torch.Tensor:
         if self.sample_weight is None:
@@ -243,10 +261,16 @@ def _tensor(value: object, dtype: torch.dtype, device: torch.device, target: boo
 
 def _merged(parts: list[Batch]) -> list[Batch]:
     """Return the parts as one batch, or as they are where they cannot be joined."""
+    if len(parts) < 2:
+        return parts
     try:
-        return [_joined(parts)] if len(parts) > 1 else parts
+        joined = _joined(parts)
     except (RuntimeError, ValueError):
         return parts
+    lengths: list[int] = []
+    map_tensors(lambda tensor: lengths.append(len(tensor)), joined)
+    # Not a table that all rows of a batch share.
+    return [joined] if set(lengths) == {sum(leading_length(part) for part in parts)} else parts
 
 
 def _joined(parts: list[Batch]) -> Batch:

@@ -10,6 +10,7 @@ import scipy.linalg
 import torch
 
 from .._check import check_hessian_perturbation, must_be
+from .._memory import rows_within
 from .._telling import warn
 from ..operators import Basis, LinearOperator, Shifted, Spectral
 from ..reasons import Reason, reasons
@@ -142,7 +143,16 @@ class SpectralInverse(InverseOperator):
         ``info`` holds ``residual`` (k,), against the exact A where it is at hand, ``converged`` (k,) by it, and
         ``approximate``; ``residual_of_approximation`` (k,), against Q diag(θ) Qᵀ + λI, where A itself is not kept.
         """
-        return self._solved(B, *self._split(B))
+        X, inside = torch.empty_like(B), B
+        outside = torch.zeros(len(B), dtype=torch.bool, device=B.device)
+        if not self._spans and self._drops:
+            inside = torch.empty_like(B)
+        # Coordinates, their quotients and both parts of b: not of all rows at once.
+        step = rows_within(5 * B.shape[1] * B.element_size())
+        for start in range(0, len(B), step):
+            rows = slice(start, start + step)
+            X[rows], outside[rows] = self._solution(B[rows], *self._split(B[rows]), inside[rows])
+        return self._told(B, X, outside, inside)
 
     def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> list[InverseHvpResult]:
         """Return the results at every λ: B is projected once."""
@@ -166,7 +176,7 @@ class SpectralInverse(InverseOperator):
         if self.source is not None and not self.approximate:
             return super().apply(V)
         along, across = self._split(V)
-        self._outside(V, along)
+        self._warn_of_outside(self._outside(V, along))
         return self._refined(V, self._combined(along, across))
 
     def precondition(self, R: torch.Tensor) -> torch.Tensor:
@@ -241,12 +251,24 @@ class SpectralInverse(InverseOperator):
 
     def _solved(self, B: torch.Tensor, along: torch.Tensor, across: torch.Tensor | None) -> InverseHvpResult:
         """Solve, with the coordinates of B and its part across the basis."""
-        outside = self._outside(B, along)
-        X = self._refined(B, self._combined(along, across))
-        judged = own = relative_residual(self.operator, B, X)
+        inside = B if self._spans or not self._drops else torch.empty_like(B)
+        return self._told(B, *self._solution(B, along, across, inside), inside)
+
+    def _solution(
+        self, B: torch.Tensor, along: torch.Tensor, across: torch.Tensor | None, inside: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the solutions, and which rows have a part along what is left out; b's part that is solved, inside."""
         if across is not None and self._drops:
+            torch.sub(B, across, out=inside)
+        return self._refined(B, self._combined(along, across)), self._outside(B, along)
+
+    def _told(self, B: torch.Tensor, X: torch.Tensor, outside: torch.Tensor, inside: torch.Tensor) -> InverseHvpResult:
+        """Return the result, and warn of what is not solved."""
+        self._warn_of_outside(outside)
+        judged = own = relative_residual(self.operator, B, X)
+        if inside is not B:
             # A complement that was dropped as asked is no failure to solve.
-            judged = relative_residual(self.operator, B - across, X)
+            judged = relative_residual(self.operator, inside, X)
         if self.approximate:
             info = self.verdict(B, X, own, outside)
         else:
@@ -261,8 +283,8 @@ class SpectralInverse(InverseOperator):
             if self.source is None:
                 info["residual_of_approximation"] = own
         if not self._untold:
-            inside = judged[~outside]
-            warn_not_converged(self.name, inside, inside <= self.rtol, self.rtol, self.not_solved)
+            told = judged[~outside]
+            warn_not_converged(self.name, told, told <= self.rtol, self.rtol, self.not_solved)
         return InverseHvpResult(X, info)
 
     def _no_complement(self) -> str:
@@ -289,20 +311,23 @@ class SpectralInverse(InverseOperator):
             )
 
     def _outside(self, B: torch.Tensor, along: torch.Tensor) -> torch.Tensor:
-        """Return which rows have a part along what is left out, and warn of them."""
+        """Return which rows have a part along what is left out."""
         found = self.inverted
         if not found.n_lost:
             return torch.zeros(len(B), dtype=torch.bool, device=B.device)
-        outside = (along * found.lost).norm(dim=1) > self.rtol * B.norm(dim=1)
-        if bool(outside.any()):
-            double = " or dtype=torch.float64" if self.dtype == torch.float32 else ""
-            larger = "a larger hessian_perturbation" if self.hessian_perturbation > 0 else "hessian_perturbation > 0"
-            cut = float(found.cuts[found.lost].max())
-            counted = f": eigenvalues within {cut:.2g} of zero count as zero." if cut else "."
-            warn(
-                f"{self._what} is singular (rank {self.basis.rank - found.n_lost} of {self.basis.rank}) and "
-                f"{int(outside.sum())} of {len(B)} right-hand sides have a part outside its range: the pseudo-inverse "
-                f"leaves it out. Try {larger}{double}{counted}",
-                scipy.linalg.LinAlgWarning,
-            )
-        return outside
+        return (along * found.lost).norm(dim=1) > self.rtol * B.norm(dim=1)
+
+    def _warn_of_outside(self, outside: torch.Tensor) -> None:
+        if not bool(outside.any()):
+            return
+        found = self.inverted
+        double = " or dtype=torch.float64" if self.dtype == torch.float32 else ""
+        larger = "a larger hessian_perturbation" if self.hessian_perturbation > 0 else "hessian_perturbation > 0"
+        cut = float(found.cuts[found.lost].max())
+        counted = f": eigenvalues within {cut:.2g} of zero count as zero." if cut else "."
+        warn(
+            f"{self._what} is singular (rank {self.basis.rank - found.n_lost} of {self.basis.rank}) and "
+            f"{int(outside.sum())} of {len(outside)} right-hand sides have a part outside its range: the "
+            f"pseudo-inverse leaves it out. Try {larger}{double}{counted}",
+            scipy.linalg.LinAlgWarning,
+        )

@@ -302,3 +302,25 @@ def test_the_eigenpairs_of_a_factor_are_judged_by_the_factor():
     np.testing.assert_allclose(x[0], expected, rtol=1e-10)
     assert not inverse.approximate and bool(info["converged"]) and inverse.all_eigenvalues is None
     assert "residual_of_approximation" not in info
+
+
+@pytest.mark.parametrize("lam", [0.5, 0.0])
+def test_rows_in_chunks_are_the_rows_at_once(lam, monkeypatch):
+    module = "skinvert.methods.spectral_inverse"
+    generator = torch.Generator().manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(9, 4, generator=generator, dtype=torch.float64))
+    spectrum = torch.tensor([0.0, 1.0, 2.0, 5.0], dtype=torch.float64)
+    inverse = SpectralInverse(Eigenvectors(basis.mT.contiguous()), spectrum, lam, name="thin")
+    B = torch.randn(7, 9, generator=generator, dtype=torch.float64)
+    found = []
+    for step in (1, 100):
+        monkeypatch.setattr(f"{module}.rows_within", lambda size, most=None, step=step: step)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            found.append((inverse.solve(B), [str(one.message) for one in told]))
+    (one, first), (all_, second) = found
+    assert torch.allclose(one.x, all_.x, rtol=1e-12, atol=0)
+    assert all(torch.equal(one.info[key], all_.info[key]) for key in ("converged", "reason"))
+    # Once for all rows, not once a chunk.
+    assert first == second
+    assert len(first) == (lam == 0)

@@ -42,6 +42,8 @@ rule(
     aten.repeat.default,
     aten.select_backward.default,
     aten.slice_backward.default,
+    aten.nll_loss_forward.default,
+    aten.nll_loss2d_forward.default,
     aten.nll_loss_backward.default,
     aten.nll_loss2d_backward.default,
     aten.embedding_dense_backward.default,
