@@ -51,8 +51,8 @@ def cnn() -> Workload:
     train, rest = _split(X.reshape(-1, 1, 8, 8), y)
     model = nn.Sequential(
         *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 10)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 10)),
     )
     model = _trained(model, train, weight_decay=1e-4)
     return Workload("W3", model, train, 0.1, gradients(model, rest)[:64])
@@ -68,7 +68,7 @@ def large_mlp() -> Workload:
     X = torch.tensor(np.concatenate([images, np.roll(images, 1, axis=2)]), dtype=torch.float32).flatten(1)
     y = torch.tensor(np.concatenate([labels, labels]))
     model = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10))
-    model = _trained(model, (X, y), weight_decay=1e-3, epochs=10, batch_size=256)
+    model = _trained(model, (X, y), weight_decay=1e-4, epochs=30, batch_size=256)
     # Shifted the other way: rows that it has not seen.
     held_out = torch.tensor(np.roll(images[:16], -1, axis=2), dtype=torch.float32).flatten(1)
     return Workload("W4", model, (X, y), 0.1, gradients(model, (held_out, y[:16])))
@@ -152,12 +152,14 @@ def _trained(
             module.reset_parameters()
     loss = nn.CrossEntropyLoss()
     if epochs:
-        adam = torch.optim.Adam(model.parameters(), 1e-3, weight_decay=weight_decay)
+        adam = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=weight_decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, epochs)
         for _ in range(epochs):
             for rows in torch.randperm(len(data[1])).split(batch_size):
                 adam.zero_grad()
                 loss(model(data[0][rows]), data[1][rows]).backward()
                 adam.step()
+            schedule.step()
         return model
     lbfgs = torch.optim.LBFGS(model.parameters(), max_iter=500, line_search_fn="strong_wolfe")
 
@@ -166,7 +168,7 @@ def _trained(
         decay = sum(t.square().sum() for t in model.parameters())
         value = loss(model(data[0]), data[1]) + weight_decay / 2 * decay
         value.backward()
-        return float(value)
+        return float(value.detach())
 
     lbfgs.step(closure)
     return model

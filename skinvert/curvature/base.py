@@ -21,7 +21,7 @@ __all__ = ["Curvature"]
 
 # A batch's operations are recorded for products with so many rows at once, or so many in all with what is kept: that
 # costs a few gradient passes, and halves the price of a row.
-AT_ONCE, IN_ALL = 32, 64
+AT_ONCE, IN_ALL = 16, 32
 
 
 class Curvature(LinearOperator):

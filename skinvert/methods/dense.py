@@ -106,7 +106,7 @@ class CholeskyInverse(InverseOperator):
         X = self._solve_once(B)
         residual = relative_residual(self.operator, B, X)
         # Not (residual > ...): NaN compares false.
-        rows = ~(residual <= REFINED)
+        rows = ~(residual <= min(REFINED, self.rtol))
         if bool(rows.any()):
             R = self.curvature.refining_residual(B[rows], X[rows], self.hessian_perturbation)
             if R is not None:
