@@ -49,12 +49,15 @@ ENDS = {
         lambda: (CG(maxiter=1).invert(diagonal(1.0, 2.0, 3.0), 0.0), ONES),
         lambda: (CG(maxiter=1, block=True).invert(diagonal(1.0, 2.0, 3.0), 0.0), ONES),
         lambda: (MINRES(maxiter=1).invert(diagonal(1.0, 2.0, 3.0), 0.0), ONES),
+        lambda: (MINRES(maxiter=1, block=True).invert(diagonal(1.0, 2.0, 3.0), 0.0), ONES),
         lambda: (LiSSA(maxiter=1).invert(Gram(torch.diag(torch.tensor([1.0, 10.0, 99.0]))), 1.0), ONES),
         lambda: (in_blocks(CG(maxiter=1), 1.0, 2.0), ONES),
     ],
     Reason.STAGNATED: [
         lambda: (CG(rtol=0.0).invert(measured(), 0.3), MANY),
         lambda: (MINRES(rtol=0.0).invert(measured(), 0.3), MANY),
+        lambda: (MINRES(rtol=0.0, block=True).invert(measured(), 0.3), MANY),
+        lambda: (MINRES(block=True).invert(diagonal(0.0, 2.0, 3.0), 0.0), ONES),
         lambda: (Direct(rtol=0.0).invert(measured(), 0.3), MANY),
     ],
     Reason.NEGATIVE_CURVATURE: [
@@ -72,6 +75,7 @@ ENDS = {
     Reason.OUT_OF_RANGE: [
         lambda: (CG().invert(diagonal(1e-30, 2e-30), 0.0), FAR),
         lambda: (MINRES().invert(diagonal(1e-30, 2e-30), 0.0), FAR),
+        lambda: (MINRES(block=True).invert(diagonal(1e-30, 2e-30), 0.0), FAR),
         lambda: (LiSSA().invert(Gram(1e-15 * torch.eye(2)), 1e-30), FAR),
         lambda: (Direct().invert(diagonal(1e-30, 2e-30), 0.0), FAR),
         lambda: (Direct().invert(diagonal(-1e-30, 2e-30), 0.0), FAR),

@@ -239,8 +239,7 @@ class CGInverse(InverseOperator):
 
     def _residual(self, run: CGState, problem: Problem, X: torch.Tensor) -> torch.Tensor:
         """Return the true relative residuals: those known from a row's last check, and the rest computed."""
-        size = norms(run.B)
-        residual = run.true / torch.where(size > 0, size, 1.0)
+        residual = run.residual()
         unknown = residual.isnan()
         if bool(unknown.any()):
             residual[unknown] = problem.residual(X, unknown)

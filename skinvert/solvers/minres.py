@@ -9,7 +9,7 @@ import torch
 from .._scaling import norms
 from .krylov import Problem, check_finite, default_rtol
 
-__all__ = ["MINRESRun"]
+__all__ = ["MINRESRun", "pays"]
 
 # Steps between two recomputations of r.
 REFRESH = 50
@@ -54,7 +54,7 @@ class MINRESRun:
 
     def __init__(self, problem: Problem, tolerance: torch.Tensor) -> None:
         B = problem.B
-        self.products, self.B, self.tolerance, self.steps = problem.products, B, tolerance, 0
+        self.products, self.B, self.tolerance, self.steps, self.n_products = problem.products, B, tolerance, 0, 0
         self.eps, self.least = torch.finfo(B.dtype).eps, default_rtol(B.dtype)
         self.X = torch.zeros_like(B) if problem.X is None else problem.X
         self.state = _Recurrence.of(B.clone() if problem.R is None else problem.R)
@@ -101,11 +101,20 @@ class MINRESRun:
             self._leave(null)
         self._check(self.state.phibar <= torch.maximum(self.tolerance, self.floor)[self.rows])
 
+    def apply(self, V: torch.Tensor) -> torch.Tensor:
+        """Return the products with the rows of V, and count them."""
+        self.n_products += len(V)
+        return self.products(V)
+
     def result(self) -> torch.Tensor:
         """Return the best X of each row."""
         if len(self.rows):
             self._keep(self.rows)
         return self.best
+
+    def residual(self) -> torch.Tensor:
+        """Return NaN (k,): the true residuals of the best X are for the caller to compute."""
+        return torch.full_like(self.tolerance, torch.nan)
 
     def _lanczos(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return v, α, and the next vector with its norm β."""
@@ -113,7 +122,7 @@ class MINRESRun:
         self.steps += 1
         self.n_iter[rows] += 1
         v = s.current / _column(s.beta, s.current)
-        rest = self.products(v) - _column(s.beta / s.beta_before, s.previous) * s.previous
+        rest = self.apply(v) - _column(s.beta / s.beta_before, s.previous) * s.previous
         alpha = (v * rest).sum(1).to(s.beta)
         rest = rest - _column(alpha / s.beta, rest) * s.current
         beta = norms(rest)
@@ -151,13 +160,13 @@ class MINRESRun:
         Near a least-squares solution of a singular system, rounding gives r a part that only a huge x in the null space
         would seem to take away.
         """
-        R = self.B[rows] - self.products(self.X[rows])
+        R = self.B[rows] - self.apply(self.X[rows])
         size, norm = norms(R), norms(self.X[rows])
         better, decades = size < self.best_size[rows], torch.log10(norm / self.own_norm[rows])
-        pays = better & ((GAIN * decades <= 1 - size / self.own_size[rows]) | (size <= self.tolerance[rows]))
-        better &= pays | (decades <= 1)
+        paid = better & (pays(decades, size, self.own_size[rows]) | (size <= self.tolerance[rows]))
+        better &= paid | (decades <= 1)
         self.best[rows[better]], self.best_size[rows[better]] = self.X[rows[better]], size[better]
-        self.own_norm[rows[pays]], self.own_size[rows[pays]] = norm[pays], size[pays]
+        self.own_norm[rows[paid]], self.own_size[rows[paid]] = norm[paid], size[paid]
         return R
 
     def _restart(self, which: torch.Tensor, lost: torch.Tensor, R: torch.Tensor) -> None:
@@ -170,6 +179,11 @@ class MINRESRun:
     def _leave(self, leaving: torch.Tensor) -> None:
         if bool(leaving.any()):
             self.rows, self.state = self.rows[~leaving], self.state.of_rows(~leaving)
+
+
+def pays(decades: torch.Tensor, size: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """Return which x, so many decades longer, take enough off a residual of size ``before``."""
+    return GAIN * decades <= 1 - size / before
 
 
 def _column(scalars: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

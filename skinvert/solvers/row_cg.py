@@ -103,7 +103,7 @@ class CGState:
         claims = candidate[which] | (size > 2 * norms(self.R[rows]))
         self.R[rows[claims]] = R[claims]
         done = size <= self.tolerance[rows]
-        stuck = claims & ~done & (size > 0.5 * self.best[rows])
+        stuck = self.ends(candidate[which], claims) & ~done & (size > 0.5 * self.best[rows])
         self.best[rows[claims]] = size[claims]
         self.floor[rows[claims]] = torch.finfo(R.dtype).eps * size[claims]
         self.stagnated[rows[stuck]] = True
@@ -112,6 +112,15 @@ class CGState:
         leaving[which], sizes[which] = done | stuck, size
         self.leave(leaving, sizes)
         return restart[~leaving]
+
+    def ends(self, candidate: torch.Tensor, drifted: torch.Tensor) -> torch.Tensor:
+        """Return which rows have met the dtype's floor if their true residuals are not halved since they last did."""
+        return candidate | drifted
+
+    def residual(self) -> torch.Tensor:
+        """Return the true relative residuals (k,) of rows that have left as they were found; NaN for the others."""
+        size = norms(self.B)
+        return self.true / torch.where(size > 0, size, 1.0)
 
     def leave(self, leaving: torch.Tensor, true: torch.Tensor | None = None) -> None:
         """Take rows out, with the norms of their true residuals where these are known."""

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def test_atol():
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e3])
-@pytest.mark.parametrize("method", [CG, MINRES])
+@pytest.mark.parametrize("method", [CG, MINRES, partial(MINRES, block=True)])
 def test_atol_decides_who_converged(method, size):
     A, B = spd(50, 1e3), size * torch.randn(6, 50, dtype=torch.float64)
     X, info = method(rtol=0.0, atol=0.02 * size).invert(Dense(A), 0.0).solve(B)
@@ -163,7 +164,7 @@ def test_x0_is_copied_and_used(rows):
     assert not info["n_iter"][:rows].any() and bool((info["n_iter"][rows:] > 0).all())
 
 
-@pytest.mark.parametrize("method", [CG, MINRES])
+@pytest.mark.parametrize("method", [CG, MINRES, partial(MINRES, block=True)])
 def test_x0_of_another_dtype(method):
     A, B = spd(20, 1e2), torch.randn(3, 20, dtype=torch.float64)
     X, info = method(x0=torch.ones(20, dtype=torch.float32)).invert(Dense(A), 0.0).solve(B)

@@ -1,5 +1,7 @@
 """Minimal residuals on definite, indefinite and singular matrices, against LAPACK in float64."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -24,9 +26,15 @@ def rows(k, size, seed=1):
     return np.random.default_rng(seed).standard_normal((k, size))
 
 
-def solve(A, b, shift=0.0, dtype=torch.float64, **settings):
+def solve_rows(A, b, shift=0.0, dtype=torch.float64, **settings):
     inverse = MINRES(**settings).invert(Dense(torch.as_tensor(A, dtype=dtype)), shift)
     return inverse.solve(torch.as_tensor(b, dtype=dtype))
+
+
+@pytest.fixture(params=[False, True], ids=["rows", "block"])
+def solve(request):
+    """Solve row by row, and by blocks."""
+    return partial(solve_rows, block=request.param)
 
 
 INDEFINITE = np.concatenate([-np.logspace(-1, 0, 12), np.logspace(-1, 1, 28)])
@@ -34,7 +42,7 @@ INDEFINITE = np.concatenate([-np.logspace(-1, 0, 12), np.logspace(-1, 1, 28)])
 
 @pytest.mark.parametrize("k", [1, 7, 45])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-9)])
-def test_indefinite(k, dtype, tolerance):
+def test_indefinite(solve, k, dtype, tolerance):
     # Rows of very different sizes: each is judged on its own.
     A, b = matrix(INDEFINITE), rows(k, 40) * np.logspace(-3, 3, k)[:, None]
     expected = np.linalg.solve(A - 0.05 * np.eye(40), b.T).T
@@ -48,7 +56,7 @@ def test_minimises_the_residual_over_the_krylov_space():
     A, b = matrix(INDEFINITE), rows(3, 40)
     for m in (1, 2, 5):
         with pytest.warns(ConvergenceWarning):
-            x, info = solve(A, b, maxiter=m)
+            x, info = solve_rows(A, b, maxiter=m)
         assert info["n_iter"].tolist() == [m] * 3
         for received, row in zip(x.numpy(), b, strict=True):
             K = np.linalg.qr(np.stack([np.linalg.matrix_power(A, j) @ row for j in range(m)], axis=1))[0]
@@ -60,14 +68,14 @@ def test_rows_leave_when_they_are_done_and_alone_is_together():
     A = matrix(INDEFINITE)
     vectors = np.linalg.eigh(A)[1].T
     b = np.stack([vectors[0], vectors[3] + vectors[20], rows(1, 40)[0], np.zeros(40)])
-    x, info = solve(A, b, rtol=1e-12)
+    x, info = solve_rows(A, b, rtol=1e-12)
     assert info["n_iter"][:2].tolist() == [1, 2] and info["n_iter"][3] == 0 < info["n_iter"][2]
-    alone = np.concatenate([solve(A, row[None], rtol=1e-12).x for row in b])
+    alone = np.concatenate([solve_rows(A, row[None], rtol=1e-12).x for row in b])
     np.testing.assert_allclose(alone, x, rtol=1e-9, atol=1e-11)
     assert not x[3].any() and info["converged"].all()
 
 
-def test_starting_point_is_used_and_not_written_to():
+def test_starting_point_is_used_and_not_written_to(solve):
     A, b = matrix(INDEFINITE), rows(3, 40)
     x0 = np.linalg.solve(A, b.T).T
     kept = x0.copy()
@@ -79,7 +87,7 @@ def test_starting_point_is_used_and_not_written_to():
         solve(A, b, x0=np.ones((2, 40)))
 
 
-def test_singular_and_compatible_gives_the_pseudo_inverse():
+def test_singular_and_compatible_gives_the_pseudo_inverse(solve):
     A = matrix(np.concatenate([np.zeros(9), INDEFINITE]))
     b = rows(4, 49) @ A
     expected = b @ np.linalg.pinv(A, rcond=1e-10)
@@ -89,7 +97,7 @@ def test_singular_and_compatible_gives_the_pseudo_inverse():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_singular_and_incompatible_is_flagged_at_the_least_residual(dtype):
+def test_singular_and_incompatible_is_flagged_at_the_least_residual(solve, dtype):
     A, b = matrix(np.concatenate([np.zeros(9), INDEFINITE])), rows(4, 49)
     least = np.linalg.norm(b - b @ np.linalg.pinv(A, rcond=1e-10) @ A, axis=1) / np.linalg.norm(b, axis=1)
     with pytest.warns(ConvergenceWarning, match=r"singular.*larger hessian_perturbation"):
@@ -102,7 +110,7 @@ def test_singular_and_incompatible_is_flagged_at_the_least_residual(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n_zeros", [1, 20])
-def test_a_longer_x_that_takes_nothing_off_the_residual_is_not_kept(n_zeros, dtype):
+def test_a_longer_x_that_takes_nothing_off_the_residual_is_not_kept(solve, n_zeros, dtype):
     # Past the least-squares solution rounding leads along the null space: to 1e8 and more where the last x is kept.
     A, b = matrix(np.concatenate([np.zeros(n_zeros), np.logspace(-6, 1, 40)])), rows(4, 40 + n_zeros)
     pseudo = b @ np.linalg.pinv(A, rcond=1e-10)
@@ -114,7 +122,7 @@ def test_a_longer_x_that_takes_nothing_off_the_residual_is_not_kept(n_zeros, dty
     assert (np.linalg.norm(x, axis=1) <= 100 * np.linalg.norm(pseudo, axis=1)).all()
 
 
-def test_the_floor_of_float32_is_flagged():
+def test_the_floor_of_float32_is_flagged(solve):
     A, b = matrix(np.concatenate([-np.logspace(-3, 0, 12), np.logspace(-3, 1, 28)])), rows(2, 40)
     with pytest.warns(ConvergenceWarning, match="torch.float64"):
         x, info = solve(A, b, dtype=torch.float32, rtol=1e-12, maxiter=1000)
@@ -123,19 +131,19 @@ def test_the_floor_of_float32_is_flagged():
 
 
 @pytest.mark.parametrize("entry", [3.0, -2.0])
-def test_one_parameter(entry):
+def test_one_parameter(solve, entry):
     x, info = solve([[entry]], [[6.0], [1.0]])
     np.testing.assert_allclose(x, [[6 / entry], [1 / entry]])
     assert info["n_iter"].tolist() == [1, 1]
 
 
-def test_a_matrix_of_zeros():
+def test_a_matrix_of_zeros(solve):
     with pytest.warns(ConvergenceWarning):
         x, info = solve(np.zeros((2, 2)), np.eye(2))
     assert not x.any() and not info["converged"].any() and info["stagnated"].all()
 
 
-def test_not_a_number_is_an_error():
+def test_not_a_number_is_an_error(solve):
     with pytest.raises(FloatingPointError, match="iteration 1"):
         solve([[np.nan]], [[1.0]])
 
@@ -176,7 +184,7 @@ def test_an_mlp_stopped_early():
 
 
 @pytest.mark.parametrize("power", [-40, 40])
-def test_the_size_of_b_decides_nothing(power):
+def test_the_size_of_b_decides_nothing(solve, power):
     """Powers of two change no digit, and so no decision: singular, and beyond what the dtype's rounding allows."""
     singular = np.concatenate([[0.0, 0.0], np.logspace(-1, 1, 18)])
     for A, settings in ((matrix(singular), {}), (matrix(INDEFINITE), {"rtol": 0.0})):

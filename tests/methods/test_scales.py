@@ -14,6 +14,7 @@ from skinvert.operators import Dense
 
 METHODS = {name: at_rest(name) for name in EXACT} | {
     "block cg": CG(block=True),
+    "block minres": MINRES(block=True),
     "cg, jacobi": CG(preconditioner="jacobi"),
     "cg, nystroem": CG(preconditioner=Nystroem(rank=6)),
     "lissa, minibatches": LiSSA(rtol=1e-3, batch_size=40),
@@ -63,7 +64,7 @@ def test_a_solution_beyond_the_dtype_is_told(name):
 
 
 # Those that bring A and b near one, and back.
-@pytest.mark.parametrize("name", ["cg", "cg, jacobi", "minres", "lissa"])
+@pytest.mark.parametrize("name", ["cg", "cg, jacobi", "minres", "block minres", "lissa"])
 def test_solutions_that_all_overflow_are_an_error(name):
     X, b, _ = problem()
     inverse = METHODS[name].invert(Gram(torch.from_numpy(X * 1e-10).float()), 0.3e-20)
@@ -172,7 +173,9 @@ def test_a_row_of_zeros_is_solved_by_zero_whatever_the_start(method):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("method", [CG(rtol=0.0), CG(rtol=0.0, block=True), MINRES(rtol=0.0)])
+@pytest.mark.parametrize(
+    "method", [CG(rtol=0.0), CG(rtol=0.0, block=True), MINRES(rtol=0.0), MINRES(rtol=0.0, block=True)]
+)
 def test_no_tolerance_ends_at_the_floor_of_the_dtype(method, dtype):
     X, b, x = problem()
     with pytest.warns(ConvergenceWarning, match="did not converge"):
@@ -183,7 +186,7 @@ def test_no_tolerance_ends_at_the_floor_of_the_dtype(method, dtype):
 
 def test_what_no_dtype_holds_is_an_error():
     A = Dense(torch.full((2, 2), 3e38) + torch.eye(2))
-    for method in (CG(), MINRES()):
+    for method in (CG(), MINRES(), MINRES(block=True)):
         with pytest.raises(FloatingPointError, match="float64"):
             method.invert(Dense(torch.full((2, 2), torch.inf)), 0.0).solve(torch.ones(1, 2))
     x, info = CG().invert(Dense(torch.eye(2) * 3e38), 0.0).solve(torch.ones(1, 2) * 1e10)
@@ -230,7 +233,7 @@ def test_rounding_is_no_negative_curvature(preconditioner):
     assert info["stagnated"].all() and not info["negative_curvature"].any()
 
 
-@pytest.mark.parametrize("name", ["cg", "block cg", "cg, jacobi", "minres", "lissa"])
+@pytest.mark.parametrize("name", ["cg", "block cg", "cg, jacobi", "minres", "block minres", "lissa"])
 def test_one_solution_beyond_the_dtype_leaves_the_others(name):
     X, b, x = problem()
     inverse = METHODS[name].invert(Gram(torch.from_numpy(X * 1e-10).float()), 0.3e-20)

@@ -177,7 +177,7 @@ def test_an_operator_that_is_zero_has_eigenvalue_zero(size):
     A = DiagonalMatrix(torch.zeros(size, dtype=torch.float64))
     assert smallest_eigenvalue(A) == (0.0, 0.0)
     assert extreme_eigenvalues(A) == ((0.0, 0.0), (0.0, 0.0))
-    for method in (CG(), MINRES()):
+    for method in (CG(), MINRES(), MINRES(block=True)):
         with pytest.warns(ConvergenceWarning):
             x, info = method.invert(A, 0.0).solve(torch.ones(2, size, dtype=torch.float64))
         assert not info["converged"].any() and torch.isfinite(x).all()

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from skinvert.methods import CG, Arnoldi, Direct, Nystroem
+from skinvert.methods import CG, MINRES, Arnoldi, Direct, Nystroem
 from skinvert.methods.base import InverseOperator, Method, relative_residual
 from skinvert.operators import Shifted
 from skinvert.reasons import Reason, reasons
@@ -17,6 +17,7 @@ MORE = [
     Arnoldi(rank=6, complement="trace"),
     Nystroem(rank=6),
     CG(rtol=1e-12, block=True),
+    MINRES(rtol=1e-12, block=True),
     CG(rtol=1e-12, preconditioner="jacobi"),
     CG(rtol=1e-12, preconditioner="nystroem"),
 ]
