@@ -12,6 +12,7 @@ from .._progress import progress
 from ..operators import LinearOperator
 from ..reasons import Reason, reasons
 from ..results import InverseHvpResult
+from ..solvers.block_cg import LEAST_ROWS
 from ..solvers.block_minres import BlockMINRESRun
 from ..solvers.krylov import Problem, check_settings, products_with, starting_point, warn_of_lost, within
 from ..solvers.minres import MINRESRun
@@ -19,9 +20,6 @@ from .advice import advise
 from .base import InverseOperator, Method, warn_not_converged, warn_of_overflow
 
 __all__ = ["MINRES"]
-
-# Right-hand sides from which on they share a space.
-LEAST_ROWS = 8
 
 
 class MINRES(Method):

@@ -7,7 +7,10 @@ import torch
 from .._scaling import norms
 from .row_cg import CGState
 
-__all__ = ["BlockRun", "orthonormal_rows"]
+__all__ = ["LEAST_ROWS", "BlockRun", "orthonormal_rows"]
+
+# From how many rows on the products that are saved outweigh the arithmetic of a block.
+LEAST_ROWS = 8
 
 
 class BlockRun(CGState):
