@@ -114,10 +114,14 @@ class _Refit:
         sums = [torch.zeros(layer.index.shape, dtype=dtype, device=layer.index.device) for layer in self.layers]
         for seen, _, inputs in self.passes.over(self.layers):
             rotated = [None if a is None else basis.of_inputs(a[0]) for basis, a in zip(bases, inputs, strict=True)]
+            squares: list[torch.Tensor | None] = [None] * len(sums)
             for parts in self.passes.signals(seen, inputs):
-                for total, basis, g, a in zip(sums, bases, parts, rotated, strict=True):
+                for j, (basis, g, a) in enumerate(zip(bases, parts, rotated, strict=True)):
                     if g is not None and a is not None:
-                        _add_squares(total, basis.of_signals(g), a)
+                        squares[j] = _add_squares(sums[j], squares[j], basis.of_signals(g), a)
+            for total, square, a in zip(sums, squares, rotated, strict=True):
+                if square is not None and a is not None:
+                    total += gram(square, a.square())
         return sums
 
 
@@ -174,16 +178,19 @@ class _Squares:
         return self.sums if penalty is None else self.sums + penalty[self.layer.index]
 
 
-def _add_squares(total: torch.Tensor, g: torch.Tensor, a: torch.Tensor) -> None:
-    """Add Σᵢ (Σₜ g a ᵀ)² entry by entry, for g (m, [q,] T, d) and a (m, [q,] T, i)."""
+def _add_squares(
+    total: torch.Tensor, squares: torch.Tensor | None, g: torch.Tensor, a: torch.Tensor
+) -> torch.Tensor | None:
+    """Add Σᵢ (Σₜ g a ᵀ)² entry by entry, for g (m, [q,] T, d) and a (m, [q,] T, i); of one row a sample return Σ g²."""
     if g.shape[-2] == 1:
-        # The square of an outer product is the outer product of the squares: one GEMM.
-        total += gram(g.square(), a.square())
-        return
+        # The square of an outer product is the outer product of the squares, and a is that of every direction: one
+        # GEMM for all of them.
+        return g.square() if squares is None else squares.addcmul_(g, g)
     step = rows_within(2 * total.numel() * total.element_size())
     for start in range(0, len(g), step):
         rows = slice(start, start + step)
         total += (g[rows].mT @ a[rows]).square_().sum(0)
+    return None
 
 
 def _check_memory(layers: list[Layer], row_bytes: int, objective: Objective) -> None:
