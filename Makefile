@@ -7,7 +7,7 @@ PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(1)/bin/pyt
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: demo fuzz test test-slow test-cuda test-oldest lint clean
+.PHONY: bench bench-scaling demo fuzz test test-slow test-cuda test-oldest lint clean
 
 demo: .venv/.installed
 	.venv/bin/python examples/plot_mislabelled_digits.py
@@ -33,6 +33,15 @@ fuzz: .venv/.installed
 test-cuda:
 	$(PYTHON) -m pytest tests -m cuda -p no:cacheprovider $(ARGS)
 
+# In an environment of its own: the peers' pins are not skinvert's.
+BENCH = PYTHONPATH=. OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 .venv-bench/bin/python docs/benchmarks
+bench: .venv-bench/.installed
+	$(BENCH)/peers.py --work W1 W2 W3 $(ARGS)
+
+bench-scaling: .venv-bench/.installed
+	$(BENCH)/scaling.py $(ARGS)
+	$(BENCH)/scaling.py --stream
+
 test-oldest: .venv-oldest/.installed
 	$(call PYTEST,.venv-oldest) $(ARGS)
 
@@ -53,5 +62,12 @@ test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pip install -c .venv-oldest/constraints.txt -e '.[test]'
 	touch $@
 
+.venv-bench/.installed: pyproject.toml docs/benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install "$$(grep '^torch==' docs/benchmarks/peers.txt)"
+	.venv-bench/bin/python -m pip install -c docs/benchmarks/peers.txt -r docs/benchmarks/peers.txt
+	.venv-bench/bin/python -m pip install -c docs/benchmarks/peers.txt -e .
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .mypy_cache .pytest_cache .ruff_cache dist examples/output
+	rm -rf .venv .venv-bench .venv-oldest .mypy_cache .pytest_cache .ruff_cache dist examples/output
