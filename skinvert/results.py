@@ -56,7 +56,8 @@ class InverseHvpResult:
         ``converged`` (k,), whether that is within the tolerance. ``reason`` (k,), int8, the ``Reason`` of each row,
         which says what to try: ``Reason(info["reason"][0]).cure``; ``stagnated`` and ``negative_curvature`` (k,), bool,
         are made of it, for one release more. ``approximate``, whether the method inverts another operator than H + λI;
-        then ``residual_of_approximation`` (k,) is that against this one. Further entries as each method documents.
+        then ``residual_of_approximation`` (k,) is that against this one, NaN too where none is asked for. Further
+        entries as each method documents.
 
     Examples
     --------

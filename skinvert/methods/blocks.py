@@ -60,8 +60,8 @@ class BlockInverse(InverseOperator):
     approximate = True
 
     def __init__(self, inverses: Sequence[InverseOperator], blocks: BlockDiagonal, hessian_perturbation: float) -> None:
-        # The whole is judged, once: a block's own judgement would cost a product more.
-        self.inverses = [inverse.unjudged() for inverse in inverses]
+        # The whole is judged, once: no block has the exact curvature at hand.
+        self.inverses = list(inverses)
         self.hessian_perturbation = float(hessian_perturbation)
         self.name = "blocks"
         self.order = blocks.order
@@ -113,6 +113,12 @@ class BlockInverse(InverseOperator):
         """Return this inverse without settings on the scale of b."""
         other = copy.copy(self)
         other.inverses = [inverse.scale_free() for inverse in self.inverses]
+        return other
+
+    def unjudged(self) -> Self:
+        """Return this inverse without a residual, its own and that of its blocks."""
+        other = super().unjudged()
+        other.inverses = [inverse.unjudged() for inverse in self.inverses]
         return other
 
     def at(self, hessian_perturbation: float) -> BlockInverse:

@@ -265,7 +265,7 @@ class SpectralInverse(InverseOperator):
     def _told(self, B: torch.Tensor, X: torch.Tensor, outside: torch.Tensor, inside: torch.Tensor) -> InverseHvpResult:
         """Return the result, and warn of what is not solved."""
         self._warn_of_outside(outside)
-        judged = own = relative_residual(self.operator, B, X)
+        judged = own = self._own_residual(B, X)
         if inside is not B:
             # A complement that was dropped as asked is no failure to solve.
             judged = relative_residual(self.operator, inside, X)
@@ -283,9 +283,15 @@ class SpectralInverse(InverseOperator):
             if self.source is None:
                 info["residual_of_approximation"] = own
         if not self._untold:
-            told = judged[~outside]
+            told = judged[~(outside | judged.isnan())]
             warn_not_converged(self.name, told, told <= self.rtol, self.rtol, self.not_solved)
         return InverseHvpResult(X, info)
+
+    def _own_residual(self, B: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        """Return the residuals against the operator that is inverted; NaN for an approximate one that is not judged."""
+        if self.approximate and not self.judges:
+            return torch.full((len(B),), torch.nan, dtype=torch.float64, device=B.device)
+        return relative_residual(self.operator, B, X)
 
     def _no_complement(self) -> str:
         what = f"hessian_perturbation + {self.complement:.3g}" if self.complement else "hessian_perturbation"

@@ -330,3 +330,15 @@ def test_on_a_gpu(method, curvature):
     torch.testing.assert_close(received.cpu(), expected, rtol=1e-8, atol=1e-10)
     loaded = pickle.loads(pickle.dumps(inverter.inverse_))
     torch.testing.assert_close(loaded.solve(b).x, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_residual_that_is_not_asked_for_is_not_computed():
+    net, b = nn.Linear(3, 2), torch.ones(2, 8)
+    data = (torch.eye(3), torch.tensor([0, 1, 1]))
+    asked, not_asked = (
+        HessianInverter("ekfac", 1.0, loss="cross_entropy", check_residual=check).fit(net, data).solve(b)
+        for check in (True, False)
+    )
+    assert torch.equal(asked.x, not_asked.x)
+    assert bool((asked.info["residual_of_approximation"] < 1e-5).all())
+    assert bool(not_asked.info["residual_of_approximation"].isnan().all())
