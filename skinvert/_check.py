@@ -11,6 +11,8 @@ import numpy as np
 import scipy.sparse
 import torch
 
+from ._scaling import all_finite
+
 __all__ = [
     "check_choice",
     "check_shift",
@@ -125,8 +127,7 @@ def check_rows(b: Any, size: int, name: str = "b") -> None:
     if b.shape[1] != size:
         hint = "One column per selected parameter, in the order of `get_feature_names_out()`."
         raise ValueError(must_be(name, f"of shape (k, {size})", f"shape {tuple(b.shape)}", hint))
-    isfinite = torch.isfinite if isinstance(b, torch.Tensor) else np.isfinite
-    if not bool(isfinite(b).all()):
+    if not (all_finite(b) if isinstance(b, torch.Tensor) else bool(np.isfinite(b).all())):
         raise ValueError(must_be(name, "finite", "NaN or infinity"))
 
 

@@ -10,7 +10,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from ._check import check_rows, must_be, to_plain_array
-from ._scaling import far_exponents, lost_rows, times_powers
+from ._scaling import all_finite, far_exponents, lost_rows, times_powers
 from ._state import DTYPES
 from ._telling import warn
 from ._types import Array, State
@@ -109,7 +109,7 @@ class Rows:
         wide = x if dtype not in SAFE else x.to(dtype)
         scaled = times_powers(wide, self.powers)
         found = scaled.to(dtype)
-        if not bool(torch.isfinite(found).all()) and bool(torch.isfinite(x).all()):
+        if not all_finite(found) and all_finite(x):
             hint = f"Give b in {'float32 or float64' if found.itemsize < 4 else 'float64'}, or smaller rows."
             raise ValueError(must_be("The solution", f"within the range of b's dtype {dtype}", "an overflow", hint))
         lost = lost_rows(x, found)

@@ -8,12 +8,18 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-__all__ = ["ScaledProducts", "exponents", "far_exponents", "lost_rows", "norms", "times_powers"]
+__all__ = ["ScaledProducts", "all_finite", "exponents", "far_exponents", "lost_rows", "norms", "times_powers"]
 
 # Magnitudes within 2 ** ± this are left as they are: squares of their residuals are far from the dtype's limits.
 NEAR = {torch.float32: 10, torch.float64: 64}
 # What brings a product that overflows, or vanishes, back into the dtype's range.
 FAR = {torch.float32: 100, torch.float64: 900}
+
+
+def all_finite(V: torch.Tensor) -> bool:
+    """Return whether no entry is NaN or infinite."""
+    # The sum is finite only if they are, and costs a tenth; of large entries it may overflow.
+    return bool(torch.isfinite(V.sum())) or bool(torch.isfinite(V).all())
 
 
 def norms(V: torch.Tensor) -> torch.Tensor:
@@ -25,7 +31,7 @@ def exponents(V: torch.Tensor) -> torch.Tensor:
     """Return e (k,), with the largest magnitude of each row in [2^(e-1), 2^e); 0 for rows of zeros."""
     if not V.numel():
         return torch.zeros(len(V), dtype=torch.int64, device=V.device)
-    largest = torch.linalg.vector_norm(V, ord=torch.inf, dim=1)
+    largest = V.abs().amax(1)
     return torch.frexp(largest.to(torch.float64)).exponent.to(torch.int64)
 
 
@@ -52,7 +58,7 @@ def times_powers(V: torch.Tensor, powers: torch.Tensor | int) -> torch.Tensor:
 
 def lost_rows(exact: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """Return which rows (..., k) are not zero in ``exact``, and below the range of normal numbers in ``found``."""
-    small = torch.linalg.vector_norm(found, ord=torch.inf, dim=-1) < torch.finfo(found.dtype).tiny
+    small = found.abs().amax(-1) < torch.finfo(found.dtype).tiny
     return small & (exact != 0).any(-1) if bool(small.any()) else small
 
 
@@ -98,14 +104,14 @@ class ScaledProducts:
     def _first(self, V: torch.Tensor) -> torch.Tensor:
         """Return the first products, and take the size of A from them."""
         product, shift = self.apply(V), 0
-        if not bool(torch.isfinite(product).all()):
+        if not all_finite(product):
             shift = -self.far
         elif float(product.abs().max()) < 2.0**-self.far:
             shift = self.far
         if shift:
             product = self.apply(times_powers(V, shift))
         some = (product != 0).any(1) & (V != 0).any(1)
-        if bool(some.any()) and bool(torch.isfinite(product).all()):
+        if bool(some.any()) and all_finite(product):
             # The largest over rows: no vector makes A look larger than it is.
             self._gauge(int((exponents(product[some]) - exponents(V[some])).max()) - shift)
         return times_powers(product, -self.exponent - shift)

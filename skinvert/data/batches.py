@@ -12,6 +12,7 @@ from .._autograd import own_tensor
 from .._check import check_sample_weight, must_be, to_plain_array
 from .._checksum import checksum
 from .._memory import working_memory
+from .._scaling import all_finite
 from .._types import Batch
 from ..models import TwiceDifferentiable, labels_key, leading_length, map_tensors, rebuilt
 from .loaders import Source
@@ -286,7 +287,7 @@ def _joined(parts: list[Batch]) -> Batch:
 
 
 def _check_finite(tensor: torch.Tensor) -> None:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if tensor.is_floating_point() and not all_finite(tensor):
         kind = "NaN" if bool(tensor.isnan().any()) else "infinity"
         raise ValueError(must_be("data", "finite", kind, "Try to impute or drop those rows."))
 

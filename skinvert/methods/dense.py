@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from .._check import must_be
+from .._scaling import all_finite
 from ..operators import Dense, Eigenvectors, add_to_diagonal, check_dense_memory
 from ..results import InverseHvpResult
 from ..solvers.krylov import default_rtol
@@ -26,7 +27,7 @@ REFINED = default_rtol(torch.float32)
 
 def factorise(A: Dense, hessian_perturbation: float, rtol: float) -> InverseOperator:
     """Return the inverse of a dense matrix plus λI: by Cholesky where that is good enough, else by eigenvectors."""
-    if not bool(torch.isfinite(A.matrix).all()):
+    if not all_finite(A.matrix):
         raise ValueError(must_be("The curvature", "finite", "NaN or infinity", "Look at the parameters."))
     cholesky = _cholesky(A.matrix, hessian_perturbation)
     if cholesky is not None:

@@ -11,7 +11,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from .._check import check_number, must_be, to_plain_array
-from .._scaling import ScaledProducts, exponents, far_exponents, lost_rows, norms, times_powers
+from .._scaling import ScaledProducts, all_finite, exponents, far_exponents, lost_rows, norms, times_powers
 from .._telling import warn
 from ..operators import LinearOperator
 from .residuals import relative_residual
@@ -62,7 +62,7 @@ def starting_point(x0: Any, B: torch.Tensor, name: str = "x0") -> torch.Tensor |
     start = start[None] if start.ndim == 1 else start
     if start.shape not in (B.shape, (1, B.shape[1])):
         raise ValueError(must_be(name, f"of shape {tuple(B.shape)} or (1, p)", f"shape {tuple(start.shape)}"))
-    if not bool(torch.isfinite(start).all()):
+    if not all_finite(start):
         raise ValueError(must_be(name, "finite", "NaN or infinity"))
     return start.expand(B.shape).clone()
 
@@ -77,7 +77,7 @@ def within(residual: torch.Tensor, B: torch.Tensor, rtol: float, atol: torch.Ten
 
 def check_finite(name: str, values: torch.Tensor, step: int) -> None:
     """Raise where a product is NaN or infinite, naming the iteration."""
-    if not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         way = ", or try dtype=torch.float64." if values.dtype == torch.float32 else "."
         message = f"{name} met NaN or infinity in iteration {step}: the curvature overflows, or is NaN."
         message += f" Look at the parameters{way}"

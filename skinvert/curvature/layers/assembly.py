@@ -16,6 +16,8 @@ from .recording import PulledBack
 
 __all__ = ["PairSums", "agrees", "dense_from_layers", "linear_layers"]
 
+CHUNK = 128
+
 
 def dense_from_layers(curvature: PulledBack, verbose: int = 0) -> torch.Tensor | None:
     """Return the matrix (p, p) without the penalty; None unless all parameters are in layers that see one row each.
@@ -82,15 +84,13 @@ class PairSums:
 
     def add_pair(self, i: int, j: int, D: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         """Add Σₙ Dₙ ⊗ aₙ bₙᵀ, with D (m, d, e) of layers i ≥ j, and their inputs."""
-        d, e = D.shape[1:]
-        if i == j:
-            # Symmetric in the inputs: half of the products will do.
-            first, second = torch.triu_indices(a.shape[1], a.shape[1], device=a.device)
-            outer = a[:, first] * a[:, second]
-        else:
-            outer = (a[:, :, None] * b[:, None, :]).flatten(1)
-        total = self.sums.setdefault((i, j), D.new_zeros(d * e, outer.shape[1]))
-        total.addmm_(D.flatten(1).mT, outer)
+        total: torch.Tensor | None = None
+        # Few samples at a time: their outer products stay in the caches.
+        for D_, a_, b_ in zip(D.split(CHUNK), a.split(CHUNK), b.split(CHUNK), strict=True):
+            outer = _upper(a_) if i == j else (a_[:, :, None] * b_[:, None, :]).flatten(1)
+            if total is None:
+                total = self.sums.setdefault((i, j), D.new_zeros(D[0].numel(), outer.shape[1]))
+            total.addmm_(D_.flatten(1).mT, outer)
 
     def add_crossed(self, i: int, j: int, slope: torch.Tensor, K: torch.Tensor, b: torch.Tensor) -> None:
         """Add Σₙ slopeₙ ⊗ Kₙ ⊗ bₙ: what the input of layer i has of layer j's results, K (m, a's, e), counts."""
@@ -149,3 +149,9 @@ class PairSums:
             if i != j:
                 matrix[rows[j], rows[i]].view(e, b, d, a).copy_(block.permute(2, 3, 0, 1))
         return matrix
+
+
+def _upper(a: torch.Tensor) -> torch.Tensor:
+    """Return the products of each two entries of rows (m, i): half of aaᵀ, which is symmetric."""
+    first, second = torch.triu_indices(a.shape[1], a.shape[1], device=a.device)
+    return a.index_select(1, first) * a.index_select(1, second)

@@ -29,7 +29,7 @@ from .kinds import Call, KroneckerLayer
 __all__ = ["hessian_from_layers"]
 
 # Samples at a time: many enough for the products, few enough for the caches.
-CHUNK = 512
+CHUNK = 1024
 
 
 def hessian_from_layers(objective: Objective, verbose: int = 0) -> torch.Tensor | None:
