@@ -10,7 +10,7 @@ import torch
 from .._telling import warn
 from .._types import Batch
 from ..models.second_derivative import SecondDerivativeError
-from ..operators import KroneckerFactors, add_to_diagonal, symmetrise
+from ..operators import KroneckerFactors, add_to_diagonal
 from .base import Curvature
 from .differences import DifferencedGradient
 from .ggn import GGN
@@ -83,7 +83,7 @@ class Hessian(Curvature):
         matrix = None if self.differenced is not None else hessian_from_layers(self.objective, verbose)
         if matrix is None or not agrees(self, matrix):
             return super().to_dense(verbose)
-        return symmetrise(add_to_diagonal(matrix, self.penalty))
+        return add_to_diagonal(matrix, self.penalty)
 
     def kronecker_factors(
         self, approx: str = "expand", unsupported: str = "error", verbose: int = 0

@@ -8,7 +8,7 @@ from collections.abc import Collection
 import torch
 
 from .._types import Batch
-from ..operators import KroneckerFactors, add_to_diagonal, symmetrise
+from ..operators import KroneckerFactors, add_to_diagonal
 from .factored import Factored
 from .layers import Signals, agrees, dense_from_layers, kronecker_factors
 
@@ -39,7 +39,7 @@ class Layered(Factored):
         """
         # For one row of F a sample, the factor's own product costs n p² too.
         matrix = self._dense_from_layers(verbose) if self.rank > 1 else None
-        return super().to_dense(verbose) if matrix is None else symmetrise(add_to_diagonal(matrix, self.penalty))
+        return super().to_dense(verbose) if matrix is None else add_to_diagonal(matrix, self.penalty)
 
     def diagonal_at(self, names: Collection[str]) -> torch.Tensor:
         """Return the exact diagonal at some parameters, in flat order, with no derivative by the others."""

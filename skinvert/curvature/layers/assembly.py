@@ -125,7 +125,7 @@ class PairSums:
         yield from (slice(start, start + step) for start in range(0, m, step))
 
     def matrix(self) -> torch.Tensor:
-        """Return the sums as one matrix (p, p), each entry at its place in a flat row; they are used up."""
+        """Return the sums as one symmetric matrix (p, p), each entry at its place in a flat row; they are used up."""
         order = torch.cat([layer.index.reshape(-1) for layer in self.layers]).argsort()
         # One axis at a time: no more than two matrices are held.
         matrix = self._by_layers()
@@ -141,6 +141,9 @@ class PairSums:
         for i, j in list(self.sums):
             (d, a), (e, b) = self.layers[i].index.shape, self.layers[j].index.shape
             block = self._pair(i, j).reshape(d, e, a, b).permute(0, 2, 1, 3)
+            if i == j:
+                # The others are mirrored.
+                block = (block + block.permute(2, 3, 0, 1)) / 2
             if (i, j) in self.crossed:
                 block = block + self.crossed.pop((i, j))
             if (j, i) in self.crossed:
