@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import products, shapes  # noqa: F401 (they register their rules)
-from .recording import OUT_OF_PLACE, Call, Recording, aten, spread
+from . import convolutions, norms, products, shapes  # noqa: F401 (they register their rules)
+from .recording import Call, Recording, aten, spread
 from .rules import Push, UnservedError, rule_of
 
 __all__ = ["Program", "UnservedError"]
@@ -144,21 +144,32 @@ class _Slots:
         """Return the step of a call, in a list of its own; none where no tangent comes through it."""
         # Autograd keeps results by detaching them, and gives them back by detaching once more.
         kept = call.operation is aten.detach.default
-        sources = [self.of(one, kept) for one in spread(call.args)]
+        if kept and self._is_kept_input(call):
+            self._take_for_input(call)
+            return []
+        sources = [self.of(one, kept) for one in spread(call.given)]
         if any(self.of(one) is not None for one in spread(tuple(call.kwargs.values()))):
             raise UnservedError(call.operation.name())
         if all(source is None for source in sources):
             self._forget(call)
             return []
-        if call.before is not None:
-            call = call._replace(operation=OUT_OF_PLACE[call.operation], args=(call.before, *call.args[1:]))
-        rule = rule_of(call, [source is not None for source in sources])
+        rule = rule_of(call._replace(given=(), made=()), [source is not None for source in sources])
         self._forget(call)
         if rule is None:
             return []
-        targets = tuple(self._new(one) if live else None for one, live in zip(call.results, rule.live, strict=True))
+        targets = tuple(self._new(one) if live else None for one, live in zip(call.made, rule.live, strict=True))
         used = tuple(s if u else None for s, u in zip(sources, rule.used, strict=True))
         return [_Step(rule, used, targets, ())]
+
+    def _is_kept_input(self, call: Call) -> bool:
+        """Whether autograd gives back an input: where saved tensors have hooks, as another leaf."""
+        (given,), (made,) = call.given, call.made
+        return id(given) in self.inputs and isinstance(made, torch.Tensor) and made.requires_grad and made.is_leaf
+
+    def _take_for_input(self, call: Call) -> None:
+        (given,), (made,) = call.given, call.made
+        self.number[id(made)] = self.number[id(given)]
+        self.inputs.add(id(made))
 
     def _new(self, result: object) -> int | None:
         if not isinstance(result, torch.Tensor) or not (result.is_floating_point() or result.is_complex()):
@@ -170,7 +181,7 @@ class _Slots:
 
     def _forget(self, call: Call) -> None:
         """Drop the numbers of what a call has written over."""
-        for result in call.results:
+        for result in call.made:
             if id(result) not in self.inputs:
                 self.number.pop(id(result), None)
 
