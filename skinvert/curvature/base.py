@@ -170,7 +170,8 @@ def _measured(build: Callable[[], Products]) -> tuple[Products, int]:
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
         sizes.append(tensor.coalesce().values().nbytes if tensor.layout == torch.sparse_coo else tensor.nbytes)
-        return tensor
+        # Itself it would hold the graph that holds it, for ever.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         built = build()

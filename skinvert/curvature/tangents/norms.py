@@ -7,15 +7,18 @@ from dataclasses import dataclass
 import torch
 
 from .recording import Call, aten
-from .rules import Push, Tangent, UnservedError, rule
+from .rules import Push, Tangent, by_graph, rule
 
 __all__: list[str] = []
 
 
 @rule(aten.native_batch_norm.default)
-def _batch_norm(call: Call, live: list[bool]) -> Push:
+def _batch_norm(call: Call, live: list[bool]) -> Push | None:
     x, gamma, _, mean, variance, training, _, eps = call.args
-    unit, slope = _by_statistics(call, x, mean, variance, training, eps)
+    if training:
+        # Statistics of the batch itself have derivatives.
+        return by_graph(call, live)
+    unit, slope = _by_statistics(x, mean, variance, eps)
     scale = slope if gamma is None else slope * _channels(gamma, unit)
 
     def along(s: Tangent, t: Tangent, u: Tangent, *_: Tangent) -> tuple[Tangent, None, None]:
@@ -27,9 +30,11 @@ def _batch_norm(call: Call, live: list[bool]) -> Push:
 
 
 @rule(aten.native_batch_norm_backward.default)
-def _batch_norm_backward(call: Call, live: list[bool]) -> Push:
+def _batch_norm_backward(call: Call, live: list[bool]) -> Push | None:
     g, x, gamma, mean, variance, _, _, training, eps, mask = call.args
-    unit, slope = _by_statistics(call, x, mean, variance, training, eps)
+    if training:
+        return by_graph(call, live)
+    unit, slope = _by_statistics(x, mean, variance, eps)
     assert isinstance(g, torch.Tensor) and isinstance(mask, list | tuple)
     scale = slope if gamma is None else slope * _channels(gamma, unit)
     steep = g * slope
@@ -156,13 +161,9 @@ class _Normalised:
         return t.sum(axes) if axes else t
 
 
-def _by_statistics(
-    call: Call, x: object, mean: object, variance: object, training: object, eps: object
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x̂ and r (C, 1, ...) by running statistics; those of the batch itself have derivatives."""
-    if training or not isinstance(mean, torch.Tensor) or not isinstance(variance, torch.Tensor):
-        raise UnservedError(call.operation.name())
-    assert isinstance(x, torch.Tensor) and isinstance(eps, float)
+def _by_statistics(x: object, mean: object, variance: object, eps: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x̂ and r (C, 1, ...) by running statistics."""
+    assert isinstance(x, torch.Tensor) and isinstance(variance, torch.Tensor) and isinstance(eps, float)
     slope = _channels((variance + eps).rsqrt(), x)
     return (x - _channels(mean, x)) * slope, slope
 

@@ -61,7 +61,7 @@ class Program:
     def __init__(self, record: Recording, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
         self.shapes = [tuple(one.shape) for one in inputs]
         self.sizes = [one.numel() for one in inputs]
-        self.output, self.device = output.numel(), output.device
+        self.output, self.device, self.dtype = output.numel(), output.device, output.dtype
         slots = _Slots(inputs)
         steps = [step for call in record.calls for step in slots.step(call)]
         self.result = slots.of(output)
@@ -87,6 +87,10 @@ class Program:
             return V.new_zeros(len(V), self.output)
         chunks = torch.split(V, self.rows)
         return torch.cat([self._together(rows) for rows in chunks])
+
+    def ones(self) -> torch.Tensor:
+        """Return as many rows of ones as are pushed at once."""
+        return torch.ones(self.rows, sum(self.sizes), dtype=self.dtype, device=self.device)
 
     @property
     def rows(self) -> int:
@@ -130,6 +134,8 @@ class _Slots:
     def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
         self.number = {id(one): j for j, one in enumerate(inputs)}
         self.inputs = {id(one) for one in inputs}
+        # Inputs, detached.
+        self.kept: set[int] = set()
         self.numbers = {j: one.numel() for j, one in enumerate(inputs)}
 
     def of(self, tensor: object, through_detach: bool = False) -> int | None:
@@ -145,7 +151,6 @@ class _Slots:
         # Autograd keeps results by detaching them, and gives them back by detaching once more.
         kept = call.operation is aten.detach.default
         if kept and self._is_kept_input(call):
-            self._take_for_input(call)
             return []
         sources = [self.of(one, kept) for one in spread(call.given)]
         if any(self.of(one) is not None for one in spread(tuple(call.kwargs.values()))):
@@ -162,17 +167,16 @@ class _Slots:
         return [_Step(rule, used, targets, ())]
 
     def _is_kept_input(self, call: Call) -> bool:
-        """Whether autograd gives back an input: where saved tensors have hooks, as another leaf."""
+        """Take note where autograd keeps an input or gives it back: where saved tensors have hooks, as another leaf."""
         (given,), (made,) = call.given, call.made
-        return id(given) in self.inputs and isinstance(made, torch.Tensor) and made.requires_grad and made.is_leaf
-
-    def _take_for_input(self, call: Call) -> None:
-        (given,), (made,) = call.given, call.made
+        if id(given) not in self.inputs | self.kept or not isinstance(made, torch.Tensor):
+            return False
         self.number[id(made)] = self.number[id(given)]
-        self.inputs.add(id(made))
+        (self.inputs if made.requires_grad else self.kept).add(id(made))
+        return True
 
     def _new(self, result: object) -> int | None:
-        if not isinstance(result, torch.Tensor) or not (result.is_floating_point() or result.is_complex()):
+        if not isinstance(result, torch.Tensor) or not result.is_floating_point():
             return None
         slot = len(self.numbers)
         self.number[id(result)] = slot

@@ -13,7 +13,7 @@ import torch
 
 from .recording import Call, Operation, aten, spread
 
-__all__ = ["Push", "Tangent", "UnservedError", "linear_in_first", "rule", "rule_of"]
+__all__ = ["Push", "Tangent", "UnservedError", "by_graph", "lifted", "linear_in_first", "rule", "rule_of"]
 
 Tangent: TypeAlias = torch.Tensor | None
 
@@ -67,12 +67,15 @@ def rule(*operations: Operation) -> Callable[[Rule], Rule]:
 
 def rule_of(call: Call, live: list[bool]) -> Push | None:
     """Return what pushes tangents through a call; None where they end there; UnservedError where none is known."""
+    if any(isinstance(one, torch.Tensor) and one.is_complex() for one in (*spread(call.args), *call.results)):
+        # Their derivatives are conjugate: none of the rules is for them.
+        raise UnservedError(call.operation.name())
     found = _rules.get(call.operation)
     if found is not None:
         return found(call, live)
     if call.operation.is_view or call.operation._schema.is_mutable:
         raise UnservedError(call.operation.name())
-    return _pointwise(call, live) if _by_entries(call) else _by_graph(call, live)
+    return _pointwise(call, live) if _by_entries(call) else by_graph(call, live)
 
 
 # -- what holds for many ---------------------------------------------------------------------------------------------
@@ -182,14 +185,14 @@ def _pointwise(call: Call, live: list[bool]) -> Push | None:
     return Push(along, [j in slopes for j in range(len(live))], [True, *[False] * (len(call.results) - 1)], held)
 
 
-def _by_graph(call: Call, live: list[bool]) -> Push | None:
+def by_graph(call: Call, live: list[bool]) -> Push | None:
     """Return J t as the derivative of Jᵀu by u along t: by a kept graph of the one operation, for any there is."""
     of, places = _as_function(call, live)
     held: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        held.append(tensor)
-        return tensor
+        held.append(tensor.detach())
+        return held[-1]
 
     # Forward mode has a level that threads share.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -203,9 +206,9 @@ def _by_graph(call: Call, live: list[bool]) -> Push | None:
         u = [torch.zeros_like(one, requires_grad=True) for one in reached]
         pulled = torch.autograd.grad(reached, leaves, u, create_graph=True, allow_unused=True)
     graph = _Graph(u, {j: one for j, one in zip(places, pulled, strict=True) if one is not None})
-    return Push(
-        partial(_along_graph, graph, live_results), [j in graph.pulled for j in range(len(live))], live_results, held
-    )
+    held += [one.detach() for one in (*graph.u, *graph.pulled.values())]
+    used = [j in graph.pulled for j in range(len(live))]
+    return Push(partial(_along, graph, live_results), used, live_results, held)
 
 
 class _Graph(NamedTuple):
@@ -215,7 +218,7 @@ class _Graph(NamedTuple):
     pulled: dict[int, torch.Tensor]
 
 
-def _along_graph(graph: _Graph, live: list[bool], *tangents: Tangent) -> tuple[Tangent, ...]:
+def _along(graph: _Graph, live: list[bool], *tangents: Tangent) -> tuple[Tangent, ...]:
     given = {j: t for j, one in graph.pulled.items() if (t := tangents[j]) is not None and one.requires_grad}
     if not given:
         return tuple(None for _ in live)
@@ -294,4 +297,4 @@ def _uniform(slope: torch.Tensor) -> float | None:
 
 
 def _is_real(one: object) -> TypeGuard[torch.Tensor]:
-    return isinstance(one, torch.Tensor) and (one.is_floating_point() or one.is_complex())
+    return isinstance(one, torch.Tensor) and one.is_floating_point()

@@ -16,18 +16,9 @@ __all__: list[str] = []
 Move: TypeAlias = Callable[[torch.Tensor, Call], torch.Tensor]
 
 rule(
-    aten.select.int,
-    aten.slice.Tensor,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unbind.int,
-    aten.split.Tensor,
-    aten.unsafe_split.Tensor,
     aten.index.Tensor,
     aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default,
-    aten.split_with_sizes.default,
     aten.diagonal.default,
     aten.unfold.default,
     aten.gather.default,
@@ -95,6 +86,39 @@ def _permute(t: torch.Tensor, call: Call) -> torch.Tensor:
 @_moving(aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default)
 def _reshape(t: torch.Tensor, call: Call) -> torch.Tensor:
     return t.reshape(len(t), *_result(call).shape)
+
+
+@_moving(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+def _squeeze(t: torch.Tensor, call: Call) -> torch.Tensor:
+    return t.reshape(len(t), *_result(call).shape)
+
+
+@_moving(aten.select.int)
+def _select(t: torch.Tensor, call: Call) -> torch.Tensor:
+    (axis,), place = _axes(call.args[1:2], t.ndim - 1), call.args[2]
+    assert isinstance(place, int)
+    return t.select(axis, place)
+
+
+@_moving(aten.slice.Tensor)
+def _slice(t: torch.Tensor, call: Call) -> torch.Tensor:
+    (axis,) = _axes(call.args[1:2] or (0,), t.ndim - 1)
+    found: torch.Tensor = aten.slice.Tensor(t, axis, *call.args[2:])
+    return found
+
+
+@rule(aten.split.Tensor, aten.unsafe_split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
+def _split(call: Call, live: list[bool]) -> Push | None:
+    operation, x, sizes, count = call.operation, call.args[0], call.args[1:], len(call.results)
+    assert isinstance(x, torch.Tensor)
+    # Of `unbind` the axis alone.
+    place = 0 if operation is aten.unbind.int else 1
+    (axis,), lead = _axes(sizes[place:] or (0,), x.ndim), sizes[:place]
+
+    def along(t: torch.Tensor, *_: Tangent) -> tuple[Tangent, ...]:
+        return tuple(operation(t, *lead, axis))
+
+    return Push(along, [True, *[False] * (len(live) - 1)], [True] * count) if live[0] else None
 
 
 @_moving(aten.expand.default)
