@@ -158,11 +158,11 @@ def _cat(call: Call, live: list[bool]) -> Push | None:
 def _stack(call: Call, live: list[bool]) -> Push | None:
     tensors, result = call.args[0], _result(call)
     assert isinstance(tensors, list | tuple)
-    (axis,), shape = _axes(call.args[1:2] or (0,), result.ndim), tensors[0].shape
+    (axis,), count, shape = _axes(call.args[1:2] or (0,), result.ndim), len(tensors), tensors[0].shape
 
     def along(*tangents: Tangent) -> torch.Tensor:
         one = next(t for t in tangents if t is not None)
-        parts = [one.new_zeros(len(one), *shape) if t is None else t for t in tangents[: len(tensors)]]
+        parts = [one.new_zeros(len(one), *shape) if t is None else t for t in tangents[:count]]
         return torch.stack(parts, dim=axis)
 
     return Push(along, live, [True])
