@@ -427,6 +427,25 @@ def test_no_graph_is_held(model, name):
     assert not [box for box in boxes if box() is not None]
 
 
+@pytest.mark.parametrize("name", ["hessian", "ggn"])
+def test_no_activation_outlives_its_graph(name):
+    """After fit and products of many rows; hooks that gave autograd its own tensors back would hold them for ever."""
+    seen = []
+
+    def noted(net, x):
+        h = net.a(x).tanh()
+        seen.append(weakref.ref(h))
+        return net.o(h)
+
+    case = case_of(pair(noted), (4,))
+    A = curvature_of(case, name)
+    A._graphs = None
+    A.apply(rows(32, case.p))
+    assert all(is_recorded(A))
+    gc.collect()
+    assert not [one for one in seen if one() is not None]
+
+
 @pytest.mark.parametrize("model", SERVED)
 def test_bytes_held(model):
     """All tensors that the steps can reach are counted, save those of parameters and of shapes alone."""
