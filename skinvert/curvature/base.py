@@ -21,7 +21,7 @@ __all__ = ["Curvature"]
 
 # A batch's operations are recorded for products with so many rows at once, or so many in all with what is kept: that
 # costs a few gradient passes, and halves the price of a row.
-AT_ONCE, IN_ALL = 16, 32
+AT_ONCE, IN_ALL = 32, 32
 
 
 class Curvature(LinearOperator):
@@ -167,9 +167,9 @@ class Curvature(LinearOperator):
 
 def _measured(build: Callable[[], Products]) -> tuple[Products, int]:
     """Return what ``build`` returns, and the bytes that it holds: what its graph saves, and what it says itself."""
-    with counted() as graph:
-        built = build()
-    saved = 0 if isinstance(built, Share) and built.alone else graph.nbytes
+    built, saved = counted(build)
+    if isinstance(built, Share) and built.alone:
+        return built, built.nbytes
     return built, saved + (built.nbytes if isinstance(built, Share) else 0)
 
 

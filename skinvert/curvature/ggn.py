@@ -42,7 +42,7 @@ class GGN(Layered):
     name: ClassVar[str] = "ggn"
     # A subclass of another output Hessian than the loss's own has no derivatives of the loss to verify.
     of_the_loss: ClassVar[bool] = True
-    # Until a batch is met whose operations have none.
+    # Until a batch is met whose operations have none, or are slower by them.
     _has_rules = True
 
     def __init__(self, objective: Objective) -> None:

@@ -16,7 +16,7 @@ from .differences import DifferencedGradient
 from .ggn import GGN
 from .layers import agrees, hessian_from_layers
 from .objective import GenericObjective, Objective
-from .products import Products, Share, flat_products, recorded_products
+from .products import Products, Share, flat_products, is_faster, recorded_products
 from .tangents import recorded
 
 __all__ = ["GenericHessian", "Hessian"]
@@ -38,7 +38,7 @@ class Hessian(Curvature):
 
     name: ClassVar[str] = "hessian"
     objective: Objective
-    # Until a batch is met whose operations have none.
+    # Until a batch is met whose operations have none, or are slower by them.
     _has_rules = True
 
     def __init__(self, objective: Objective) -> None:
@@ -74,7 +74,9 @@ class Hessian(Curvature):
             lambda: model.gradient_of((self.objective.losses(batch) * weights).sum(), create_graph=True)
         )
         products = flat_products(gradient, model.theta)
-        program = recorded_products(record, model.theta, gradient, products)
+        program = recorded_products(record, model.theta, gradient, products, model.theta)
+        if program is not None and not is_faster(program, products):
+            program = None
         self._has_rules = program is not None
         return products if program is None else Share(program, program.nbytes, alone=True)
 

@@ -111,12 +111,10 @@ class Objective(MeanLoss):
         model.settle(batches)
         self._values, self._alone, start = LossValues(model), False, 0
         self.first_pass = FirstPass(model)
-        self._row_bytes = 1
         for index, (batch, weights) in enumerate(progress(batches, "loss and gradient", verbose)):
             self._add(batch, weights, index, slice(start, start + len(weights)))
             start += len(weights)
-        # Each row was found to be alone: batches too small for fast products need not stay so.
-        self.batches = batches.merged(min(MERGED_ROWS, MERGED_BYTES // self._row_bytes))
+        self._merge()
         self.unreached = tuple(self.first_pass.unreached)
         del self._values, self.first_pass
         self._check_joined()
@@ -168,9 +166,7 @@ class Objective(MeanLoss):
         self.mass_sum *= share
 
     def _add(self, batch: Batch, weights: torch.Tensor, index: int, rows: slice) -> None:
-        with counted() as saved:
-            outputs = forward_or_tell(self.first_pass, batch)
-        self._row_bytes = max(self._row_bytes, saved.nbytes // len(weights))
+        outputs = forward_or_tell(self.first_pass, batch)
         if not self._alone and len(weights) > 1:
             check_rows_alone(self.model, outputs, batch)
             self._alone = True
@@ -187,6 +183,15 @@ class Objective(MeanLoss):
         self.mass_sum += float((weights * self.model.mass(outputs, batch)).sum())
         # Last: the graph of the whole batch is no longer held.
         check_rows_without_others(self.model, outputs, batch, index, rows.start)
+
+    def _merge(self) -> None:
+        """Join batches that are too small for fast products: each row was found to be alone."""
+        if self.batches.kept is None or len(self.batches.kept) < 2:
+            return
+        batch, weights = next(iter(self.batches))
+        if 2 * len(weights) <= MERGED_ROWS:
+            _, nbytes = counted(lambda: self.losses(batch))
+            self.batches = self.batches.merged(min(MERGED_ROWS, MERGED_BYTES * len(weights) // max(1, nbytes)))
 
     def _check_joined(self) -> None:
         """Check batches of one row each, of which a method may make larger ones."""

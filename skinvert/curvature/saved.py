@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
-__all__ = ["Saved", "counted"]
+__all__ = ["UNKNOWN", "counted"]
+
+# More than there is.
+UNKNOWN = 2**62
+T = TypeVar("T")
 
 
-@dataclass
-class Saved:
-    """The bytes so far."""
+def counted(compute: Callable[[], T]) -> tuple[T, int]:
+    """Return what is computed, and the bytes that autograd saved of it; ``UNKNOWN`` where it bears no such count."""
+    sizes: list[int] = []
 
-    nbytes: int = 0
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.coalesce().values().nbytes if tensor.layout == torch.sparse_coo else tensor.nbytes)
+        # Itself it would hold the graph that holds it, for ever.
+        return tensor.detach()
 
-    def add(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Count a tensor that is saved, and return it."""
-        whole = tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor
-        self.nbytes += whole.nbytes
-        return tensor
-
-
-@contextmanager
-def counted() -> Iterator[Saved]:
-    """Count what autograd saves while the context lasts."""
-    saved = Saved()
-    with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
-        yield saved
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            return compute(), sum(sizes)
+    except RuntimeError as error:
+        # A transform of `torch.func` inside.
+        if "saved tensor hooks" not in str(error):
+            raise
+        return compute(), UNKNOWN

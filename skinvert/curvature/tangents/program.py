@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import products, shapes  # noqa: F401 (they register their rules)
-from .recording import OUT_OF_PLACE, Call, Recording, aten, spread
+from . import convolutions, norms, products, shapes  # noqa: F401 (they register their rules)
+from .recording import Call, Recording, aten, spread
 from .rules import Push, UnservedError, rule_of
 
 __all__ = ["Program", "UnservedError"]
@@ -61,7 +61,7 @@ class Program:
     def __init__(self, record: Recording, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
         self.shapes = [tuple(one.shape) for one in inputs]
         self.sizes = [one.numel() for one in inputs]
-        self.output, self.device = output.numel(), output.device
+        self.output, self.device, self.dtype = output.numel(), output.device, output.dtype
         slots = _Slots(inputs)
         steps = [step for call in record.calls for step in slots.step(call)]
         self.result = slots.of(output)
@@ -87,6 +87,10 @@ class Program:
             return V.new_zeros(len(V), self.output)
         chunks = torch.split(V, self.rows)
         return torch.cat([self._together(rows) for rows in chunks])
+
+    def ones(self) -> torch.Tensor:
+        """Return as many rows of ones as are pushed at once."""
+        return torch.ones(self.rows, sum(self.sizes), dtype=self.dtype, device=self.device)
 
     @property
     def rows(self) -> int:
@@ -130,6 +134,8 @@ class _Slots:
     def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
         self.number = {id(one): j for j, one in enumerate(inputs)}
         self.inputs = {id(one) for one in inputs}
+        # Inputs, detached.
+        self.kept: set[int] = set()
         self.numbers = {j: one.numel() for j, one in enumerate(inputs)}
 
     def of(self, tensor: object, through_detach: bool = False) -> int | None:
@@ -144,24 +150,33 @@ class _Slots:
         """Return the step of a call, in a list of its own; none where no tangent comes through it."""
         # Autograd keeps results by detaching them, and gives them back by detaching once more.
         kept = call.operation is aten.detach.default
-        sources = [self.of(one, kept) for one in spread(call.args)]
+        if kept and self._is_kept_input(call):
+            return []
+        sources = [self.of(one, kept) for one in spread(call.given)]
         if any(self.of(one) is not None for one in spread(tuple(call.kwargs.values()))):
             raise UnservedError(call.operation.name())
         if all(source is None for source in sources):
             self._forget(call)
             return []
-        if call.before is not None:
-            call = call._replace(operation=OUT_OF_PLACE[call.operation], args=(call.before, *call.args[1:]))
-        rule = rule_of(call, [source is not None for source in sources])
+        rule = rule_of(call._replace(given=(), made=()), [source is not None for source in sources])
         self._forget(call)
         if rule is None:
             return []
-        targets = tuple(self._new(one) if live else None for one, live in zip(call.results, rule.live, strict=True))
+        targets = tuple(self._new(one) if live else None for one, live in zip(call.made, rule.live, strict=True))
         used = tuple(s if u else None for s, u in zip(sources, rule.used, strict=True))
         return [_Step(rule, used, targets, ())]
 
+    def _is_kept_input(self, call: Call) -> bool:
+        """Take note where autograd keeps an input or gives it back: where saved tensors have hooks, as another leaf."""
+        (given,), (made,) = call.given, call.made
+        if id(given) not in self.inputs | self.kept or not isinstance(made, torch.Tensor):
+            return False
+        self.number[id(made)] = self.number[id(given)]
+        (self.inputs if made.requires_grad else self.kept).add(id(made))
+        return True
+
     def _new(self, result: object) -> int | None:
-        if not isinstance(result, torch.Tensor) or not (result.is_floating_point() or result.is_complex()):
+        if not isinstance(result, torch.Tensor) or not result.is_floating_point():
             return None
         slot = len(self.numbers)
         self.number[id(result)] = slot
@@ -170,7 +185,7 @@ class _Slots:
 
     def _forget(self, call: Call) -> None:
         """Drop the numbers of what a call has written over."""
-        for result in call.results:
+        for result in call.made:
             if id(result) not in self.inputs:
                 self.number.pop(id(result), None)
 

@@ -9,7 +9,7 @@ import torch
 from torch._ops import OpOverload as Operation
 from torch.utils._python_dispatch import TorchDispatchMode  # The documented way to see them: "Extending PyTorch".
 
-__all__ = ["OUT_OF_PLACE", "Call", "Operation", "Recording", "aten", "recorded", "spread"]
+__all__ = ["Call", "Operation", "Recording", "aten", "recorded", "spread"]
 
 aten = torch.ops.aten
 T = TypeVar("T")
@@ -17,30 +17,51 @@ T = TypeVar("T")
 # Those that write in place, as the operations that they are of the value before.
 OUT_OF_PLACE: dict[Operation, Operation] = {
     aten.add_.Tensor: aten.add.Tensor,
+    aten.add_.Scalar: aten.add.Scalar,
     aten.sub_.Tensor: aten.sub.Tensor,
     aten.mul_.Tensor: aten.mul.Tensor,
+    aten.mul_.Scalar: aten.mul.Scalar,
     aten.div_.Tensor: aten.div.Tensor,
+    aten.div_.Scalar: aten.div.Scalar,
     aten.relu_.default: aten.relu.default,
     aten.leaky_relu_.default: aten.leaky_relu.default,
     aten.elu_.default: aten.elu.default,
     aten.hardtanh_.default: aten.hardtanh.default,
+    aten.hardswish_.default: aten.hardswish.default,
     aten.silu_.default: aten.silu.default,
+    aten.mish_.default: aten.mish.default,
     aten.tanh_.default: aten.tanh.default,
     aten.sigmoid_.default: aten.sigmoid.default,
+    aten.rsqrt_.default: aten.rsqrt.default,
+    aten.reciprocal_.default: aten.reciprocal.default,
+    aten.masked_fill_.Scalar: aten.masked_fill.Scalar,
+    aten.fill_.Scalar: aten.full_like.default,
+    aten.zero_.default: aten.zeros_like.default,
+}
+
+# Those that give the tensor itself another shape, as the operations that make a view of it.
+RESHAPED: dict[Operation, Operation] = {
+    aten.unsqueeze_.default: aten.unsqueeze.default,
+    aten.squeeze_.dim: aten.squeeze.dim,
+    aten.squeeze_.dims: aten.squeeze.dims,
+    aten.transpose_.default: aten.transpose.int,
+    aten.t_.default: aten.t.default,
 }
 
 
 class Call(NamedTuple):
-    """One operation: its arguments, lists of tensors among them, and its results.
+    """One operation: its arguments, lists of tensors among them, and its results, of the shapes that they had then.
 
-    ``before`` stands for the first argument where that was written over.
+    They are without the graph, which they would hold; ``given`` and ``made`` are the tensors themselves. What writes
+    in place stands as the operation out of place, of the value before.
     """
 
     operation: Operation
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
     results: tuple[object, ...]
-    before: torch.Tensor | None = None
+    given: tuple[object, ...] = ()
+    made: tuple[object, ...] = ()
 
 
 class Recording(TorchDispatchMode):
@@ -61,11 +82,21 @@ class Recording(TorchDispatchMode):
     ) -> object:
         """Run an operation, and take it down."""
         named = kwargs or {}
-        before = args[0].clone() if func in OUT_OF_PLACE and isinstance(args[0], torch.Tensor) else None
+        before = tuple(_plain(one) for one in args)
+        if func in OUT_OF_PLACE and isinstance(before[0], torch.Tensor):
+            before = (before[0].clone(), *before[1:])
         result = func(*args, **named)
-        results = tuple(result) if isinstance(result, tuple | list) else (result,)
-        self.calls.append(Call(func, args, named, results, before))
+        made = tuple(result) if isinstance(result, tuple | list) else (result,)
+        operation = OUT_OF_PLACE.get(func, RESHAPED.get(func, func))
+        self.calls.append(Call(operation, before, named, tuple(_plain(one) for one in made), args, made))
         return result
+
+
+def _plain(one: object) -> object:
+    """Return a tensor, or those in a list, with today's shape and without a graph."""
+    if isinstance(one, list | tuple):
+        return [_plain(each) for each in one]
+    return one.detach() if isinstance(one, torch.Tensor) else one
 
 
 def recorded(compute: Callable[[], T]) -> tuple[Recording, T]:

@@ -1,18 +1,19 @@
-"""How tangents pass through an operation: a rule for each kind, and torch's own forward mode for the rest."""
+"""How tangents pass through an operation: a rule for each kind, and autograd for the rest."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeAlias, TypeGuard
+from functools import partial
+from typing import NamedTuple, TypeAlias, TypeGuard
 
 import torch
-from torch.autograd import forward_ad
 
 from .recording import Call, Operation, aten, spread
 
-__all__ = ["Push", "Tangent", "UnservedError", "linear_in_first", "rule", "rule_of"]
+__all__ = ["Push", "Tangent", "UnservedError", "by_graph", "lifted", "linear_in_first", "rule", "rule_of"]
 
 Tangent: TypeAlias = torch.Tensor | None
 
@@ -66,12 +67,15 @@ def rule(*operations: Operation) -> Callable[[Rule], Rule]:
 
 def rule_of(call: Call, live: list[bool]) -> Push | None:
     """Return what pushes tangents through a call; None where they end there; UnservedError where none is known."""
+    if any(isinstance(one, torch.Tensor) and one.is_complex() for one in (*spread(call.args), *call.results)):
+        # Their derivatives are conjugate: none of the rules is for them.
+        raise UnservedError(call.operation.name())
     found = _rules.get(call.operation)
     if found is not None:
         return found(call, live)
-    if call.operation.is_view or call.kwargs.get("out") is not None or call.operation.name().endswith("_"):
+    if call.operation.is_view or call.operation._schema.is_mutable:
         raise UnservedError(call.operation.name())
-    return _pointwise(call, live) if _by_entries(call) else _forward_mode(call, live)
+    return _pointwise(call, live) if _by_entries(call) else by_graph(call, live)
 
 
 # -- what holds for many ---------------------------------------------------------------------------------------------
@@ -81,29 +85,50 @@ def linear_in_first(call: Call, live: list[bool]) -> Push | None:
     """Return the push of an operation that is linear in its first argument, and whose slope no other changes."""
     if not live[0]:
         return None
-    rest = call.args[1:]
+    operation, rest, named = call.operation, call.args[1:], call.kwargs
 
     def one(tangent: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        found = call.operation(tangent, *rest, **call.kwargs)
+        found = operation(tangent, *rest, **named)
         return tuple(found) if isinstance(found, list) else found
+
+    def along(t: torch.Tensor, *_: Tangent) -> Tangent | tuple[Tangent, ...]:
+        with _quiet():
+            found: torch.Tensor | tuple[torch.Tensor, ...] = torch.vmap(one)(t)
+        return found
 
     held = [tensor for tensor in spread(rest) if isinstance(tensor, torch.Tensor)]
     used = [True, *[False] * (len(live) - 1)]
-    return Push(lambda t, *_: torch.vmap(one)(t), used, [True] * len(call.results), held)
+    return Push(along, used, [True] * len(call.results), held)
+
+
+@rule(
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.empty_like.default,
+    aten.full_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+)
+def _constant(call: Call, live: list[bool]) -> None:
+    """Only the shape counts."""
 
 
 def _by_entries(call: Call) -> bool:
     """Whether an entry of the result depends on those of the arguments at its own place alone."""
     if torch.Tag.pointwise in call.operation.tags:
         return True
-    # Losses without a reduction.
-    outputs, result = call.args[LOSSES.get(call.operation, 0)], call.results[0]
-    if call.operation not in LOSSES or not isinstance(outputs, torch.Tensor) or not isinstance(result, torch.Tensor):
+    # Backward passes of activations, and losses without a reduction.
+    outputs, result = call.args[ENTRYWISE.get(call.operation, 0)], call.results[0]
+    if call.operation not in ENTRYWISE or not isinstance(outputs, torch.Tensor) or not isinstance(result, torch.Tensor):
         return False
     return outputs.shape == result.shape
 
 
-LOSSES: dict[Operation, int] = {
+# By the place of an argument that is of the result's shape where they are entrywise.
+ENTRYWISE: dict[Operation, int] = {
     aten.mse_loss.default: 0,
     aten.mse_loss_backward.default: 1,
     aten.smooth_l1_loss.default: 0,
@@ -113,6 +138,16 @@ LOSSES: dict[Operation, int] = {
     aten.binary_cross_entropy_with_logits.default: 0,
     aten.binary_cross_entropy.default: 0,
     aten.binary_cross_entropy_backward.default: 1,
+    aten.soft_margin_loss.default: 0,
+    aten.soft_margin_loss_backward.default: 1,
+    aten.softplus_backward.default: 0,
+    aten.leaky_relu_backward.default: 0,
+    aten.elu_backward.default: 0,
+    aten.hardtanh_backward.default: 0,
+    aten.hardswish.default: 0,
+    aten.hardswish_backward.default: 0,
+    aten.log_sigmoid_backward.default: 0,
+    aten.masked_fill.Scalar: 0,
 }
 
 
@@ -150,26 +185,62 @@ def _pointwise(call: Call, live: list[bool]) -> Push | None:
     return Push(along, [j in slopes for j in range(len(live))], [True, *[False] * (len(call.results) - 1)], held)
 
 
-def _forward_mode(call: Call, live: list[bool]) -> Push | None:
-    """Return torch's own forward mode, batched over the rows."""
-    floating = [_is_real(one) for one in call.results]
-    if not any(floating):
-        return None
-    shapes = [one if isinstance(one, torch.Tensor) else torch.empty(0, device="cpu") for one in call.results]
+def by_graph(call: Call, live: list[bool]) -> Push | None:
+    """Return J t as the derivative of Jᵀu by u along t: by a kept graph of the one operation, for any there is."""
     of, places = _as_function(call, live)
-    primals = _tensors(call, places)
+    held: list[torch.Tensor] = []
 
-    def along(*tangents: Tangent) -> tuple[Tangent, ...]:
-        known = [tangents[j] for j in places]
-        r = next(len(t) for t in known if t is not None)
-        rows = [x.new_zeros(r, *x.shape) if t is None else t for t, x in zip(known, primals, strict=True)]
-        with warnings.catch_warnings(), forward_ad.dual_level():
-            # Its first use loads scripts of torch's own.
-            warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
-            found: tuple[torch.Tensor, ...] = torch.vmap(lambda *ts: _filled(_within(of, primals, ts), shapes))(*rows)
-        return found
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        held.append(tensor.detach())
+        return held[-1]
 
-    return Push(along, live, floating, [x for x in spread(call.args) if isinstance(x, torch.Tensor)])
+    # Forward mode has a level that threads share.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        leaves = [x.detach().requires_grad_(True) for x in _tensors(call, places)]
+        found = of(*leaves)
+        results = list(found) if isinstance(found, tuple | list) else [found]
+        live_results = [_is_real(one) and one.requires_grad for one in results]
+        reached = [one for one in results if _is_real(one) and one.requires_grad]
+        if not reached:
+            return None
+        u = [torch.zeros_like(one, requires_grad=True) for one in reached]
+        pulled = torch.autograd.grad(reached, leaves, u, create_graph=True, allow_unused=True)
+    graph = _Graph(u, {j: one for j, one in zip(places, pulled, strict=True) if one is not None})
+    held += [one.detach() for one in (*graph.u, *graph.pulled.values())]
+    used = [j in graph.pulled for j in range(len(live))]
+    return Push(partial(_along, graph, live_results), used, live_results, held)
+
+
+class _Graph(NamedTuple):
+    """Jᵀu, by the places of the arguments, and u."""
+
+    u: list[torch.Tensor]
+    pulled: dict[int, torch.Tensor]
+
+
+def _along(graph: _Graph, live: list[bool], *tangents: Tangent) -> tuple[Tangent, ...]:
+    given = {j: t for j, one in graph.pulled.items() if (t := tangents[j]) is not None and one.requires_grad}
+    if not given:
+        return tuple(None for _ in live)
+    with _quiet():
+        found = torch.autograd.grad(
+            [graph.pulled[j] for j in given],
+            graph.u,
+            list(given.values()),
+            retain_graph=True,
+            is_grads_batched=True,
+            allow_unused=True,
+        )
+    parts = iter(found)
+    return tuple(next(parts) if one else None for one in live)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let torch go row by row where it has no batching rule, which it warns of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")
+        yield
 
 
 def _slopes(call: Call, live: list[bool], result: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -184,20 +255,6 @@ def _slopes(call: Call, live: list[bool], result: torch.Tensor) -> dict[int, tor
     # Entry by entry, so that the slope is the gradient of the sum: by a backward pass, which every operation here has.
     found = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
     return {j: slope for j, slope in zip(places, found, strict=True) if slope is not None}
-
-
-def _within(
-    of: Callable[..., object], primals: Sequence[torch.Tensor], tangents: Sequence[torch.Tensor]
-) -> list[Tangent]:
-    duals = [forward_ad.make_dual(x.detach(), t) for x, t in zip(primals, tangents, strict=True)]
-    found = of(*duals)
-    results = found if isinstance(found, tuple | list) else (found,)
-    return [forward_ad.unpack_dual(one).tangent if _is_real(one) else None for one in results]
-
-
-def _filled(tangents: Sequence[Tangent], results: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Return zeros for no tangent, so that each is one."""
-    return tuple(torch.zeros_like(one) if t is None else t for t, one in zip(tangents, results, strict=True))
 
 
 def _as_function(call: Call, live: list[bool]) -> tuple[Callable[..., object], list[int]]:
@@ -240,4 +297,4 @@ def _uniform(slope: torch.Tensor) -> float | None:
 
 
 def _is_real(one: object) -> TypeGuard[torch.Tensor]:
-    return isinstance(one, torch.Tensor) and (one.is_floating_point() or one.is_complex())
+    return isinstance(one, torch.Tensor) and one.is_floating_point()
