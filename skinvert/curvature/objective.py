@@ -186,7 +186,7 @@ class Objective(MeanLoss):
 
     def _merge(self) -> None:
         """Join batches that are too small for fast products: each row was found to be alone."""
-        if self.batches.kept is None or len(self.batches.kept) < 2:
+        if self.batches.fixed or self.batches.kept is None or len(self.batches.kept) < 2:
             return
         batch, weights = next(iter(self.batches))
         if 2 * len(weights) <= MERGED_ROWS:

@@ -31,6 +31,10 @@ class Batches:
         Returns a fresh iterator of raw batches, in the same order every time.
     n_samples : int
         Number of rows.
+    n_batches : int
+        Number of batches in a pass over ``source``.
+    fixed : bool
+        Whether their size was asked for, and so is kept.
     sample_weight : ndarray of shape (n,) or None
         None is a weight of one for each row.
     """
@@ -41,6 +45,12 @@ class Batches:
     sample_weight: np.ndarray | None = None
     n_samples: int = 0
     kept: list[Batch] | None = None
+    n_batches: int = 0
+    fixed: bool = False
+
+    def __len__(self) -> int:
+        """Return the number of batches, as the first pass counted them."""
+        return self.n_batches if self.kept is None else len(self.kept)
 
     def __iter__(self) -> Iterator[tuple[Batch, torch.Tensor]]:
         """Yield ``(batch, weights)`` over all rows."""
@@ -89,7 +99,7 @@ class Batches:
 
         Those of other shapes, as padded sequences are, stay as they are.
         """
-        if self.kept is None:
+        if self.kept is None or self.fixed:
             return self
         groups: list[list[Batch]] = [[]]
         rows = 0
@@ -127,7 +137,7 @@ def as_batches(
     batches are read as pairs (inputs, targets).
     """
     source = source_of(data, batch_size, needs_row_order or sample_weight is not None)
-    batches = Batches(_SameEveryPass(source, dtype, device, hold), dtype, device)
+    batches = Batches(_SameEveryPass(source, dtype, device, hold), dtype, device, fixed=batch_size is not None)
     _collect(batches)
     if not batches.n_samples:
         raise ValueError(must_be("data", "one with at least one row", "0 samples: minimum of 1 is required"))
@@ -167,6 +177,7 @@ def _collect(batches: Batches) -> None:
     size = 0
     for batch in batches.raw():
         batches.n_samples += leading_length(batch)
+        batches.n_batches += 1
         size += _nbytes(batch)
         map_tensors(_check_finite, batch)
         kept = [*kept, map_tensors(torch.clone, batch)] if kept is not None and size <= working_memory() else None

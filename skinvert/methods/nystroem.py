@@ -78,7 +78,7 @@ class Nystroem(Method):
         generator = seeded(self.random_state, "Nystroem")
         if not A.is_psd:
             _check_psd(A, *extreme_eigenvalues(A, random_state=self.random_state or 0))
-        sketch = Sketch(A, generator)
+        sketch = Sketch(A, generator, verbose)
         if self.rank == "adaptive":
             sketch.grow_until(tol * hessian_perturbation)
         else:

@@ -8,6 +8,7 @@ import torch
 
 from .._check import must_be
 from .._memory import check_memory, rows_within
+from .._progress import progress
 from .._scaling import norms
 from ..operators import Eigenvectors, LinearOperator, Spectral
 from .lanczos import gaussian_rows
@@ -16,13 +17,15 @@ __all__ = ["Sketch", "not_psd"]
 
 # The rank that "adaptive" starts from, and the iterations of its power method.
 FIRST_RANK, POWER_ITERATIONS = 16, 20
+# Products at once: enough for their speed, few enough for a bar to move.
+AT_ONCE = 64
 
 
 class Sketch:
-    """Orthonormal rows Ω (r, p) and their products Y = Ω A."""
+    """Orthonormal rows Ω (r, p) and their products Y = Ω A; ``verbose`` of 1 shows how many there are to come."""
 
-    def __init__(self, A: LinearOperator, generator: torch.Generator) -> None:
-        self.A, self.generator = A, generator
+    def __init__(self, A: LinearOperator, generator: torch.Generator, verbose: int = 0) -> None:
+        self.A, self.generator, self.verbose = A, generator, verbose
         self.Omega = self.Y = torch.empty(0, A.size, dtype=A.dtype, device=A.device)
         self._found: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -39,8 +42,9 @@ class Sketch:
         for _ in range(2):
             rows = rows - (rows @ self.Omega.mT) @ self.Omega
             rows = torch.linalg.qr(rows.mT).Q.mT.contiguous()
-        step = rows_within(4 * self.A.size * self.A.dtype.itemsize)
-        products = torch.cat([self.A.apply(part) for part in rows.split(step)])
+        parts = rows.split(rows_within(4 * self.A.size * self.A.dtype.itemsize, AT_ONCE))
+        bar = progress(parts, f"sketch of rank {len(self.Y) + count:,}", self.verbose, len(parts))
+        products = torch.cat([self.A.apply(part) for part in bar])
         if not bool(torch.isfinite(products).all()):
             raise ValueError(must_be("The curvature", "finite", "NaN or infinity", "Look at the parameters."))
         self.Omega, self.Y = torch.cat([self.Omega, rows]), torch.cat([self.Y, products])
