@@ -51,7 +51,7 @@ class Direct(Method):
     """
 
     name: ClassVar[str] = "direct"
-    cost: ClassVar[str] = "p products (Hessian) or one GEMM of the factor; p³ once, p² a row"
+    cost: ClassVar[str] = "n p², or p products (Hessian of convolutions, sequences); p³ once, p² a row"
     memory: ClassVar[str] = "3 to 4 p², or 3 r p for a factor of r < p rows"
     exactness: ClassVar[str] = "exact"
     choose_it_for: ClassVar[str] = "p up to some 5,000; many right-hand sides; many λ"
