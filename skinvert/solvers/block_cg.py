@@ -51,7 +51,7 @@ class BlockRun(CGState):
             self.odd = True
             return
         inverse = (vectors / values) @ vectors.mT
-        rows = self.rows
+        rows = self.under_way
         alpha = (self.R[rows] @ self.P.mT) @ inverse
         self.X[rows] += alpha @ self.P
         self.R[rows] -= alpha @ Q
@@ -65,7 +65,7 @@ class BlockRun(CGState):
             self._turn(Q, inverse, bool(restart.any()))
 
     def _turn(self, Q: torch.Tensor, inverse: torch.Tensor, restart: bool) -> None:
-        Z = self.preconditioned(self.R[self.rows])
+        Z = self.preconditioned(self.R[self.under_way])
         if not restart:
             Z = Z - ((Z @ Q.mT) @ inverse) @ self.P
         self.P = orthonormal_rows(Z)

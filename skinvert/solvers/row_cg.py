@@ -73,9 +73,14 @@ class CGState:
         self.n_products += len(self.B)
         return self.R0.clone()
 
+    @property
+    def under_way(self) -> torch.Tensor | slice:
+        """The rows under way as an index: while these are all, one that copies nothing."""
+        return slice(None) if len(self.rows) == len(self.B) else self.rows
+
     def claims(self) -> torch.Tensor:
         """Return which of the rows under way the recurrence believes to be done, or can tell no more of."""
-        return norms(self.R[self.rows]) <= torch.maximum(self.tolerance, self.floor)[self.rows]
+        return norms(self.R[self.under_way]) <= torch.maximum(self.tolerance, self.floor)[self.rows]
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return the products with the rows of V, and count them."""
