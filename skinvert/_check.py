@@ -11,9 +11,8 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from ._scaling import all_finite
-
 __all__ = [
+    "all_finite",
     "check_choice",
     "check_shift",
     "check_hessian_perturbation",
@@ -117,6 +116,12 @@ def to_plain_array(value: Any, name: str) -> np.ndarray:
         array = array.astype(np.float64)
     # Torch takes no other byte order, as files of FITS or NetCDF have it.
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def all_finite(V: torch.Tensor) -> bool:
+    """Return whether no entry is NaN or infinite."""
+    # The sum is finite only if they are, and costs a tenth; of large entries it may overflow.
+    return bool(torch.isfinite(V.sum())) or bool(torch.isfinite(V).all())
 
 
 def check_rows(b: Any, size: int, name: str = "b") -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
-from ._check import check_rows, must_be, to_plain_array
-from ._scaling import all_finite, far_exponents, lost_rows, times_powers
+from ._check import all_finite, check_rows, must_be, to_plain_array
+from ._scaling import far_exponents, lost_rows, times_powers
 from ._state import DTYPES
 from ._telling import warn
 from ._types import Array, State

@@ -8,18 +8,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-__all__ = ["ScaledProducts", "all_finite", "exponents", "far_exponents", "lost_rows", "norms", "times_powers"]
+from ._check import all_finite
+
+__all__ = ["ScaledProducts", "exponents", "far_exponents", "lost_rows", "norms", "times_powers"]
 
 # Magnitudes within 2 ** ± this are left as they are: squares of their residuals are far from the dtype's limits.
 NEAR = {torch.float32: 10, torch.float64: 64}
 # What brings a product that overflows, or vanishes, back into the dtype's range.
 FAR = {torch.float32: 100, torch.float64: 900}
-
-
-def all_finite(V: torch.Tensor) -> bool:
-    """Return whether no entry is NaN or infinite."""
-    # The sum is finite only if they are, and costs a tenth; of large entries it may overflow.
-    return bool(torch.isfinite(V.sum())) or bool(torch.isfinite(V).all())
 
 
 def norms(V: torch.Tensor) -> torch.Tensor:

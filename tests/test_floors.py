@@ -250,7 +250,7 @@ def _is_literal_dunder(node):
 @pytest.mark.parametrize(
     ("method", "rooms"),
     [
-        ("direct", ["inverter", "methods", "operators", "solvers"]),
+        ("direct", ["inverter", "methods", "solvers", "operators"]),
         ("cg", ["inverter", "methods", "solvers", "operators", "curvature"]),
     ],
 )

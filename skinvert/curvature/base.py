@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -19,9 +20,9 @@ from .saved import counted
 
 __all__ = ["Curvature"]
 
-# A batch's operations are recorded for products with so many rows at once, or so many in all with what is kept: that
-# costs a few gradient passes, and halves the price of a row.
-AT_ONCE, IN_ALL = 32, 32
+# A batch's operations are recorded for products with so many rows at once: that costs a few gradient passes, and halves
+# the price of a row. More where it is for one product alone.
+AT_ONCE, ONLY_ONCE = 8, 32
 
 
 class Curvature(LinearOperator):
@@ -76,14 +77,13 @@ class Curvature(LinearOperator):
     objective: MeanLoss
 
     _transient: tuple[str, ...] = ("_graphs",)
-    # Rows so far, of products with the graphs that are kept; whether these are of operations recorded.
-    _rows = 0
-    _recorded = False
+    # Whether no second product is to come: of a minibatch.
+    _once = False
 
     def __init__(self, objective: MeanLoss) -> None:
         super().__init__(objective.size, objective.dtype, objective.device)
         self.objective, self.penalty = objective, objective.penalty
-        self._graphs: list[Products] | None = None
+        self._graphs: dict[bool, _Kept] | None = None
         if not self.is_psd:
             norm = f"The gradient's norm at θ is {objective.gradient_norm:.3g} (not a minimum?)."
             self.hint = f"{norm} {self.advice}"
@@ -127,7 +127,9 @@ class Curvature(LinearOperator):
         It is (n/m) Σ over these samples, with the denominator of all of them and the whole penalty; so its mean over
         samples drawn uniformly is the curvature, sample weights included.
         """
-        return self._over(self.objective.on_samples(rows))
+        part = self._over(self.objective.on_samples(rows))
+        part._once = True
+        return part
 
     def _over(self, objective: MeanLoss) -> Curvature:
         """Return this curvature of another objective, with nothing kept from this one's."""
@@ -142,27 +144,41 @@ class Curvature(LinearOperator):
         return self.graph(batch, weights)
 
     def _shares(self, rows: int) -> Iterator[Products]:
-        """Yield the batches' shares, for products with so many rows."""
-        many = rows >= AT_ONCE or (self._graphs is not None and self._rows + rows >= IN_ALL)
-        if self._graphs is not None and self._recorded >= many:
-            self._rows += rows
-            yield from self._graphs
+        """Yield the batches' shares, for products with so many rows.
+
+        The number of rows alone decides which: the same call gives the same digits, whatever came before.
+        """
+        lasting = self.objective.batches.kept is not None and not self._once
+        many = rows >= (AT_ONCE if lasting else ONLY_ONCE)
+        kept = {} if self._graphs is None else self._graphs
+        if many in kept:
+            yield from kept[many].shares
             return
-        kept: list[Products] = []
+        found = _Kept([], 0)
+        free = working_memory() - sum(one.nbytes for one in kept.values())
         keep: bool | None = None
         for batch, weights in self.objective.batches:
             if keep is None:
                 share, size = _measured(lambda: self.share(batch, weights, many))  # noqa: B023 (called at once)
                 # A graph may hold its batch, which the memory holds anyway where the data are kept.
                 size += _nbytes(batch) if self.objective.batches.kept is None else 0
-                keep = size * self.objective.batches.n_samples / len(weights) <= working_memory()
+                found.nbytes = size * self.objective.batches.n_samples // len(weights)
+                keep = found.nbytes <= free
             else:
                 share = self.share(batch, weights, many)
             if keep:
-                kept.append(share)
+                found.shares.append(share)
             yield share
         if keep:
-            self._graphs, self._recorded, self._rows = kept, many, rows
+            self._graphs = {**kept, many: found}
+
+
+@dataclass
+class _Kept:
+    """The shares of all batches, and the bytes that they hold."""
+
+    shares: list[Products]
+    nbytes: int
 
 
 def _measured(build: Callable[[], Products]) -> tuple[Products, int]:

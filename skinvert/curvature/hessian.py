@@ -25,8 +25,8 @@ __all__ = ["GenericHessian", "Hessian"]
 class Hessian(Curvature):
     r"""H = ∇²L(θ), by the derivative of the gradient along each row.
 
-    Indefinite wherever θ is not a minimum. One product costs about one gradient pass over the data, of many rows at once
-    about half of one each; the matrix n p² where each layer sees one row a sample, else p products.
+    Indefinite wherever θ is not a minimum. One product costs about one gradient pass over the data, and about half of
+    one each for many rows at once; the matrix n p² where each layer sees one row a sample, else p products.
 
     Autograd's second derivatives are held against differences of gradients on a few rows. Where a kernel or a custom
     ``autograd.Function`` makes them wrong, a warning names the layers and the products are such differences

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from .._autograd import own_tensor
-from .._check import check_sample_weight, must_be, to_plain_array
+from .._check import all_finite, check_sample_weight, must_be, to_plain_array
 from .._checksum import checksum
 from .._memory import working_memory
-from .._scaling import all_finite
 from .._types import Batch
 from ..models import TwiceDifferentiable, labels_key, leading_length, map_tensors, rebuilt
 from .loaders import Source

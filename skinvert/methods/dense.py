@@ -8,8 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from .._check import must_be
-from .._scaling import all_finite
+from .._check import all_finite, must_be
 from ..operators import Dense, Eigenvectors, add_to_diagonal, check_dense_memory
 from ..results import InverseHvpResult
 from ..solvers.krylov import default_rtol

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
-from .._check import check_number, must_be, to_plain_array
-from .._scaling import ScaledProducts, all_finite, exponents, far_exponents, lost_rows, norms, times_powers
+from .._check import all_finite, check_number, must_be, to_plain_array
+from .._scaling import ScaledProducts, exponents, far_exponents, lost_rows, norms, times_powers
 from .._telling import warn
 from ..operators import LinearOperator
 from .residuals import relative_residual

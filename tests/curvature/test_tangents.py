@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from skinvert import HessianInverter
 from skinvert.curvature import products
-from skinvert.curvature.base import IN_ALL
+from skinvert.curvature.base import AT_ONCE
 from skinvert.curvature.tangents import Program, UnservedError, program, recorded, rules
 
 N, CLASSES = 10, 3
@@ -285,7 +285,8 @@ def rows(k, p):
 
 
 def is_recorded(A):
-    return [isinstance(share, products.Share) and share.alone for share in A._graphs]
+    """Whether the shares for products with many rows hold nothing but what was recorded."""
+    return [isinstance(share, products.Share) and share.alone for share in A._graphs[True].shares]
 
 
 @pytest.mark.parametrize("name", ["hessian", "ggn"])
@@ -375,16 +376,22 @@ def test_what_is_slower_by_the_clock_goes_by_the_graph(name, monkeypatch):
     assert is_recorded(A) == [False] * 3
 
 
-def test_few_rows_at_a_time_add_up():
-    """Products one by one, as a solver asks for them, are recorded once they are many."""
+@pytest.mark.parametrize("name", ["hessian", "ggn"])
+def test_the_number_of_rows_alone_decides_how(name):
+    """The same call gives the same digits, whatever came before."""
     case = case_of(*SERVED["mlp_tanh"])
-    A, V = curvature_of(case, "hessian"), rows(70, case.p)
-    A._graphs, A._rows = None, 0
-    found = []
-    for v in V:
-        found.append(A.apply(v[None]))
-        assert is_recorded(A) == [len(found) >= IN_ALL] * 3
-    assert matrix_error(torch.cat(found), V.numpy() @ Oracle(case).hessian()) <= 1e-11
+    A, V = curvature_of(case, name), rows(AT_ONCE, case.p)
+    A._graphs = None
+    few = A.apply(V[:3])
+    assert list(A._graphs) == [False]
+    many = A.apply(V)
+    assert is_recorded(A) == [True] * 3
+    assert torch.equal(A.apply(V[:3]), few) and torch.equal(A.apply(V), many)
+    assert matrix_error(many, V.numpy() @ Oracle(case).curvature(name)) <= 1e-11
+    # Of a minibatch there is one product.
+    part = A.minibatch(torch.arange(6))
+    part.apply(V)
+    assert list(part._graphs) == [False]
 
 
 @pytest.mark.parametrize("name", ["hessian", "ggn"])
@@ -454,7 +461,7 @@ def test_bytes_held(model):
     A = curvature_of(case, "hessian")
     A.apply(rows(32, case.p))
     own = {t.untyped_storage().data_ptr() for t in (*A.objective.model.theta, *A.objective.model.module.buffers())}
-    for share in A._graphs:
+    for share in A._graphs[True].shares:
         held = {storage.data_ptr(): storage.nbytes() for storage in reachable(share.products.steps)}
         assert sum(size for place, size in held.items() if place not in own) <= share.nbytes
 

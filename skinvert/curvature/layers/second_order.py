@@ -135,7 +135,7 @@ class _Noisy:
 
     def directions(self) -> torch.Tensor:
         """Return one direction for each entry of a layer's results, the same for all samples: (Σ d, Σ m d)."""
-        blocks = [torch.eye(one.shape[1]).to(one).repeat(1, self.m) for one in self.noise]
+        blocks = [torch.eye(one.shape[1], dtype=one.dtype, device=one.device).repeat(1, self.m) for one in self.noise]
         return torch.block_diag(*blocks)
 
     def rows(self) -> list[torch.Tensor]:
