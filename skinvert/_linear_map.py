@@ -14,7 +14,7 @@ from .results import InverseHvpResult
 
 __all__ = ["apply_linear", "solve_linear"]
 
-Map = Callable[[torch.Tensor], Any]
+Map = Callable[..., Any]
 
 
 def apply_linear(b: Array, apply: Map, adjoint: Map | None = None) -> Array:
@@ -44,12 +44,15 @@ def apply_linear(b: Array, apply: Map, adjoint: Map | None = None) -> Array:
     return _mapped(b, apply, adjoint or apply)
 
 
-def solve_linear(b: Array, solve: Callable[[Array], Array]) -> InverseHvpResult:
-    """Return ``solve(b)``, its x in autograd's graph as by ``apply_linear``; the inverse of H + λI is symmetric."""
+def solve_linear(b: Array, solve: Map, x0: Array | None = None) -> InverseHvpResult:
+    """Return ``solve(b, x0)``, its x in autograd's graph as by ``apply_linear``; the inverse of H + λI is symmetric.
+
+    The start ``x0`` is a constant and belongs to b: what derivatives solve for starts without one.
+    """
     told: list[Any] = []
 
-    def apply(rows: Batch) -> Array:
-        result = solve(rows)
+    def apply(rows: Batch, start: Array | None = None) -> Array:
+        result = solve(rows) if start is None else solve(rows, start)
         if not isinstance(result, InverseHvpResult | tuple) or len(result) != 2:
             raise TypeError(must_be("What a method returns", "an InverseHvpResult", f"a {type(result).__name__}"))
         x, info = result
@@ -58,38 +61,42 @@ def solve_linear(b: Array, solve: Callable[[Array], Array]) -> InverseHvpResult:
             told.append(info)
         return x
 
-    x = apply_linear(b, apply)
+    def first(rows: Batch) -> Array:
+        return apply(rows, x0)
+
+    x = _mapped(b, apply, apply, first) if isinstance(b, torch.Tensor) else first(b)
     return InverseHvpResult(x, told[0])
 
 
-def _mapped(b: torch.Tensor, apply: Map, adjoint: Map) -> Array:
-    return _LinearMap.apply(b, apply, adjoint)  # type: ignore[no-untyped-call]  # torch's own.
+def _mapped(b: torch.Tensor, apply: Map, adjoint: Map, first: Map | None = None) -> Array:
+    """Return ``first(b)``, which has the values of ``apply(b)``; derivatives go by the other two alone."""
+    return _LinearMap.apply(b, apply, adjoint, first or apply)  # type: ignore[no-untyped-call]  # torch's own.
 
 
 class _LinearMap(torch.autograd.Function):
     @staticmethod
-    def forward(b: torch.Tensor, apply: Map, _: Map) -> Array:
+    def forward(b: torch.Tensor, _: Map, __: Map, first: Map) -> Array:
         # A matrix-free solve differentiates the loss, and x is to be an ordinary tensor.
         with ordinary_state():
-            x = apply(own_tensor(b.detach()))
+            x = first(own_tensor(b.detach()))
             return x.detach() if isinstance(x, torch.Tensor) else x
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004 (torch's names)
-        ctx.maps = inputs[1:]
+        ctx.maps = inputs[1:3]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Array:
         apply, adjoint = ctx.maps
-        return _mapped(gradients[0], adjoint, apply), None, None
+        return _mapped(gradients[0], adjoint, apply), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Array:
         return _mapped(tangents[0], *ctx.maps)
 
     @staticmethod
-    def vmap(_: Any, in_dims: tuple[Any, ...], b: torch.Tensor, apply: Map, adjoint: Map) -> Array:
+    def vmap(_: Any, in_dims: tuple[Any, ...], b: torch.Tensor, *maps: Map) -> Array:
         # More rows of one call.
         rows = b.movedim(in_dims[0], -3)
-        x = _mapped(rows.flatten(-3, -2), apply, adjoint)
+        x = _mapped(rows.flatten(-3, -2), *maps)
         return x.unflatten(-2, rows.shape[-3:-1]).movedim(-3, 0), 0

@@ -57,29 +57,33 @@ class Rows:
     @classmethod
     def of(cls, b: Array, operator: Space, name: str = "b", *, scale: bool = True) -> Rows:
         """Check ``b`` and return a copy in the operator's dtype and on its device, scaled in its own dtype."""
-        if isinstance(b, torch.Tensor):
-            if b.is_complex() or b.layout != torch.strided:
-                raise TypeError(must_be(name, "dense and real", f"{b.layout}, {b.dtype}"))
-            source: Array = b.detach()
-        else:
-            source = to_plain_array(b, name)
+        source = _plain(b, name)
         check_rows(source, operator.size, name)
-        if isinstance(source, torch.Tensor):
-            rows = source.to(operator.device)
-        else:
-            own = source.dtype if source.dtype in (np.float32, np.float64) else np.float64
-            rows = torch.from_numpy(np.array(source, dtype=own, order="C", copy=True)).to(operator.device)
-        wide = rows if rows.dtype in SAFE else rows.to(torch.float64)
+        wide = _wide(source, operator.device)
         powers = far_exponents(wide, SAFE[operator.dtype])
         if not scale:
             powers = torch.zeros_like(powers)
-        rows = times_powers(wide, -powers) if bool(powers.any()) else rows
+        rows = times_powers(wide, -powers) if bool(powers.any()) else wide
         rows = rows.to(operator.dtype).contiguous()
         return cls(
             rows.clone() if isinstance(source, torch.Tensor) and rows.data_ptr() == source.data_ptr() else rows,
             source,
             powers,
         )
+
+    def start(self, x0: Array) -> torch.Tensor:
+        """Return ``x0``, of shape (k, p), (1, p) or (p,), as new rows (k, p) on the scale of these.
+
+        Rows that the operator's dtype cannot hold, from which nothing can start, are zero.
+        """
+        source, shape = _plain(x0, "x0"), tuple(self.tensor.shape)
+        source = source[None] if source.ndim == 1 else source
+        if tuple(source.shape) not in (shape, (1, shape[1])):
+            raise ValueError(must_be("x0", f"of shape {shape}, (1, p) or (p,)", f"shape {tuple(np.shape(x0))}"))
+        check_rows(source, shape[1], "x0")
+        wide = _wide(source, self.tensor.device).expand(shape)
+        rows = times_powers(wide, -self.powers).to(self.tensor.dtype)
+        return torch.where(torch.isfinite(rows).all(1, keepdim=True), rows, 0.0)
 
     def through(self, inverse: Any) -> Any:
         """Return the inverse that serves the scaled rows: free of settings on the scale of b, where any is scaled."""
@@ -144,3 +148,22 @@ class Rows:
         if isinstance(self.source, torch.Tensor):
             return {k: v.to(self.source.device) if isinstance(v, torch.Tensor) else v for k, v in info.items()}
         return {k: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in info.items()}
+
+
+def _plain(given: Array, name: str) -> Array:
+    """Return a dense, real tensor without its graph, or a plain array."""
+    if not isinstance(given, torch.Tensor):
+        return to_plain_array(given, name)
+    if given.is_complex() or given.layout != torch.strided:
+        raise TypeError(must_be(name, "dense and real", f"{given.layout}, {given.dtype}"))
+    return given.detach()
+
+
+def _wide(source: Array, device: torch.device) -> torch.Tensor:
+    """Return rows in float32 or float64, those of an array as a copy."""
+    if isinstance(source, torch.Tensor):
+        rows = source.to(device)
+    else:
+        own = source.dtype if source.dtype in (np.float32, np.float64) else np.float64
+        rows = torch.from_numpy(np.array(source, dtype=own, order="C", copy=True)).to(device)
+    return rows if rows.dtype in SAFE else rows.to(torch.float64)

@@ -295,13 +295,16 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         check_fits_rows(X, self.model)
         return self.fit(X, y, **fit_params).transform(X)
 
-    def solve(self, b: Array) -> InverseHvpResult:
+    def solve(self, b: Array, x0: Array | None = None) -> InverseHvpResult:
         """Return the solutions and what is known of them, ``x, info``.
 
         Parameters
         ----------
         b : array or tensor of shape (k, p)
             Right-hand sides, one per row.
+        x0 : array or tensor of shape (k, p), (1, p) or (p,), default=None
+            Where a method that iterates (``cg``, ``minres``, ``lissa``) starts, in place of its own setting: the
+            solutions at nearby parameters, say. Copied, never written to, and a constant where x is differentiated.
 
         Returns
         -------
@@ -309,16 +312,26 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
             ``x`` as ``transform`` returns it; ``info["residual"]`` (k,), ‖(H + λI)x − b‖ / ‖b‖ against the exact
             curvature, ``info["converged"]`` (k,), which judges it, and more: see ``InverseHvpResult``.
         """
-        return solve_linear(b, self._solve)
+        return solve_linear(b, self._solve, x0)
 
     @ordinary
-    def _solve(self, b: Array) -> InverseHvpResult:
+    def _solve(self, b: Array, x0: Array | None = None) -> InverseHvpResult:
         rows = self._rows(b)
         if not isinstance(self.method_, Method):
+            if x0 is not None:
+                raise ValueError(must_be("x0", "None for a method that is a function", f"a {type(x0).__name__}"))
             function, model = self.method_, self._at_hand("_model", "solve")
             result: InverseHvpResult = function(model, self._data, rows.source, self.hessian_perturbation_)
             return result
-        return rows.result(*rows.through(self._judged("solve")).solve(rows.tensor))
+        inverse: InverseOperator = rows.through(self._judged("solve"))
+        if x0 is not None:
+            inverse = inverse.started_at(self._start(x0, rows))
+        return rows.result(*inverse.solve(rows.tensor))
+
+    def _start(self, x0: Array, rows: Rows) -> torch.Tensor:
+        if isinstance(x0, Columned):
+            check_columns(x0, self.get_feature_names_out().tolist())
+        return rows.start(x0)
 
     def path(self, b: Array, hessian_perturbations: Iterable[float]) -> Array:
         """Return the solutions at many λ, for the price of about one solve where the method allows it.

@@ -60,6 +60,7 @@ CALLS = {
     "transform": lambda s: (s.fitted().transform(s.b), s.fitted().transform(s.b_tensor)),
     "solve": lambda s: s.fitted().solve(s.b),
     "solve with x0": lambda s: s.fitted(CG(x0=s.x0)).solve(s.b_tensor),
+    "solve from x0": lambda s: s.fitted("cg").solve(s.b, s.x0),
     "inverse_transform": lambda s: s.fitted("cg").inverse_transform(s.b),
     "residual": lambda s: s.fitted().residual(s.b, s.b),
     "score": lambda s: s.fitted().score(s.X, s.y, s.weights),

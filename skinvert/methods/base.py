@@ -183,6 +183,11 @@ class InverseOperator(TensorState, ABC):
         """The relative residual up to which a row counts as solved."""
         return default_tolerance(self.dtype)
 
+    def started_at(self, x0: torch.Tensor) -> InverseOperator:
+        """Return this inverse with its iterations started at ``x0`` (k, p), one row for each of B, whatever it was."""
+        must, hint = "None for a method that factorises", 'Leave it out, or try method="cg" or "minres".'
+        raise ValueError(must_be("x0", must, f"a start for {self.name or type(self).__name__}", hint))
+
     def scale_free(self) -> Self:
         """Return this inverse without settings on the scale of b: an absolute tolerance, a start."""
         return self

@@ -109,6 +109,13 @@ class BlockInverse(InverseOperator):
         parts = zip(self.inverses, self._blocks.parts(V), strict=True)
         return self._blocks.joined([inverse.apply(part) for inverse, part in parts])
 
+    def started_at(self, x0: torch.Tensor) -> Self:
+        """Return this inverse with each block started at its part of ``x0`` (k, p)."""
+        other = copy.copy(self)
+        parts = zip(self.inverses, self._blocks.parts(x0), strict=True)
+        other.inverses = [inverse.started_at(part) for inverse, part in parts]
+        return other
+
     def scale_free(self) -> Self:
         """Return this inverse without settings on the scale of b."""
         other = copy.copy(self)

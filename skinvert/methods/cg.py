@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
-from .._check import check_choice, check_shift
+from .._check import check_choice, check_shift, must_be
 from .._progress import progress
 from .._scaling import ScaledProducts, norms
 from .._telling import warn
@@ -25,7 +27,7 @@ from ..solvers.row_cg import CGState, RowRun
 from ..solvers.shifted_cg import shifted_cg
 from .advice import advise, direct_fits
 from .base import InverseOperator, Method, warn_not_converged, warn_of_overflow
-from .preconditioners import as_preconditioner
+from .preconditioners import as_preconditioner, rough_inverse
 
 __all__ = ["CG"]
 
@@ -46,6 +48,10 @@ class CG(Method):
         Most iterations of a row. None is 10·p, at most 1,000.
     x0 : array or tensor of shape (k, p) or (1, p), default=None
         Where to start; copied, never written to. None is zero.
+    start : {"jacobi", "nystroem", "kfac", "ekfac"} or Method, default=None
+        A method whose approximate solution is where to start, in place of ``x0``; it need not be positive definite.
+        Made once, in ``fit``. Each row takes its best multiple of at most 1, which is never worse than zero in the norm
+        of A, and costs one product.
     preconditioner : {"jacobi", "nystroem", "kfac", "ekfac"} or Method, default=None
         A method whose (positive definite) approximate inverse of A + λI preconditions; made once, in ``fit``.
     block : bool, default=None
@@ -85,19 +91,24 @@ class CG(Method):
         atol: float = 0.0,
         maxiter: int | None = None,
         x0: Any = None,
+        start: Any = None,
         preconditioner: Any = None,
         block: bool | None = None,
     ) -> None:
-        self.rtol, self.atol, self.maxiter, self.x0 = rtol, atol, maxiter, x0
+        self.rtol, self.atol, self.maxiter, self.x0, self.start = rtol, atol, maxiter, x0, start
         self.preconditioner, self.block = preconditioner, block
 
     def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> InverseOperator:
-        """Check the settings and make the preconditioner; the rest of the work is in ``solve``."""
+        """Check the settings, make the preconditioner and what finds a start; the rest of the work is in ``solve``."""
         rtol, atol, maxiter = check_settings(self, A)
         check_choice(self.block, "The 'block' parameter of CG", [None, True, False])
+        if self.start is not None and self.x0 is not None:
+            raise _two_starts(self.start)
         M = as_preconditioner(self.preconditioner, A, hessian_perturbation, verbose)
+        with _quiet():
+            start = rough_inverse(self.start, "start", A, hessian_perturbation, verbose)
         shift = check_shift(hessian_perturbation, A.dtype)
-        return CGInverse(A, shift, rtol, atol, maxiter, self.x0, M, self.block, verbose)
+        return CGInverse(A, shift, rtol, atol, maxiter, self.x0, M, self.block, verbose, start)
 
 
 @dataclass
@@ -113,6 +124,7 @@ class CGInverse(InverseOperator):
     preconditioner: InverseOperator | None = None
     block: bool | None = None
     verbose: int = 0
+    start: InverseOperator | None = None
     keeps_operator: bool = True
 
     @property
@@ -121,14 +133,23 @@ class CGInverse(InverseOperator):
         return self.rtol
 
     def at(self, hessian_perturbation: float) -> CGInverse:
-        """Return the inverse at another λ, over the same operator and the same λ-free preconditioner."""
+        """Return the inverse at another λ, over the same operator and the same λ-free preconditioner and start."""
         shift = check_shift(hessian_perturbation, self.dtype)
         M = None if self.preconditioner is None else self.preconditioner.at(shift)
-        return replace(self, hessian_perturbation=shift, preconditioner=M).judged_as(self)
+        with _quiet():
+            start = None if self.start is None else self.start.at(shift)
+        return replace(self, hessian_perturbation=shift, preconditioner=M, start=start).judged_as(self)
+
+    def started_at(self, x0: torch.Tensor) -> Self:
+        """Return this inverse with ``x0`` (k, p) in place of its own."""
+        if self.start is not None:
+            raise _two_starts(self.start.name)
+        return replace(self, x0=x0).judged_as(self)
 
     def scale_free(self) -> Self:
         """Return this inverse without ``atol`` and ``x0``, which are on the scale of b."""
-        return replace(self, atol=0.0, x0=None).judged_as(self)
+        start = None if self.start is None else self.start.scale_free()
+        return replace(self, atol=0.0, x0=None, start=start).judged_as(self)
 
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions of each row.
@@ -137,6 +158,10 @@ class CGInverse(InverseOperator):
         products of one row with A.
         """
         problem = Problem.of(self.operator, B, self.atol, starting_point(self.x0, B), products_with(self.operator))
+        if self.start is not None:
+            with _quiet():
+                rough = self.start.apply(problem.B)
+            problem.start_towards(rough)
         run = self._run(problem)
         if self.operator.is_psd:
             # It has no negative curvature: what looked like it is rounding.
@@ -170,7 +195,7 @@ class CGInverse(InverseOperator):
         The ``info`` of one run is ``residual``, ``converged`` and ``reason``, each (k,), and ``n_products``, of all λ
         together. A λ at which a row has not converged is solved again by ``solve``, and judged and warned of as there.
         """
-        if self.preconditioner is not None or self.x0 is not None:
+        if self.preconditioner is not None or self.x0 is not None or self.start is not None:
             return [self.at(shift).solve(B) for shift in hessian_perturbations]
         shifts = list(hessian_perturbations)
         X, info = shifted_cg(self.curvature, B, shifts, self.rtol, self.atol, self.maxiter, self.verbose)
@@ -284,3 +309,15 @@ class CGInverse(InverseOperator):
         hint = f"Try hessian_perturbation={1.5 * (abs(lowest) + error):.6g}, or"
         hint += f' method="minres"{direct}. {self.operator.hint}'
         return f"{need}: the curvature has eigenvalue {lowest:.3g}{say}, and {met}. {hint}"
+
+
+def _two_starts(start: object) -> ValueError:
+    return ValueError(must_be("x0", f"None beside start={start!r}", "both", "Leave out one of them."))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Take no warning of a start: where it leads to is judged by its residual, and is no solution yet."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -20,7 +20,9 @@ class EKFAC(Method):
     factor; the sum over t, the rows that a layer sees of one sample, is taken before the square.
 
     A penalty adds its diagonal in that basis, diag(QᵀRQ): itself, where it is the same for all of a layer's parameters.
-    It costs what ``kfac`` does, and one more pass over the data.
+    It costs what ``kfac`` does, and one more pass over the data. It is a good start for conjugate gradients on
+    a few rows (``CG(start="ekfac", maxiter=m)``: a few products bring it near the exact solution), and a poor
+    preconditioner.
 
     Parameters
     ----------

@@ -152,11 +152,15 @@ class LiSSAInverse(InverseOperator):
         """Return the inverse at another λ; the eigenvalue behind the scale is used again."""
         return replace(self, hessian_perturbation=check_shift(hessian_perturbation, self.dtype)).judged_as(self)
 
+    def started_at(self, x0: torch.Tensor | None) -> Self:
+        """Return this inverse with ``x0`` (k, p) as its ``h0``."""
+        settings = copy.copy(self.settings)
+        settings.h0 = x0
+        return replace(self, settings=settings).judged_as(self)
+
     def scale_free(self) -> Self:
         """Return this inverse without ``h0``, which is on the scale of b."""
-        settings = copy.copy(self.settings)
-        settings.h0 = None
-        return replace(self, settings=settings).judged_as(self)
+        return self.started_at(None)
 
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the averages of each row.

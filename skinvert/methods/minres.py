@@ -116,6 +116,10 @@ class MINRESInverse(InverseOperator):
         """Return the inverse at another λ, over the same operator."""
         return replace(self, hessian_perturbation=check_shift(hessian_perturbation, self.dtype)).judged_as(self)
 
+    def started_at(self, x0: torch.Tensor) -> Self:
+        """Return this inverse with ``x0`` (k, p) in place of its own."""
+        return replace(self, x0=x0).judged_as(self)
+
     def scale_free(self) -> Self:
         """Return this inverse without ``atol`` and ``x0``, which are on the scale of b."""
         return replace(self, atol=0.0, x0=None).judged_as(self)

@@ -1,4 +1,4 @@
-"""Methods as preconditioners of conjugate gradients."""
+"""Methods as preconditioners of conjugate gradients, and as what finds a start for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .ekfac import EKFAC
 from .kfac import KFAC
 from .nystroem import Nystroem
 
-__all__ = ["PRECONDITIONERS", "as_preconditioner"]
+__all__ = ["PRECONDITIONERS", "as_preconditioner", "rough_inverse"]
 
 # A preconditioner need not be as good as a solution: the sketch stops where its error is ten times λ.
 PRECONDITIONERS = {"jacobi": Diagonal(), "nystroem": Nystroem(tol=10.0), "kfac": KFAC(), "ekfac": EKFAC()}
@@ -23,25 +23,33 @@ PRECONDITIONERS = {"jacobi": Diagonal(), "nystroem": Nystroem(tol=10.0), "kfac":
 def as_preconditioner(
     preconditioner: Any, A: LinearOperator, hessian_perturbation: float, verbose: int = 0
 ) -> InverseOperator | None:
-    """Return the inverse that preconditions A + λI, or None; raise where it is not positive definite.
+    """Return the inverse that preconditions A + λI, or None; raise where it is not positive definite."""
+    inverse = rough_inverse(preconditioner, "preconditioner", A, hessian_perturbation, verbose)
+    if inverse is not None and not inverse.preconditions:
+        name = preconditioner.name if isinstance(preconditioner, Method) else preconditioner
+        got = f"one that is not, at hessian_perturbation={hessian_perturbation:.3g}"
+        hint = f"Try a larger one, or no preconditioner. {A.hint}".rstrip()
+        raise ValueError(must_be(f"The preconditioner {name}", "positive definite", got, hint))
+    return inverse
+
+
+def rough_inverse(
+    method: Any, setting: str, A: LinearOperator, hessian_perturbation: float, verbose: int = 0
+) -> InverseOperator | None:
+    """Return the approximate inverse of A + λI that a setting of a method names, or None.
 
     Nyström, which serves semi-definite curvatures alone, sketches the companion of one that need not be: A + λI may be
     positive definite all the same.
     """
-    if preconditioner is None:
+    if method is None:
         return None
-    if not isinstance(preconditioner, Method):
+    if not isinstance(method, Method):
         hint = "A configured method, such as Nystroem(rank=200), is taken too."
-        preconditioner = PRECONDITIONERS[check_choice(preconditioner, "preconditioner", PRECONDITIONERS, hint)]
-    method = clone(preconditioner)
-    for needed in method.requires:
+        method = PRECONDITIONERS[check_choice(method, setting, PRECONDITIONERS, hint)]
+    own = clone(method)
+    for needed in own.requires:
         if needed not in A.faces:
             must = f"a method that this curvature serves (it has no `{needed}`)"
-            raise ValueError(must_be("preconditioner", must, repr(method), 'Try "jacobi".'))
-    companion = A.psd_companion() if isinstance(method, Nystroem) else None
-    inverse = method.invert(A if companion is None else companion, hessian_perturbation, verbose)
-    if not inverse.preconditions:
-        got = f"one that is not, at hessian_perturbation={hessian_perturbation:.3g}"
-        hint = f"Try a larger one, or no preconditioner. {A.hint}".rstrip()
-        raise ValueError(must_be(f"The preconditioner {method.name}", "positive definite", got, hint))
-    return inverse
+            raise ValueError(must_be(setting, must, repr(own), 'Try "jacobi".'))
+    companion = A.psd_companion() if isinstance(own, Nystroem) else None
+    return own.invert(A if companion is None else companion, hessian_perturbation, verbose)

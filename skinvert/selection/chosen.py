@@ -95,9 +95,9 @@ class ChosenInverter(SharesModel, TransformerMixin, Saved):
         check_fits_rows(X, self.model)
         return self.fit(X, y, **fit_params).transform(X)
 
-    def solve(self, b: Array) -> InverseHvpResult:
+    def solve(self, b: Array, x0: Array | None = None) -> InverseHvpResult:
         """Return the solutions and what is known of them, as ``HessianInverter.solve``."""
-        return self._chosen().solve(b)
+        return self._chosen().solve(b, x0)
 
     def path(self, b: Array, hessian_perturbations: Iterable[float]) -> Array:
         """Return the solutions at many λ, as ``HessianInverter.path``."""

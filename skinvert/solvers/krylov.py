@@ -102,7 +102,8 @@ class Problem:
         The absolute tolerance on the scale of each row.
     X, R : tensor of shape (k, p) or None
         Where to start, scaled, and B − A x there; None is x = 0. A start that is so far off that its residual has no
-        digit of b is left out, and so is one of a row of zeros, whose solution is zero.
+        digit of b is left out, and so is one of a row of zeros, whose solution is zero. One that an approximate inverse
+        finds is shortened where it is too long, so that x = 0 is never better in the norm of A.
     """
 
     operator: LinearOperator
@@ -130,8 +131,23 @@ class Problem:
             sizes = torch.from_numpy(np.ldexp(float(atol), -powers.cpu().numpy())).to(B.device)
         problem = cls(operator, scaled, times_powers(B, -powers), powers, sizes)
         if x0 is not None:
-            problem._start(x0)
+            problem._start(x0, powers, 1 / torch.finfo(B.dtype).eps)
         return problem
+
+    def start_towards(self, x0: torch.Tensor) -> None:
+        """Start at rough solutions ``x0`` (k, p) for B itself, or on the way there from zero.
+
+        Along α x the error in the norm of A, which conjugate gradients minimise, is least at α = bᵀx / xᵀAx; its best
+        multiple of at most 1 is no worse than x = 0, and needs no further product.
+        """
+        # A row without a number begins at zero, and no product meets it.
+        x0 = torch.where(torch.isfinite(x0).all(1, keepdim=True), x0, 0.0)
+        # Beyond, rounding of the old residual would be half the digits of the new one.
+        X, R = self._start(x0, torch.zeros_like(self.powers), torch.finfo(x0.dtype).eps ** -0.5)
+        image, wide = self.B - R, X.to(torch.float64)
+        curvature = (wide * image).sum(1)
+        alpha = torch.where(curvature > 0, (wide * self.B).sum(1) / curvature, 0.0).clamp(0.0, 1.0)[:, None].to(X)
+        self.X, self.R = alpha * X, R + (1 - alpha) * image
 
     def tolerance(self, rtol: float) -> torch.Tensor:
         """Return max(rtol ‖b‖, atol) (k,), float64, on the scale of each row."""
@@ -157,16 +173,18 @@ class Problem:
         residual[overflow] = torch.inf
         return found, lost_rows(X, found)
 
-    def _start(self, x0: torch.Tensor) -> None:
+    def _start(self, x0: torch.Tensor, powers: torch.Tensor, most: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Start at 2 ** -powers · x0 where its residual is at most ``most`` ‖b‖; return X and R."""
         own = exponents(x0)
         x0 = times_powers(x0, -own)
         image = self.products(x0)
-        X = times_powers(x0, own + self.products.exponent - self.powers)
-        R = self.B - times_powers(image, own - self.powers + self.products.exponent)
+        X = times_powers(x0, own + self.products.exponent - powers)
+        R = self.B - times_powers(image, own - powers + self.products.exponent)
         size = norms(self.B)
         # Not (a > b): NaN compares false.
-        keep = ((size > 0) & (norms(R) <= size / torch.finfo(R.dtype).eps))[:, None]
+        keep = ((size > 0) & (norms(R) <= most * size))[:, None]
         self.X, self.R = torch.where(keep, X, 0.0), torch.where(keep, R, self.B)
+        return self.X, self.R
 
 
 def warn_of_lost(name: str, lost: torch.Tensor, dtype: torch.dtype) -> None:
