@@ -120,6 +120,19 @@ class FrozenAndDead(nn.Module):
         return self.out(self.first(x).tanh())
 
 
+class Net(nn.Module):
+    """Modules by name, in this order, and a function of them and x."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        self.of = forward
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return self.of(self, x)
+
+
 def _normalised():
     norm = nn.BatchNorm1d(5)
     norm.running_mean, norm.running_var = torch.randn(5) / 2, torch.rand(5) + 0.5

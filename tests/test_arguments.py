@@ -21,6 +21,7 @@ from skinvert import (
     load,
     solve_hvp,
 )
+from skinvert._check import all_finite
 from skinvert.methods import CG, advice
 from skinvert.operators import DiagonalMatrix
 
@@ -395,3 +396,12 @@ def test_direct_is_advised_where_it_fits(monkeypatch):
     monkeypatch.setattr(advice, "available_memory", lambda device: 6 * 100**2 * 4)
     assert advice.advise(A, "a", "b") == "Try a, or b."
     assert advice.advise(A, "a") == "Try a."
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_finite_numbers_whose_sum_overflows_are_finite(dtype):
+    largest = torch.full((4,), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(largest) and all_finite(torch.empty(0, 3, dtype=dtype))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        assert not all_finite(torch.tensor([1.0, bad, 2.0], dtype=dtype))
+    assert not all_finite(torch.tensor([torch.inf, -torch.inf], dtype=dtype))

@@ -177,3 +177,14 @@ def test_a_loader_of_small_batches_costs_no_pass_each(curvature):
     A = inverter.fit(p.module, loader, sample_weight=p.sample_weight).curvature_
     assert len(A.objective.batches.kept) == 1
     assert matrix_error(A.to_dense(), oracle_matrix(p, curvature)) < 1e-10
+
+
+@pytest.mark.parametrize(("method", "bar"), [("direct", "factor"), ("nystroem", "sketch of rank 16")])
+def test_bars_know_how_long(method, bar, capsys):
+    p = problem("mlp", "cross_entropy")
+    batches = [(p.X[i : i + 5], p.y[i : i + 5]) for i in range(0, len(p.X), 5)]
+    HessianInverter(method, 1.0, curvature="ggn", loss=p.loss, verbose=1).fit(p.module, batches)
+    told = capsys.readouterr().err
+    # A total, and so a percentage.
+    assert f"loss and gradient:   0%|          | 0/{len(batches)} [" in told
+    assert f"{bar}:   0%" in told

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import Oracle, matrix_error
-from problems import Problem
+from problems import Net, Problem
 from torch import nn
 
 from skinvert import HessianInverter
@@ -12,19 +12,6 @@ from skinvert.curvature import hessian
 from skinvert.curvature.layers import hessian_from_layers, second_order
 
 N = 11
-
-
-class Net(nn.Module):
-    """Modules by name, in this order, and a function of them and x."""
-
-    def __init__(self, forward, **modules):
-        super().__init__()
-        self.of = forward
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x):
-        return self.of(self, x)
 
 
 def chain(*widths, activation=nn.Tanh, bias=True):

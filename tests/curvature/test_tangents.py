@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import Oracle, matrix_error
-from problems import LOSSES, MODELS, Problem, problem
+from problems import LOSSES, MODELS, Net, Problem, problem
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
@@ -21,19 +21,6 @@ from skinvert.curvature.base import AT_ONCE
 from skinvert.curvature.tangents import Program, UnservedError, program, recorded, rules
 
 N, CLASSES = 10, 3
-
-
-class Net(nn.Module):
-    """Modules by name, and a function of them and x."""
-
-    def __init__(self, forward, **modules):
-        super().__init__()
-        self.of = forward
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x):
-        return self.of(self, x)
 
 
 class Twin(nn.Module):
@@ -563,3 +550,21 @@ def test_a_wrong_rule_is_not_used(dtype, monkeypatch):
     A = curvature_of(case, "hessian")
     A.apply(rows(32, case.p).to(dtype))
     assert is_recorded(A) == [False] * 3
+
+
+@pytest.mark.parametrize("k", [2, 33])
+@pytest.mark.parametrize("memory", [0, 1024])
+def test_the_empirical_fisher_beyond_the_memory_of_its_factor(k, memory, monkeypatch):
+    """By its losses, along and back: with weights, of few rows and of many, kept and streamed."""
+    import sklearn
+
+    case = problem("mlp", "cross_entropy", 0.1, True)
+    with sklearn.config_context(working_memory=memory):
+        inverter = HessianInverter("cg", 1.0, curvature="empirical_fisher", **case.settings())
+        A = inverter.fit(case.module, case.data, sample_weight=case.sample_weight).curvature_
+        V = rows(k, case.p)
+        # Of the factor alone.
+        monkeypatch.setattr("skinvert.curvature.factored.working_memory", lambda: 0)
+        found = A.apply(V)
+    assert A._factor is None
+    assert matrix_error(found, V.numpy() @ Oracle(case).curvature("empirical_fisher")) <= 1e-11

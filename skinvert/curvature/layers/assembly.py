@@ -16,6 +16,7 @@ from .recording import PulledBack
 
 __all__ = ["PairSums", "agrees", "dense_from_layers", "linear_layers"]
 
+# Samples whose outer products are made at once: few enough to stay in the caches, many enough for a GEMM.
 CHUNK = 128
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from . import convolutions, norms, products, shapes  # noqa: F401 (they register their rules)
 from .recording import Call, Recording, aten, spread
 from .rules import Push, UnservedError, rule_of
 
