@@ -3,6 +3,7 @@
 from .curvature import Curvature, Factored, SampledFisher, register_curvature
 from .files import load
 from .gradients import PerSampleGradient
+from .influence import InfluenceFunction
 from .inverter import HessianInverter
 from .models import (
     Loss,
@@ -25,6 +26,7 @@ __all__ = [
     "Factored",
     "HessianInverter",
     "HessianInverterCV",
+    "InfluenceFunction",
     "InverseHvpResult",
     "InversionMethod",
     "InversionRegistry",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,17 +17,22 @@ from ..models.compiled import eager
 from ..models.plain_functions import PlainFunctions
 from ..models.structural_copy import structural_copy
 
-__all__ = ["gradient_rows", "jacobian_rows", "split_batch"]
+__all__ = ["RowValues", "gradient_rows", "jacobian_rows", "split_batch"]
+
+# (outputs, batch) -> one value (m,) a row, of its own row alone.
+RowValues: TypeAlias = Callable[[Batch, Batch], torch.Tensor]
 
 
 @ordinary
-def gradient_rows(model: TorchTwiceDifferentiable, batch: Batch) -> torch.Tensor:
-    """Return ∇sᵢ of each row of a batch, (m, p); sᵢ is the loss before the average."""
+def gradient_rows(
+    model: TorchTwiceDifferentiable, batch: Batch, values: RowValues | None = None, kind: str = "gradient"
+) -> torch.Tensor:
+    """Return ∇vᵢ of each row of a batch, (m, p): of sᵢ, the loss before the average, or of other ``values``.
 
-    def loss(outputs: Batch, rows: Batch) -> torch.Tensor:
-        return model.per_sample_loss(outputs, rows)[:, None]
-
-    return _rows(model, batch, _Values("gradient", loss))[:, 0]
+    ``kind`` tells one kind of values from another: what was found of them holds for the next batch.
+    """
+    of = model.per_sample_loss if values is None else values
+    return _rows(model, batch, _Values(kind, lambda outputs, rows: of(outputs, rows)[:, None]))[:, 0]
 
 
 @ordinary

@@ -13,8 +13,9 @@ from .._check import must_be
 from .._frames import Frame
 from .._types import Array, Batch
 from ..models import map_tensors
+from .loaders import loader_source
 
-__all__ = ["as_data", "as_pair", "count", "holds_tensors", "is_data", "take"]
+__all__ = ["as_data", "as_pair", "check_row_order", "count", "holds_tensors", "is_data", "take"]
 
 
 class _Samples(Dataset[Batch]):
@@ -42,6 +43,12 @@ def as_pair(data: object) -> tuple[object, object]:
     if isinstance(data, tuple) and len(data) == 2:
         return data
     return data, None
+
+
+def check_row_order(data: object) -> None:
+    """Raise where the order of a DataLoader's rows is another than its data set's, by a sampler of its own."""
+    if isinstance(data, DataLoader):
+        loader_source(data, None, needs_row_order=True)
 
 
 def is_data(value: object) -> bool:

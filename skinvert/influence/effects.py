@@ -1,0 +1,116 @@
+"""What follows from one fitted inverter beside the matrix of scores: a row's effect on itself, groups, outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from .._check import must_be
+from .._memory import check_memory
+from .._types import Batch
+from ..data import batches_of
+from ..models import TorchTwiceDifferentiable, map_tensors
+from .fitted import Fitted
+from .removal import Removal
+from .scoring import blocks
+from .sides import FixedSide, RowSide, Side, moved
+
+__all__ = ["check_groups", "check_indices", "group_effect", "outputs_without", "self_influence"]
+
+
+def self_influence(fitted: Fitted) -> torch.Tensor:
+    """Return what removing each training row does to its own measurement (n,)."""
+    measured, training = fitted.measured_training, fitted.training
+    scores = torch.empty(training.count, dtype=fitted.model.dtype, device=fitted.model.device)
+    if fitted.removal == "newton":
+        _newton_diagonal(measured, fitted.remove(), fitted.most, scores)
+        return scores
+    for place, batch, shares in training.parts(fitted.most):
+        gradients = training.row_gradients(batch)
+        own = gradients if measured.measurement.name == "loss" else measured.row_gradients(batch)
+        scores[place] = shares * (own * fitted.solve(gradients)).sum(1)
+    return scores
+
+
+def _newton_diagonal(measured: RowSide, removal: Removal, most: int, scores: torch.Tensor) -> None:
+    rows = _rows(measured)
+    for place, steps in removal.steps(most):
+        for j, step in enumerate(steps, start=place.start):
+            batch, near = next(rows), moved(measured.model, step)
+            scores[j] = (_value(measured, near, batch) - _value(measured, measured.model, batch))[0]
+
+
+def _rows(side: RowSide) -> Iterator[Batch]:
+    return (batch for _, batch, _ in side.parts(1))
+
+
+def _value(side: RowSide, model: TorchTwiceDifferentiable, batch: Batch) -> torch.Tensor:
+    with torch.no_grad():
+        return side.measurement.of(model)(model.forward(map_tensors(torch.clone, batch)), batch).detach()
+
+
+def group_effect(fitted: Fitted, groups: Sequence[torch.Tensor], test: Side) -> torch.Tensor:
+    """Return the changes (test.count, n_groups) when all rows of a group are removed together."""
+    removal = fitted.remove()
+    effects = torch.zeros(test.count, len(groups), dtype=fitted.model.dtype, device=fitted.model.device)
+    if fitted.removal == "newton":
+        now = test.values()
+        for j, rows in enumerate(groups):
+            effects[:, j] = test.at(removal.step(rows)).values() - now
+        return effects
+    for place, cols, block in blocks(test, _summed(fitted, groups), fitted.solve, fitted.most):
+        effects[place, cols] = block
+    return effects
+
+
+def _summed(fitted: Fitted, groups: Sequence[torch.Tensor]) -> FixedSide:
+    """Return Σ wᵢgᵢ/Σw of each group, by one pass over the training rows."""
+    training, model = fitted.training, fitted.model
+    way_out = "Try fewer groups at a time."
+    check_memory(
+        2 * len(groups) * model.num_params * model.dtype.itemsize, f"{len(groups)} groups", way_out, model.device
+    )
+    sums = torch.zeros(len(groups), model.num_params, dtype=model.dtype, device=model.device)
+    member = torch.zeros(len(groups), training.count, dtype=torch.bool, device="cpu")
+    for j, chosen in enumerate(groups):
+        member[j, chosen] = True
+    for place, gradients in training.gradients(training.count):
+        sums += member[:, place].to(gradients) @ gradients
+    return FixedSide(model, sums)
+
+
+def outputs_without(fitted: Fitted, rows: torch.Tensor, data: object) -> torch.Tensor:
+    """Return the outputs (n_test, ...) at the parameters without ``rows``."""
+    near = moved(fitted.model, fitted.remove().step(rows))
+    with torch.no_grad():
+        found = [
+            near.forward(map_tensors(torch.clone, batch)).detach()
+            for batch, _ in batches_of(near, data, batch_size=fitted.batch_size, needs_row_order=True)
+        ]
+    return torch.cat(found)
+
+
+def check_indices(rows: object, n: int) -> torch.Tensor:
+    """Return training rows, an int or ints, as indices (m,), each once; ValueError where they are none."""
+    given = np.atleast_1d(rows.detach().cpu().numpy() if isinstance(rows, torch.Tensor) else np.asarray(rows))
+    if given.ndim != 1 or (given.dtype.kind not in "iu" and given.size):
+        got = f"{given.dtype} of shape {given.shape}"
+        raise TypeError(must_be("rows", "an int or ints, places of training rows", got, "Of a mask: `np.flatnonzero`."))
+    found = np.unique(np.where(given < 0, given + n, given))
+    if len(found) < given.size or (found.size and not 0 <= found[0] <= found[-1] < n):
+        raise ValueError(must_be("rows", f"different places of the {n} training rows", f"{given.tolist()[:10]}"))
+    return torch.from_numpy(found.astype(np.int64))
+
+
+def check_groups(groups: object, n: int) -> list[torch.Tensor]:
+    """Return the rows of each group: of labels (n,) in their sorted order, or as listed."""
+    several = isinstance(groups, list | tuple) and any(np.ndim(rows) for rows in groups)
+    if several and isinstance(groups, Sequence):
+        return [check_indices(rows, n) for rows in groups]
+    labels = groups.detach().cpu().numpy() if isinstance(groups, torch.Tensor) else np.asarray(groups)
+    if labels.shape != (n,):
+        hint = "Or a list of the rows of each group."
+        raise ValueError(must_be("groups", f"a label for each of the {n} training rows", f"shape {labels.shape}", hint))
+    return [torch.from_numpy(np.flatnonzero(labels == label)) for label in np.unique(labels)]

@@ -1,0 +1,108 @@
+"""One model at θ, its training rows and the inverse of its curvature: what every score is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .._check import must_be
+from .._memory import working_memory
+from ..curvature import Objective
+from ..data import Batches, batches_of
+from ..inverter import HessianInverter
+from ..models import TorchTwiceDifferentiable
+from .measurements import Measurement, RowMeasurement, measurement_of
+from .removal import FirstOrder, Newton, Removal
+from .sides import RowSide, SetSide, Side
+
+__all__ = ["Fitted"]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fitted inverter of one model, with model and data at hand.
+
+    Parameters
+    ----------
+    inverter : HessianInverter
+        Fitted on a model.
+    removal : {"first_order", "newton"}
+        How rows are removed.
+    measurement : str, callable or list of callables
+        What is measured on test rows.
+    batch_size : int or None
+        Test rows per pass.
+    memory : int or None
+        Bytes for the solutions that are held at once.
+    verbose : int
+        1 shows progress bars.
+    """
+
+    inverter: HessianInverter
+    removal: str = "first_order"
+    measurement: str | Measurement | Sequence[Measurement] = "loss"
+    batch_size: int | None = None
+    memory: int | None = None
+    verbose: int = 0
+
+    @property
+    def objective(self) -> Objective:
+        """L at θ, over the training rows."""
+        found: object = self.inverter._at_hand("curvature_", "Influence").objective
+        if not isinstance(found, Objective):
+            hint = "Its rows need losses of their own."
+            raise TypeError(must_be("InfluenceFunction's model", "a TorchTwiceDifferentiable", "another", hint))
+        found.model.check_unchanged()
+        return found
+
+    @property
+    def model(self) -> TorchTwiceDifferentiable:
+        """The model at θ."""
+        return self.objective.model
+
+    @property
+    def training(self) -> RowSide:
+        """The training rows' losses, each times wᵢ/Σw."""
+        return self._rows_of_training("loss", self.objective.weight_sum)
+
+    @property
+    def measured_training(self) -> RowSide:
+        """What is measured, of the training rows, each counting once."""
+        return self._rows_of_training(self.measurement, None)
+
+    def test(self, data: object) -> Side:
+        """Return what is measured of test data, in any form that ``fit`` takes."""
+        rows = batches_of(self.model, data, batch_size=self.batch_size, needs_row_order=True)
+        chosen = measurement_of(self.measurement, self.model, self.objective.scale, rows)
+        if isinstance(chosen, RowMeasurement):
+            return RowSide(self.model, rows, chosen, verbose=self.verbose)
+        return SetSide(self.model, rows, chosen)
+
+    def remove(self) -> Removal:
+        """Return what removal does to θ."""
+        if self.removal == "newton":
+            return Newton(self.training, self.solve, self.objective)
+        return FirstOrder(self.training, self.solve)
+
+    def solve(self, B: torch.Tensor) -> torch.Tensor:
+        """Return A⁻¹ of rows B (k, p)."""
+        x: torch.Tensor = self.inverter.solve(B).x
+        return x
+
+    @property
+    def most(self) -> int:
+        """How many rows' gradients and solutions are held at once."""
+        budget = working_memory() if self.memory is None else self.memory
+        # Gradients, solutions, and what a solve makes of them.
+        return max(1, budget // (4 * self.model.num_params * self.model.dtype.itemsize))
+
+    def _rows_of_training(self, measurement: str | Measurement | Sequence[Measurement], total: float | None) -> RowSide:
+        objective = self.objective
+        rows: Batches = objective.batches
+        chosen = measurement_of(measurement, objective.model, objective.scale, rows)
+        if not isinstance(chosen, RowMeasurement):
+            must = "one value a row for the training rows' own"
+            raise ValueError(must_be("measurement", must, "one of all rows together", 'Try measurement="loss".'))
+        return RowSide(objective.model, rows, chosen, total, self.verbose)

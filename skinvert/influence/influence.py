@@ -1,0 +1,398 @@
+"""``InfluenceFunction``: what removing a training row does to what is measured on test rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.base import clone
+from sklearn.frozen import FrozenEstimator
+from sklearn.utils import Tags
+from sklearn.utils.validation import check_is_fitted
+
+from .._autograd import ordinary
+from .._check import check_choice, check_number, must_be
+from .._fitting import fit_whole
+from .._frames import Frame, RowTransformer, rows_of
+from .._memory import check_memory
+from .._types import Array, State
+from ..data import as_data, check_row_order, holds_tensors
+from ..inverter import HessianInverter
+from ..models import is_model
+from ..selection import HessianInverterCV
+from .effects import check_groups, check_indices, group_effect, outputs_without, self_influence
+from .features import feature_influence
+from .fitted import Fitted
+from .largest import largest
+from .measurements import Measurement
+from .normalized import NORMS, normalized
+from .scoring import blocks, shifted_blocks
+from .sides import Side, moved
+
+__all__ = ["InfluenceFunction", "Top"]
+
+REMOVALS = ("first_order", "newton")
+CPU = torch.device("cpu")
+
+
+class Top(NamedTuple):
+    """The training rows that matter most to each test row.
+
+    Parameters
+    ----------
+    rows : array or tensor of int, shape (n_test, k)
+        Which, the first first.
+    scores : array or tensor of shape (n_test, k)
+        What removing each of them does.
+    """
+
+    rows: Array
+    scores: Array
+
+
+class InfluenceFunction(RowTransformer):
+    r"""Predict what removing each training row does to what is measured on test rows.
+
+    ``fit(model, data)``, or ``fit(X, y)`` with the inverter's ``model`` set; ``transform((X_test, y_test))`` is the
+    matrix (n_test, n_train) whose entry (i, j) is the predicted change of test row i's measurement when training row j
+    is removed. Positive: removal raises the loss, so the row helps. Nothing is left to rescale: 1/n is in it.
+
+    *Removed* is a row's weight set to zero in L = Σ wᵢℓᵢ / Σ wᵢ + penalty, the denominator and the penalty as they
+    were: what dropping a row from a sum of losses at a fixed penalty does, scikit-learn's ``C``. To first order the
+    parameters change by A⁻¹ wⱼgⱼ/Σw, A = H + λI, and the measurement vᵢ by ∇vᵢᵀ A⁻¹ wⱼgⱼ/Σw.
+
+    Parameters
+    ----------
+    inverter : HessianInverter, HessianInverterCV or FrozenEstimator of a fitted one, default=None
+        How A is inverted; cloned into ``inverter_`` and fitted. None is ``HessianInverter()``, for a model that brings
+        its loss. ``FrozenEstimator(inverter)`` is taken as it was fitted, with its own model and data.
+    removal : {"first_order", "newton"}, default="first_order"
+        ``"first_order"`` leaves H as it is: it underestimates rows that the model hangs on (high leverage), by half
+        or more where n is not much larger than p. ``"newton"`` takes the row's own curvature out of H and measures at
+        the parameters that result: nearly what retraining gives, at a solve for each output of each row, and a forward
+        pass over the test rows for each row.
+    measurement : str, callable or list of callables, default="loss"
+        What is measured: ``"loss"`` is ℓ on the scale of L, without the penalty; ``"margin"`` log(p/(1 − p)) of the
+        true class; ``"logit"`` its logit. A callable (outputs, targets) gives one value a row, or one number of all
+        the test rows (``AUROC``, ``WorstGroupLoss``, …), which is one row of scores; a list of such, a row each.
+    normalize : {None, "cosine", "relatif", "l_relatif"}, default=None
+        Scores of first order divided by √(gᵢᵀA⁻¹gᵢ · bⱼᵀA⁻¹bⱼ), ‖A⁻¹bⱼ‖ or √(bⱼᵀA⁻¹bⱼ), with bⱼ = wⱼgⱼ/Σw: they rank
+        rows by what they say beside how unusual they are, and predict no retraining.
+    score_rtol : float, default=None
+        Solve until the error bound of each test row's scores is below this share of their root mean square; where a
+        bound is known (``score_error_``).
+    batch_size : int, default=None
+        Test rows per pass; results do not depend on it. Training rows come as the inverter's ``batch_size`` says.
+    memory : int, default=None
+        Bytes for the solutions that are held at once; None is scikit-learn's ``working_memory``.
+    verbose : int, default=0
+        1 shows progress bars.
+
+    Attributes
+    ----------
+    inverter_ : HessianInverter
+        The fitted inverter; of one model.
+    members_ : list of InfluenceFunction
+        One a model: scores are their mean. ``[self]`` of one model.
+    n_samples_ : int
+        Number of training rows.
+
+    References
+    ----------
+    Koh & Liang (2017), "Understanding black-box predictions via influence functions"; the sign here is that of removal.
+    Barshan, Brunet & Dziugaite (2020), "RelatIF: Identifying explanatory training examples via relative influence",
+    eqs. 5 and 8, for ``normalize``.
+
+    Examples
+    --------
+    The mean of two numbers under squared error, θ = 2: without the 3 it is 1, and the loss at 3 rises from 1 to 4.
+
+    >>> from sklearn.linear_model import LinearRegression
+    >>> X, y = np.ones((2, 1)), np.array([1.0, 3.0])
+    >>> model = LinearRegression(fit_intercept=False).fit(X, y)
+    >>> newton = InfluenceFunction(removal="newton").fit(model, (X, y))
+    >>> newton.transform((X, y)).round(6).tolist()  # of ½ (f - y)²
+    [[1.5, -0.5], [-0.5, 1.5]]
+    >>> InfluenceFunction().fit(model, (X, y)).transform((X, y)).round(6).tolist()
+    [[0.5, -0.5], [-0.5, 0.5]]
+    """
+
+    inverter_: HessianInverter
+
+    def __init__(
+        self,
+        inverter: object = None,
+        *,
+        removal: str = "first_order",
+        measurement: str | Measurement | Sequence[Measurement] = "loss",
+        normalize: str | None = None,
+        score_rtol: float | None = None,
+        batch_size: int | None = None,
+        memory: int | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.inverter = inverter
+        self.removal = removal
+        self.measurement = measurement
+        self.normalize = normalize
+        self.score_rtol = score_rtol
+        self.batch_size = batch_size
+        self.memory = memory
+        self.verbose = verbose
+
+    # -- fit -------------------------------------------------------------------------------------------------------
+
+    @ordinary
+    def fit(self, X: object, y: object = None, sample_weight: object = None) -> InfluenceFunction:
+        """Fit the inverter.
+
+        Parameters
+        ----------
+        X : model, list of models, array of shape (n, ...) or data
+            A model, or an ensemble, with its training data as ``y``; else the inputs for the inverter's ``model``.
+        y : data or array of shape (n, ...), default=None
+            As ``HessianInverter.fit`` takes them. The order of the rows is that of the scores' columns: a DataLoader
+            with a sampler of its own is refused, one that shuffles is read in the data set's order.
+        sample_weight : array of shape (n,), default=None
+            Weights wᵢ ≥ 0.
+
+        Returns
+        -------
+        InfluenceFunction
+            Itself.
+        """
+        self._check()
+        fit_whole(self, lambda fresh: fresh._fit(X, y, sample_weight))
+        return self
+
+    def _check(self) -> None:
+        check_choice(self.removal, "removal", REMOVALS)
+        check_choice(self.normalize, "normalize", NORMS)
+        if self.normalize is not None and self.removal != "first_order":
+            raise ValueError(must_be("normalize", 'None for removal="newton"', repr(self.normalize)))
+        for name in ("batch_size", "memory"):
+            if vars(self)[name] is not None:
+                check_number(vars(self)[name], name, owner="InfluenceFunction", low=1, integer=True)
+        if self.score_rtol is not None:
+            check_number(self.score_rtol, "score_rtol", owner="InfluenceFunction", low=0.0)
+
+    def _fit(self, X: object, y: object, sample_weight: object) -> None:
+        if isinstance(X, list | tuple) and X and all(map(is_model, X)):
+            self.members_ = [clone(self)._fit_one(model, y, sample_weight) for model in X]
+            self.n_samples_, self.index_ = self.members_[0].n_samples_, self.members_[0].index_
+        else:
+            self._fit_one(X, y, sample_weight)
+
+    def _fit_one(self, X: object, y: object, sample_weight: object) -> InfluenceFunction:
+        inverter = self.inverter
+        if isinstance(inverter, FrozenEstimator):
+            fitted = inverter.estimator
+            check_is_fitted(fitted)
+        else:
+            fitted = clone(HessianInverter() if inverter is None else inverter)
+            data = y if is_model(X) else as_data(X, y)
+            check_row_order(data)
+            fitted.fit(X, y, sample_weight=sample_weight)
+        self.inverter_ = fitted.inverter_ if isinstance(fitted, HessianInverterCV) else fitted
+        self.n_samples_ = self.inverter_.n_samples_
+        rows = rows_of(y if is_model(X) else X)
+        self.index_ = np.asarray(rows.index if isinstance(rows, Frame) else range(self.n_samples_), dtype=object)
+        return self
+
+    # -- scores ----------------------------------------------------------------------------------------------------
+
+    @ordinary
+    def transform(self, X: object, y: object = None) -> Array:
+        """Return the scores of test data, ``(X, y)`` as a tuple or two arguments (or a Dataset, a DataLoader, batches).
+
+        Parameters
+        ----------
+        X, y : data
+            n_test rows, as ``fit`` takes them.
+
+        Returns
+        -------
+        array or tensor of shape (n_test, n_train)
+            Entry (i, j): the predicted change of measurement i when training row j is removed. An array for arrays, a
+            tensor on the model's device for tensors. A frame, where ``set_output`` asks for one, has the index of X and
+            the training rows' as its columns. Of a measurement of all rows together, one row.
+        """
+        data = self._test_data(X, y)
+        scores = self._mean(lambda member: member._matrix(data))
+        return super().transform(rows_of(data), self._back(scores, data))
+
+    def _matrix(self, data: object) -> torch.Tensor:
+        fitted = self._fitted()
+        test, n = fitted.test(data), self.n_samples_
+        way_out = "Try fewer test rows at a time, or `top`, which holds no matrix."
+        check_memory(2 * test.count * n * fitted.model.dtype.itemsize, f"{test.count:,} × {n:,} scores", way_out, CPU)
+        scores = torch.empty(test.count, n, dtype=fitted.model.dtype, device=fitted.model.device)
+        for rows, cols, block in self._blocks(fitted, test):
+            scores[rows, cols] = block
+        return scores
+
+    def _blocks(self, fitted: Fitted, test: Side) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        if self.removal == "newton":
+            return shifted_blocks(test, fitted.remove(), fitted.most)
+        found = blocks(test, fitted.training, fitted.solve, fitted.most)
+        return found if self.normalize is None else normalized(found, self.normalize, fitted, test)
+
+    @ordinary
+    def self_influence(self) -> Array:
+        """Return (n_train,) the diagonal of ``transform`` of the training rows: what removing a row does to its own.
+
+        Large where a row is unlike the others, mislabelled for instance.
+        """
+        check_is_fitted(self, "n_samples_")
+        return self._back(self._mean(lambda member: self_influence(member._fitted())), None)
+
+    @ordinary
+    def top(self, X: object, y: object = None, *, k: int = 10, harmful: bool = False) -> Top:
+        """Return the k training rows whose removal raises each test row's measurement most; the matrix is not held.
+
+        Parameters
+        ----------
+        X, y : data
+            n_test rows.
+        k : int, default=10
+            How many; at most n_train.
+        harmful : bool, default=False
+            Those whose removal lowers it most, in place of these.
+
+        Returns
+        -------
+        Top
+            ``rows`` (n_test, k) and ``scores`` (n_test, k), the most first.
+        """
+        data = self._test_data(X, y)
+        k = min(check_number(k, "k", low=1, integer=True), self.n_samples_)
+        scores, rows = largest(self._all_blocks(data), k, -1 if harmful else 1)
+        return Top(self._back(rows, data), self._back(scores, data))
+
+    def _all_blocks(self, data: object) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """Yield the blocks of the matrix; of an ensemble, which are the mean of its members, as one."""
+        if len(self._members()) > 1:
+            scores = self._mean(lambda member: member._matrix(data))
+            return iter([(slice(0, len(scores)), slice(0, self.n_samples_), scores)])
+        fitted = self._fitted()
+        return self._blocks(fitted, fitted.test(data))
+
+    @ordinary
+    def group_effect(self, groups: object, X: object, y: object = None) -> Array:
+        """Return the predicted changes (n_test, n_groups) when all rows of a group are removed together.
+
+        Parameters
+        ----------
+        groups : array of shape (n_train,), or list of arrays of int
+            Labels of the training rows, one group a label, in sorted order; or the rows of each group, which may
+            overlap.
+        X, y : data
+            n_test rows.
+
+        Returns
+        -------
+        array or tensor of shape (n_test, n_groups)
+            To first order the sums of the rows' scores; by ``removal="newton"`` each group's own curvature is taken
+            out of H as a whole.
+        """
+        data = self._test_data(X, y)
+        members = check_groups(groups, self.n_samples_)
+        return self._back(self._mean(lambda member: _group_effect(member, members, data)), data)
+
+    # -- parameters ------------------------------------------------------------------------------------------------
+
+    @ordinary
+    def removed_parameters(self, rows: object) -> State:
+        """Return the parameters that training without ``rows`` (an int, or ints) is predicted to give.
+
+        One step of unlearning: ``model.load_state_dict(influence.removed_parameters(rows), strict=False)``.
+
+        Returns
+        -------
+        dict of str to tensor
+            The selected parameters by name, new tensors on the model's device.
+        """
+        if len(self._members()) > 1:
+            hint = "Try `influence.members_[0].removed_parameters(rows)`."
+            raise TypeError(must_be("removed_parameters", "asked of one model", "an ensemble", hint))
+        fitted = self._fitted()
+        near = moved(fitted.model, fitted.remove().step(check_indices(rows, self.n_samples_)))
+        return dict(zip(near.layout.names, (tensor.detach() for tensor in near.theta), strict=True))
+
+    @ordinary
+    def predict_without(self, rows: object, X: object, y: object = None) -> Array:
+        """Return the model's outputs (n_test, c) on test data at ``removed_parameters(rows)``; of an ensemble the mean.
+
+        Outputs are the module's own: logits, where its loss takes these.
+        """
+        data = self._test_data(X, y)
+        chosen = check_indices(rows, self.n_samples_)
+        return self._back(self._mean(lambda member: outputs_without(member._fitted(), chosen, data)), data)
+
+    @ordinary
+    def feature_influence(self, rows: object, X: object, y: object = None) -> Array:
+        """Return the derivatives (n_test, m, *shape) of each test measurement by the inputs of m training ``rows``.
+
+        −(wⱼ/Σw) ∂/∂xⱼ (gⱼ(xⱼ)ᵀ A⁻¹ ∇vᵢ): how the measurement changes as the features of a training row do, the model
+        trained anew and A held. Inputs must be one tensor of floats.
+
+        References
+        ----------
+        Koh & Liang (2017), "Understanding black-box predictions via influence functions", eq. 5.
+        """
+        data = self._test_data(X, y)
+        chosen = check_indices(rows, self.n_samples_)
+        return self._back(self._mean(lambda member: _feature_influence(member, chosen, data)), data)
+
+    def score(self, X: object, y: object = None, sample_weight: object = None) -> float:
+        """Return ``HessianInverter.score``, the held-out quadratic: for searches over λ; of an ensemble the mean."""
+        check_is_fitted(self, "n_samples_")
+        return float(np.mean([member.inverter_.score(X, y, sample_weight) for member in self._members()]))
+
+    def get_feature_names_out(self, input_features: object = None) -> np.ndarray:
+        """Return the names of the columns: the training rows' index where they came in a frame, else 0 to n − 1."""
+        check_is_fitted(self, "n_samples_")
+        return self.index_
+
+    def __sklearn_tags__(self) -> Tags:
+        """Say that a target is needed."""
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        tags.no_validation = True
+        return tags
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _members(self) -> list[InfluenceFunction]:
+        check_is_fitted(self, "n_samples_")
+        return vars(self).get("members_", [self])
+
+    def _fitted(self) -> Fitted:
+        check_is_fitted(self, "inverter_")
+        return Fitted(self.inverter_, self.removal, self.measurement, self.batch_size, self.memory, self.verbose)
+
+    def _mean(self, of: Callable[[InfluenceFunction], torch.Tensor]) -> torch.Tensor:
+        found = [of(member) for member in self._members()]
+        return found[0] if len(found) == 1 else torch.stack(found).mean(0)
+
+    def _test_data(self, X: object, y: object) -> object:
+        check_is_fitted(self, "n_samples_")
+        if is_model(X):
+            raise TypeError(must_be("Test data", "data", f"a {type(X).__name__}", "The model is that of `fit`."))
+        return X if y is None else (X, y)
+
+    def _back(self, found: torch.Tensor, data: object) -> Array:
+        tensors = data is not None and holds_tensors(data)
+        return found if tensors else found.detach().cpu().numpy()
+
+
+def _group_effect(member: InfluenceFunction, groups: list[torch.Tensor], data: object) -> torch.Tensor:
+    fitted = member._fitted()
+    return group_effect(fitted, groups, fitted.test(data))
+
+
+def _feature_influence(member: InfluenceFunction, rows: torch.Tensor, data: object) -> torch.Tensor:
+    fitted = member._fitted()
+    return feature_influence(fitted, rows, fitted.test(data))

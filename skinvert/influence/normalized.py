@@ -1,0 +1,33 @@
+"""Scores divided by how far rows move the parameters, or themselves: cosine and RelatIF."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from .fitted import Fitted
+from .sides import Side
+
+__all__ = ["NORMS", "normalized"]
+
+NORMS = (None, "cosine", "relatif", "l_relatif")
+Block = tuple[slice, slice, torch.Tensor]
+
+
+def normalized(blocks: Iterable[Block], norm: str, fitted: Fitted, test: Side) -> Iterator[Block]:
+    """Yield blocks of scores divided by ‖A⁻¹bⱼ‖, √(bⱼᵀA⁻¹bⱼ), or that times √(gᵢᵀA⁻¹gᵢ); 0 / 0 is 0."""
+    columns = _sizes(fitted, fitted.training, norm == "relatif")
+    rows = _sizes(fitted, test, False) if norm == "cosine" else columns.new_ones(test.count)
+    for place, cols, block in blocks:
+        size = rows[place, None] * columns[cols]
+        yield place, cols, torch.where(size > 0, block / size, torch.zeros_like(block))
+
+
+def _sizes(fitted: Fitted, side: Side, of_solutions: bool) -> torch.Tensor:
+    """Return ‖A⁻¹b‖ or √(bᵀA⁻¹b) of each gradient b of a side."""
+    sizes = torch.empty(side.count, dtype=fitted.model.dtype, device=fitted.model.device)
+    for place, gradients in side.gradients(fitted.most):
+        X = fitted.solve(gradients)
+        sizes[place] = X.norm(dim=1) if of_solutions else (gradients * X).sum(1).clamp(min=0).sqrt()
+    return sizes

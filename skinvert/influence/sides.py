@@ -1,0 +1,265 @@
+"""Rows at θ whose values are differentiated: their gradients in chunks, and their derivatives along directions."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from .._check import must_be
+from .._memory import rows_within
+from .._progress import progress
+from .._types import Batch
+from ..curvature import gradient_rows, split_batch
+from ..curvature.directional import derivatives_along
+from ..data import Batches
+from ..models import TorchTwiceDifferentiable, map_tensors
+from ..models.structural_copy import structural_copy
+from .measurements import Chosen, Measurement, RowMeasurement, SetMeasurement
+
+__all__ = ["RowSide", "SetSide", "Side", "moved", "side_of"]
+
+# Measured: the gradient of a row costs what its derivative along so many directions does (docs/benchmarks/NOTES.md).
+DIRECTIONS_A_GRADIENT = 64
+
+
+class Side(ABC):
+    """Values vᵢ, i = 1, …, ``count``, at θ.
+
+    Attributes
+    ----------
+    model : TorchTwiceDifferentiable
+        At θ.
+    count : int
+        Number of values.
+    """
+
+    model: TorchTwiceDifferentiable
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """Number of values."""
+
+    @abstractmethod
+    def gradients(self, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield which values, and their gradients (m, p), at most so many at once."""
+
+    @abstractmethod
+    def along(self, X: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield which values, and their derivatives (k, m) along the rows of X (k, p)."""
+
+    @abstractmethod
+    def values(self) -> torch.Tensor:
+        """Return the values (count,)."""
+
+    @abstractmethod
+    def at(self, step: torch.Tensor) -> Side:
+        """Return the same of θ + ``step`` (p,)."""
+
+
+@dataclass(frozen=True)
+class RowSide(Side):
+    """One value a row, times the row's share of the weights where ``total`` is given.
+
+    Parameters
+    ----------
+    model : TorchTwiceDifferentiable
+        At θ.
+    batches : Batches
+        The rows.
+    measurement : RowMeasurement
+        The values.
+    total : float, default=None
+        Σw: a value counts wᵢ/Σw; None: 1.
+    verbose : int, default=0
+        1 shows a progress bar.
+    """
+
+    model: TorchTwiceDifferentiable
+    batches: Batches
+    measurement: RowMeasurement
+    total: float | None = None
+    verbose: int = 0
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return self.batches.n_samples
+
+    def gradients(self, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield the gradients in chunks, none across two batches."""
+        size = min(most, rows_within(3 * self.model.num_params * self.model.dtype.itemsize))
+        for place, batch, shares in self.parts(size):
+            yield place, shares[:, None] * self.row_gradients(batch)
+
+    def along(self, X: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield the derivatives: in forward mode for few directions, else from the rows' gradients."""
+        forward = len(X) <= DIRECTIONS_A_GRADIENT
+        size = rows_within(3 * self.model.num_params * self.model.dtype.itemsize)
+        for place, batch, shares in self.parts():
+            found = self._forward(batch, X) if forward else None
+            if found is not None:
+                yield place, found * shares
+                continue
+            forward, start = False, place.start
+            for rows, part in split_batch(batch, shares, size):
+                yield slice(start, start + len(part)), X @ self.row_gradients(rows).mT * part
+                start += len(part)
+
+    def values(self) -> torch.Tensor:
+        """Return the values."""
+        found = [shares * self._values(batch) for _, batch, shares in self.parts()]
+        return torch.cat(found)
+
+    def at(self, step: torch.Tensor) -> RowSide:
+        """Return the same of θ + ``step``, without a bar: it is one of many."""
+        return replace(self, model=moved(self.model, step), verbose=0)
+
+    def parts(self, most: int | None = None) -> Iterator[tuple[slice, Batch, torch.Tensor]]:
+        """Yield which rows, their batch and their shares (m,)."""
+        start = 0
+        for batch, weights in progress(self.batches, "rows", self.verbose):
+            shares = torch.ones_like(weights) if self.total is None else weights / self.total
+            for rows, part in split_batch(batch, shares, len(shares) if most is None else most):
+                yield slice(start, start + len(part)), rows, part
+                start += len(part)
+
+    def row_gradients(self, batch: Batch) -> torch.Tensor:
+        """Return the gradients (m, p) of the rows of a batch, without their shares."""
+        return gradient_rows(self.model, batch, self.measurement.of(self.model), self.measurement.name)
+
+    def _forward(self, batch: Batch, X: torch.Tensor) -> torch.Tensor | None:
+        return derivatives_along(self.model, batch, self.measurement.of(self.model), X)
+
+    def _values(self, batch: Batch) -> torch.Tensor:
+        with torch.no_grad():
+            return self.measurement.of(self.model)(self.model.forward(map_tensors(torch.clone, batch)), batch).detach()
+
+
+@dataclass(frozen=True)
+class FixedSide(Side):
+    """Values whose gradients are known.
+
+    Parameters
+    ----------
+    model : TorchTwiceDifferentiable
+        At θ.
+    rows : tensor of shape (count, p)
+        The gradients.
+    """
+
+    model: TorchTwiceDifferentiable
+    rows: torch.Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    def gradients(self, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield the rows in chunks."""
+        for start in range(0, len(self.rows), most):
+            part = self.rows[start : start + most]
+            yield slice(start, start + len(part)), part
+
+    def along(self, X: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield the products with all rows."""
+        yield slice(0, len(self.rows)), X @ self.rows.mT
+
+    def values(self) -> torch.Tensor:
+        """Raise: gradients alone have none."""
+        raise NotImplementedError
+
+    def at(self, step: torch.Tensor) -> FixedSide:
+        """Raise: gradients alone are of one θ."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SetSide(Side):
+    """Numbers of all the rows together: each one value.
+
+    Parameters
+    ----------
+    model : TorchTwiceDifferentiable
+        At θ.
+    batches : Batches
+        The rows.
+    measurement : SetMeasurement
+        The numbers.
+    """
+
+    model: TorchTwiceDifferentiable
+    batches: Batches
+    measurement: SetMeasurement
+
+    @property
+    def count(self) -> int:
+        """How many numbers."""
+        return len(self.measurement.functions)
+
+    def gradients(self, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield the gradient of each number, by one backward pass over the rows."""
+        outputs, targets = self._outputs()
+        free = outputs.requires_grad_(True)
+        for j, function in enumerate(self.measurement.functions):
+            (signal,) = torch.autograd.grad(_number(function, free, targets), free)
+            yield slice(j, j + 1), self._pulled(signal)[None]
+
+    def along(self, X: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield the derivatives, from the gradients."""
+        for place, gradient in self.gradients(1):
+            yield place, X @ gradient.mT
+
+    def values(self) -> torch.Tensor:
+        """Return the numbers."""
+        outputs, targets = self._outputs()
+        return torch.stack([_number(function, outputs, targets).detach() for function in self.measurement.functions])
+
+    def at(self, step: torch.Tensor) -> SetSide:
+        """Return the same of θ + ``step``."""
+        return replace(self, model=moved(self.model, step))
+
+    def _outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            found = [(self.model.forward(map_tensors(torch.clone, b)).detach(), b[1]) for b, _ in self.batches]
+        outputs, targets = zip(*found, strict=True)
+        return torch.cat(outputs), torch.cat(targets)
+
+    def _pulled(self, signal: torch.Tensor) -> torch.Tensor:
+        total, start = torch.zeros(self.model.num_params, dtype=self.model.dtype, device=self.model.device), 0
+        for batch, weights in self.batches:
+            part = signal[start : start + len(weights)]
+            start += len(weights)
+            total += self.model.gradient_of((self.model.forward(map_tensors(torch.clone, batch)) * part).sum())
+        return total
+
+
+def side_of(model: TorchTwiceDifferentiable, batches: Batches, measurement: Chosen, verbose: int = 0) -> Side:
+    """Return the side of test rows."""
+    if isinstance(measurement, RowMeasurement):
+        return RowSide(model, batches, measurement, verbose=verbose)
+    return SetSide(model, batches, measurement)
+
+
+def moved(model: TorchTwiceDifferentiable, step: torch.Tensor) -> TorchTwiceDifferentiable:
+    """Return the model at θ + ``step`` (p,), by a module of its own over the same frozen tensors."""
+    parts = model.layout.split(step.to(model.theta[0]))
+    leaves = [(own.detach() + part).requires_grad_(True) for own, part in zip(model.theta, parts, strict=True)]
+    swapped = {id(own): leaf for own, leaf in zip(model.theta, leaves, strict=True)}
+    near = copy.copy(model)
+    near.module = structural_copy(model.module, lambda tensor: swapped.get(id(tensor), tensor))
+    near.theta = leaves
+    return near
+
+
+def _number(function: Measurement, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    found = function(outputs, targets)
+    if not isinstance(found, torch.Tensor) or found.ndim or not bool(torch.isfinite(found.detach())):
+        got = f"{found.detach()}" if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
+        raise ValueError(must_be("What measurement returns", "a finite number, as a tensor without an axis", got))
+    return found
