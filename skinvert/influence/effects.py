@@ -60,7 +60,7 @@ def group_effect(fitted: Fitted, groups: Sequence[torch.Tensor], test: Side) -> 
         for j, rows in enumerate(groups):
             effects[:, j] = test.at(removal.step(rows)).values() - now
         return effects
-    for place, cols, block in blocks(test, _summed(fitted, groups), fitted.solve, fitted.most):
+    for place, cols, block in blocks(test, _summed(fitted, groups), fitted.solve, fitted.most, lambda *_: False):
         effects[place, cols] = block
     return effects
 

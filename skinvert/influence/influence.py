@@ -28,13 +28,13 @@ from .fitted import Fitted
 from .largest import largest
 from .measurements import Measurement
 from .normalized import NORMS, normalized
-from .scoring import blocks, shifted_blocks
+from .output import Out, destination, fingerprint
+from .scoring import Block, Done, blocks, shifted_blocks
 from .sides import Side, moved
 
 __all__ = ["InfluenceFunction", "Top"]
 
 REMOVALS = ("first_order", "newton")
-CPU = torch.device("cpu")
 
 
 class Top(NamedTuple):
@@ -186,17 +186,15 @@ class InfluenceFunction(RowTransformer):
             self._fit_one(X, y, sample_weight)
 
     def _fit_one(self, X: object, y: object, sample_weight: object) -> InfluenceFunction:
-        inverter = self.inverter
-        if isinstance(inverter, FrozenEstimator):
-            fitted = inverter.estimator
+        if isinstance(self.inverter, FrozenEstimator):
+            fitted = _checked(self.inverter.estimator)
             check_is_fitted(fitted)
         else:
-            fitted = clone(HessianInverter() if inverter is None else inverter)
-            data = y if is_model(X) else as_data(X, y)
-            check_row_order(data)
+            fitted = clone(HessianInverter() if self.inverter is None else _checked(self.inverter))
+            check_row_order(y if is_model(X) else as_data(X, y))
             fitted.fit(X, y, sample_weight=sample_weight)
         self.inverter_ = fitted.inverter_ if isinstance(fitted, HessianInverterCV) else fitted
-        self.n_samples_ = self.inverter_.n_samples_
+        self.n_samples_ = self._fitted().objective.batches.n_samples
         rows = rows_of(y if is_model(X) else X)
         self.index_ = np.asarray(rows.index if isinstance(rows, Frame) else range(self.n_samples_), dtype=object)
         return self
@@ -204,39 +202,59 @@ class InfluenceFunction(RowTransformer):
     # -- scores ----------------------------------------------------------------------------------------------------
 
     @ordinary
-    def transform(self, X: object, y: object = None) -> Array:
+    def transform(self, X: object, y: object = None, *, out: Out = None) -> Array:
         """Return the scores of test data, ``(X, y)`` as a tuple or two arguments (or a Dataset, a DataLoader, batches).
 
         Parameters
         ----------
         X, y : data
             n_test rows, as ``fit`` takes them.
+        out : path ending in .npy, or array of shape (n_test, n_train), default=None
+            Where the scores go, block by block, in place of memory: a memmap, a Zarr or HDF5 array, or a file. The same
+            call goes on with the file of an interrupted one; what it holds beside it, ``.npy.json``, says whose it is.
 
         Returns
         -------
         array or tensor of shape (n_test, n_train)
             Entry (i, j): the predicted change of measurement i when training row j is removed. An array for arrays, a
             tensor on the model's device for tensors. A frame, where ``set_output`` asks for one, has the index of X and
-            the training rows' as its columns. Of a measurement of all rows together, one row.
+            the training rows' as its columns. Of a measurement of all rows together, one row. With ``out`` this, or
+            the file's memmap.
         """
         data = self._test_data(X, y)
-        scores = self._mean(lambda member: member._matrix(data))
-        return super().transform(rows_of(data), self._back(scores, data))
+        if len(self._members()) == 1:
+            scores = self._matrix(data, out)
+        else:
+            scores = self._mean(lambda member: member._matrix(data))
+            if out is not None:
+                known_by = fingerprint([type(self).__name__], [scores])
+                target = destination(out, (len(scores), self.n_samples_), scores.dtype, scores.device, known_by)
+                target.write(slice(None), slice(None), scores)
+                scores = target.close()
+        return super().transform(rows_of(data), scores if out is not None else self._back(scores, data))
 
-    def _matrix(self, data: object) -> torch.Tensor:
+    def _matrix(self, data: object, out: Out = None) -> Array:
         fitted = self._fitted()
         test, n = fitted.test(data), self.n_samples_
-        way_out = "Try fewer test rows at a time, or `top`, which holds no matrix."
-        check_memory(2 * test.count * n * fitted.model.dtype.itemsize, f"{test.count:,} × {n:,} scores", way_out, CPU)
-        scores = torch.empty(test.count, n, dtype=fitted.model.dtype, device=fitted.model.device)
-        for rows, cols, block in self._blocks(fitted, test):
-            scores[rows, cols] = block
-        return scores
+        if out is None:
+            needed, way_out = 2 * test.count * n * fitted.model.dtype.itemsize, "Try `top`, which holds none, or `out`."
+            check_memory(needed, f"{test.count:,} × {n:,} scores", way_out, fitted.model.device)
+        known_by = "" if out is None else self._fingerprint(fitted, test)
+        scores = destination(out, (test.count, n), fitted.model.dtype, fitted.model.device, known_by)
+        for rows, cols, block in self._blocks(fitted, test, scores.has):
+            scores.write(rows, cols, block)
+        return scores.close()
 
-    def _blocks(self, fitted: Fitted, test: Side) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    def _fingerprint(self, fitted: Fitted, test: Side) -> str:
+        inverter = self.inverter_
+        settings = [inverter.method_, inverter.curvature_name_, self.removal, self.normalize, fitted.inverter.blocks]
+        shift = torch.tensor([inverter.hessian_perturbation_])
+        return fingerprint(settings, [shift, test.values(), fitted.training.values()])
+
+    def _blocks(self, fitted: Fitted, test: Side, done: Done) -> Iterator[Block]:
         if self.removal == "newton":
-            return shifted_blocks(test, fitted.remove(), fitted.most)
-        found = blocks(test, fitted.training, fitted.solve, fitted.most)
+            return shifted_blocks(test, fitted.remove(), fitted.most, done)
+        found = blocks(test, fitted.training, fitted.solve, fitted.most, done)
         return found if self.normalize is None else normalized(found, self.normalize, fitted, test)
 
     @ordinary
@@ -271,13 +289,13 @@ class InfluenceFunction(RowTransformer):
         scores, rows = largest(self._all_blocks(data), k, -1 if harmful else 1)
         return Top(self._back(rows, data), self._back(scores, data))
 
-    def _all_blocks(self, data: object) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    def _all_blocks(self, data: object) -> Iterator[Block]:
         """Yield the blocks of the matrix; of an ensemble, which are the mean of its members, as one."""
         if len(self._members()) > 1:
             scores = self._mean(lambda member: member._matrix(data))
             return iter([(slice(0, len(scores)), slice(0, self.n_samples_), scores)])
         fitted = self._fitted()
-        return self._blocks(fitted, fitted.test(data))
+        return self._blocks(fitted, fitted.test(data), lambda *_: False)
 
     @ordinary
     def group_effect(self, groups: object, X: object, y: object = None) -> Array:
@@ -386,6 +404,13 @@ class InfluenceFunction(RowTransformer):
     def _back(self, found: torch.Tensor, data: object) -> Array:
         tensors = data is not None and holds_tensors(data)
         return found if tensors else found.detach().cpu().numpy()
+
+
+def _checked(inverter: object) -> HessianInverter | HessianInverterCV:
+    if not isinstance(inverter, HessianInverter | HessianInverterCV):
+        must = "a HessianInverter, a HessianInverterCV or a FrozenEstimator of a fitted one"
+        raise TypeError(must_be("inverter", must, repr(inverter)[:80], "Try `HessianInverter(method, ...)`."))
+    return inverter
 
 
 def _group_effect(member: InfluenceFunction, groups: list[torch.Tensor], data: object) -> torch.Tensor:
