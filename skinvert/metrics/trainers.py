@@ -121,12 +121,15 @@ class _Dropping(Retraining):
         super().__init__(X, y, sample_weight)
         self.estimator = clone(estimator)
         self.full = self._fitted(clone(estimator), np.ones(self.n_samples, dtype=bool)) if full is None else full
-        self.starts = warm_start and isinstance(self.full, type(estimator)) and _starts(self.estimator)
+        self.starts = warm_start and type(_last(self.full)) is type(_last(estimator)) and _starts(self.estimator)
 
     def on(self, kept: np.ndarray) -> object:
-        model = copy.deepcopy(self.full) if self.starts else clone(self.estimator)
+        model = clone(self.estimator)
         if self.starts:
-            _last(model).set_params(warm_start=True)
+            # The trainer's settings and steps: those of the full model may be others, a fitted scaler in place of one.
+            settings = {**_last(model).get_params(deep=False), "warm_start": True}
+            start = copy.deepcopy(_last(self.full)).set_params(**settings)
+            model = model.set_params(**{model.steps[-1][0]: start}) if isinstance(model, Pipeline) else start
         self._keep_penalty(_last(model), kept)
         return self._fitted(model, kept)
 

@@ -7,6 +7,7 @@ import pytest
 import scipy.optimize
 import torch
 from sklearn.base import clone
+from sklearn.datasets import load_breast_cancer
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.frozen import FrozenEstimator
@@ -214,3 +215,16 @@ def test_bad_input(change, error, match):
     given = {"trainer": Ridge(), "X": X, "y": y, "X_test": X_test, "y_test": y_test, **change}
     with pytest.raises(error, match=match):
         leave_one_out(**given)
+
+
+def test_a_trainer_with_its_scaler_held_begins_at_a_full_model_without():
+    X, y = load_breast_cancer(return_X_y=True)
+    X, y = X[:120], y[:120]
+    full = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-12, solver="newton-cholesky")).fit(X, y)
+    held = make_pipeline(FrozenEstimator(full[:-1]), LogisticRegression(tol=1e-12, solver="newton-cholesky"))
+    received = leave_one_out(held, X, y, X[:30], y[:30], rows=[3, 8], full=full)
+    Z = full[:-1].transform(X)
+    for j, row in enumerate([3, 8]):
+        alone = clone(full[-1]).fit(np.delete(Z, row, 0), np.delete(y, row))
+        losses = [-model.predict_log_proba(Z[:30])[np.arange(30), y[:30]] for model in (alone, full[-1])]
+        np.testing.assert_allclose(received[:, j], losses[0] - losses[1], rtol=1e-6, atol=1e-9)
