@@ -20,6 +20,7 @@ from ..operators import LinearOperator, Shifted
 from ..reasons import Reason, reasons
 from ..results import InverseHvpResult
 from ..solvers.residuals import relative_residual
+from .quadratic import Certificate, QuadraticForms
 
 __all__ = ["InverseOperator", "Method", "default_tolerance", "relative_residual", "warn_not_converged"]
 
@@ -111,7 +112,7 @@ class InverseOperator(TensorState, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let solves be right under ``no_grad``, ``inference_mode`` and ``autocast``."""
         super().__init_subclass__(**kwargs)
-        ordinary_methods(cls, ("solve", "path", "solve_path", "at", "apply", "precondition"))
+        ordinary_methods(cls, ("solve", "path", "solve_path", "at", "apply", "precondition", "quadratic", "refined"))
 
     @property
     def operator(self) -> LinearOperator:
@@ -199,6 +200,75 @@ class InverseOperator(TensorState, ABC):
     def precondition(self, R: torch.Tensor) -> torch.Tensor:
         """Return M⁻¹ r for each row: ``apply``, or a form that serves conjugate gradients better."""
         return self.apply(R)
+
+    # -- what is certain -------------------------------------------------------------------------------------------
+
+    @property
+    def truth(self) -> LinearOperator | None:
+        """The exact A + λI with its products in float64; None where it is not at hand."""
+        if self.exact is not None:
+            return shifted(self.exact, self.hessian_perturbation).in_float64()
+        # What was factorised in float32 is A to the rounding of float32 alone.
+        own = not self.approximate and (self.keeps_operator or self.dtype == torch.float64)
+        return self.operator.in_float64() if own else None
+
+    @property
+    def lower_bound(self) -> float:
+        """A number that no eigenvalue of the exact A + λI is below: λ + min(penalty) of a semi-definite A.
+
+        NaN where none is proven; never an estimate.
+        """
+        truth = self.truth
+        return torch.nan if truth is None else truth.lower_bound
+
+    def quadratic(self, G: torch.Tensor, B: torch.Tensor | None = None, *, one_sided: bool = False) -> QuadraticForms:
+        r"""Return gᵀ(A + λI)⁻¹b of the exact A for all pairs of rows, with bounds that hold.
+
+        .. math:: x_g^T b + r_g^T x_b,  |error| ≤ ‖r_g‖ ‖r_b‖ / μ
+
+        for solutions x, their true residuals r and ``lower_bound`` μ; the rounding of float64 is added. The correction
+        brings the value nearer by about the product of the two relative residuals. Costs a solve and an exact product
+        for each row of both sides.
+
+        Parameters
+        ----------
+        G : tensor of shape (q, p)
+            Rows g.
+        B : tensor of shape (k, p), default=None
+            Rows b; None gives gᵀ(A + λI)⁻¹g of each row alone, which its value never exceeds but by rounding.
+        one_sided : bool, default=False
+            Solve for G alone, x_b = 0 and r_b = b: the bound is ‖r_g‖‖b‖/μ, for many rows b.
+
+        Returns
+        -------
+        QuadraticForms
+            ``values`` and ``bounds`` (q, k), or (q,), in float64; ``bounds`` are NaN where ``lower_bound`` is not
+            positive, or the exact A not at hand, values then those of the solutions alone.
+        """
+        certificate = Certificate(self)
+        return certificate.own(G) if B is None else certificate.pairs(G, B, one_sided)
+
+    def refined(
+        self, B: torch.Tensor, X: torch.Tensor | None = None, *, target: torch.Tensor | float, maxiter: int = 100
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return solutions (k, p), float64, improved until ‖b − (A + λI)x‖ ≤ ``target`` or falls no more; and ‖r‖ (k,).
+
+        Each round x + (A + λI)⁻¹r costs one exact product, and one solve, of the rows that are still open.
+
+        Parameters
+        ----------
+        B : tensor of shape (k, p)
+            Rows b.
+        X : tensor of shape (k, p), default=None
+            Where to start; None solves.
+        target : float or tensor of shape (k,)
+            Absolute.
+        maxiter : int, default=100
+            Most rounds.
+        """
+        certificate = Certificate(self)
+        solved = certificate.refined(certificate.solved(B, X), target, maxiter)
+        return solved.X, solved.residual
 
     # -- a state from a file ---------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from ..results import InverseHvpResult
 from ..solvers.krylov import default_rtol
 from .base import InverseOperator, relative_residual
 from .condition import norm1, rcond
+from .definite import proven_bound
 from .spectral_inverse import SpectralInverse
 
 __all__ = ["CHOLESKY_COPIES", "CholeskyInverse", "factorise"]
@@ -76,6 +77,12 @@ class CholeskyInverse(InverseOperator):
     def tolerance(self) -> float:
         """``rtol``."""
         return self.rtol
+
+    @property
+    def lower_bound(self) -> float:
+        """λ + min(penalty) of a semi-definite A where that is positive; else what a Cholesky factorisation proves."""
+        known, truth = super().lower_bound, self.truth
+        return known if known > 0 or truth is None else proven_bound(self.curvature, truth, self.hessian_perturbation)
 
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions. ``info`` holds ``residual`` (k,), ``converged`` (k,) and ``approximate`` False."""

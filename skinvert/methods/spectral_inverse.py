@@ -12,10 +12,11 @@ import torch
 from .._check import check_hessian_perturbation, must_be
 from .._memory import rows_within
 from .._telling import warn
-from ..operators import Basis, LinearOperator, Shifted, Spectral
+from ..operators import Basis, Dense, LinearOperator, Shifted, Spectral
 from ..reasons import Reason, reasons
 from ..results import InverseHvpResult
 from .base import InverseOperator, default_tolerance, relative_residual, warn_not_converged
+from .definite import proven_bound
 from .null_space import InvertedSpectrum, invert_spectrum
 
 __all__ = ["SpectralInverse"]
@@ -131,6 +132,14 @@ class SpectralInverse(InverseOperator):
     def tolerance(self) -> float:
         """``rtol``."""
         return self.rtol
+
+    @property
+    def lower_bound(self) -> float:
+        """λ + min(penalty) of a semi-definite A where that is positive; of a dense matrix what Cholesky proves."""
+        known, truth = super().lower_bound, self.truth
+        if known > 0 or truth is None or self.approximate or not isinstance(self.source, Dense):
+            return known
+        return proven_bound(self.source, truth, self.hessian_perturbation)
 
     @property
     def preconditions(self) -> bool:
