@@ -38,7 +38,7 @@ from .models import TwiceDifferentiable, as_model, is_model
 from .operators import LinearOperator, Shifted, as_scipy
 from .parameters import ParameterLayout
 from .persistence import require_present
-from .posterior import Posterior
+from .posterior import Posterior, own_spectrum
 from .registry import find_method
 from .results import InverseHvpResult, Spectrum
 from .scores import HeldOut, held_out, held_out_rows, quadratic_score
@@ -366,11 +366,13 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
         return rows.back(rows.through(inverse).path(rows.tensor, shifts))
 
     @ordinary
-    def spectrum(self, *, n_probes: int = 10, steps: int = 60) -> Spectrum:
+    def spectrum(self, *, of: str = "curvature", n_probes: int = 10, steps: int = 60) -> Spectrum:
         """Return the eigenvalues of H (without λ) where they are known or cheap, else their density.
 
         Parameters
         ----------
+        of : {"curvature", "inverse"}, default="curvature"
+            Of H itself, or of what the method inverts in its place: the Kronecker products of ``kfac``, say.
         n_probes, steps : int
             Random directions of the density, and Lanczos steps of each: ``n_probes`` · ``steps`` products with H.
 
@@ -380,6 +382,8 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
             ``eigenvalues``, ``weights``, ``exact``, and ``smallest`` and ``largest`` with bounds of their errors.
         """
         check_is_fitted(self, "n_features_in_")
+        if check_choice(of, "of", ["curvature", "inverse"]) == "inverse" and self._factorised("spectrum").approximate:
+            return own_spectrum(self._factorised("spectrum"))
         if self.inverse_ is None or self.inverse_.all_eigenvalues is None:
             self._at_hand("curvature_", "spectrum")
         seed = None if self.random_state is None else random_seed(self.random_state)

@@ -7,17 +7,39 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from ._autograd import ordinary
-from ._rows import Rows
-from ._types import Array
-from .methods.base import InverseOperator
-from .methods.quadratic import QuadraticForms
+import numpy as np
+import torch
+from sklearn.utils import check_random_state
 
-__all__ = ["Posterior"]
+from ._autograd import ordinary
+from ._check import check_number, must_be
+from ._memory import rows_within
+from ._rows import Rows
+from ._types import Array, RandomState
+from .methods.base import InverseOperator, Method
+from .methods.quadratic import QuadraticForms
+from .registry import InversionRegistry
+from .results import Spectrum
+from .system import Function, is_method
+
+__all__ = ["Posterior", "own_spectrum"]
+
+
+def own_spectrum(inverse: InverseOperator) -> Spectrum:
+    """Return the eigenvalues of A as the method inverts it; TypeError where it knows none."""
+    found = inverse.own_eigenvalues
+    if found is None:
+        must, hint = 'a method that knows its own, for of="inverse"', 'Try of="curvature".'
+        raise TypeError(must_be("method", must, repr(inverse.name), hint))
+    values = found.double().cpu().numpy()
+    ends = (float(values[0]), 0.0), (float(values[-1]), 0.0)
+    return Spectrum(values, np.full(len(values), 1 / len(values)), True, *ends)
 
 
 class Posterior(ABC):
-    """Quadratic forms of a fitted inverse."""
+    """Quadratic forms of a fitted inverse, and the Gaussian that it is the covariance of."""
+
+    method_: Method | Function
 
     @ordinary
     def quadratic(self, G: Array, B: Array | None = None, *, one_sided: bool = False) -> QuadraticForms:
@@ -67,6 +89,68 @@ class Posterior(ABC):
         forms = forms.times(2 * g.powers if b is None else g.powers[:, None] + b.powers)
         return QuadraticForms(**g.back_info(vars(forms)))
 
+    @ordinary
+    def log_det(self) -> float:
+        """Return log det(H + λI) of the operator that the method inverts: an approximation's own for ``"kfac"``.
+
+        Returns
+        -------
+        float
+            Of the natural logarithm, summed in float64.
+
+        Raises
+        ------
+        TypeError
+            Where the method knows no root of H + λI; the error names those that do.
+        ValueError
+            Where H + λI is not positive definite.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from skinvert import HessianInverter
+        >>> X = np.sqrt(2) * np.eye(2)  # H = XᵀX / n is the identity
+        >>> HessianInverter("direct", hessian_perturbation=1.0).fit(X).log_det()  # log 4
+        1.386...
+        """
+        return self._gaussian("log_det").log_det()
+
+    @ordinary
+    def sample(self, n_samples: int = 1, random_state: RandomState = None) -> np.ndarray:
+        """Return draws from N(0, (H + λI)⁻¹), one per row, of the operator that the method inverts.
+
+        The Laplace posterior of θ is θ̂ plus such a draw over √N, with N the factor between the mean loss and the
+        negative log posterior: n for a loss that is a negative log-likelihood, see ``covariance``.
+
+        Parameters
+        ----------
+        n_samples : int, default=1
+            Number of draws.
+        random_state : int, RandomState or None, default=None
+            Of the draws.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, p)
+            In the inverse's dtype; ``unflatten`` names its parts.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from skinvert import HessianInverter
+        >>> X = np.sqrt(2) * np.eye(2)  # H = XᵀX / n is the identity
+        >>> inverter = HessianInverter("direct", hessian_perturbation=3.0).fit(X)
+        >>> bool(abs(inverter.sample(4000, random_state=0).std() - 0.5) < 0.02)
+        True
+        """
+        n_samples = check_number(n_samples, "n_samples", owner="sample", low=1, integer=True)
+        inverse, generator = self._gaussian("sample"), check_random_state(random_state)
+        draws = torch.empty(n_samples, inverse.size, dtype=inverse.dtype, device=inverse.device)
+        for part in draws.split(rows_within(5 * inverse.noise_size * 8, n_samples)):
+            noise = generator.standard_normal((len(part), inverse.noise_size))
+            part.copy_(inverse.root(torch.from_numpy(noise).to(part)))
+        return draws.cpu().numpy()
+
     # -- what the estimator says of itself ---------------------------------------------------------------------------
 
     @abstractmethod
@@ -74,6 +158,15 @@ class Posterior(ABC):
 
     @abstractmethod
     def _rows(self, b: Array, *, double: bool = False) -> Rows: ...
+
+    def _gaussian(self, what: str) -> InverseOperator:
+        """Return the inverse, which has a root; TypeError that names the methods that do."""
+        inverse = self._factorised(what)
+        if not inverse.gaussian:
+            kinds = [kind for kind in InversionRegistry.registry.values() if is_method(kind)]
+            names = sorted(kind.name for kind in kinds if kind.gaussian)
+            raise TypeError(must_be(f"method for {what}", f"one of {names}", repr(self.method_)))
+        return inverse
 
     def _certified(self, what: str) -> InverseOperator:
         """Return the inverse, held against the exact curvature where that is at hand, whatever ``check_residual``."""

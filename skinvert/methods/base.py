@@ -37,6 +37,8 @@ class Method(TensorState, BaseEstimator, ABC):
         The name in the registry.
     requires : tuple of str
         The faces that an operator must have, of ``skinvert.operators.FACES``.
+    gaussian : bool
+        Whether its inverse has ``log_det`` and ``sample``: it knows a root of A + λI.
     needs_psd : bool
         Whether it refuses a curvature with a negative eigenvalue, whatever λ is.
     keeps_operator : bool
@@ -57,6 +59,7 @@ class Method(TensorState, BaseEstimator, ABC):
     memory: ClassVar[str] = ""
     exactness: ClassVar[str] = ""
     choose_it_for: ClassVar[str] = ""
+    gaussian: ClassVar[bool] = False
     needs_psd: ClassVar[bool] = False
     keeps_operator: ClassVar[bool] = False
     accuracy: ClassVar[float] = 1e-8
@@ -112,7 +115,10 @@ class InverseOperator(TensorState, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let solves be right under ``no_grad``, ``inference_mode`` and ``autocast``."""
         super().__init_subclass__(**kwargs)
-        ordinary_methods(cls, ("solve", "path", "solve_path", "at", "apply", "precondition", "quadratic", "refined"))
+        ordinary_methods(
+            cls,
+            ("solve", "path", "solve_path", "at", "apply", "precondition", "quadratic", "refined", "log_det", "root"),
+        )
 
     @property
     def operator(self) -> LinearOperator:
@@ -269,6 +275,42 @@ class InverseOperator(TensorState, ABC):
         certificate = Certificate(self)
         solved = certificate.refined(certificate.solved(B, X), target, maxiter)
         return solved.X, solved.residual
+
+    # -- the Gaussian with A + λI as precision -----------------------------------------------------------------------
+
+    @property
+    def gaussian(self) -> bool:
+        """Whether it has ``log_det`` and ``root``."""
+        return False
+
+    def log_det(self) -> float:
+        """Return log det(A + λI) of the operator that is inverted, by its factorisation.
+
+        Raises
+        ------
+        TypeError
+            Where the method has no root of it: ``gaussian`` says so.
+        ValueError
+            Where A + λI is not positive definite.
+        """
+        raise TypeError(self._no_root())
+
+    @property
+    def noise_size(self) -> int:
+        """Length of the rows that ``root`` takes."""
+        return self.size
+
+    def root(self, Z: torch.Tensor) -> torch.Tensor:
+        """Return Z Sᵀ (k, p) of rows Z (k, ``noise_size``), with S Sᵀ = (A + λI)⁻¹; raises as ``log_det`` does."""
+        raise TypeError(self._no_root())
+
+    @property
+    def own_eigenvalues(self) -> torch.Tensor | None:
+        """All p eigenvalues of A as the method inverts it, ascending, where they are known; without λ."""
+        return None
+
+    def _no_root(self) -> str:
+        return must_be("The inverse for log_det and samples", "one with a root", self.name or type(self).__name__)
 
     # -- a state from a file ---------------------------------------------------------------------------------------
 

@@ -88,6 +88,24 @@ class CholeskyInverse(InverseOperator):
         """Return the solutions. ``info`` holds ``residual`` (k,), ``converged`` (k,) and ``approximate`` False."""
         return self.judged(B, *self._refined(B))
 
+    @property
+    def gaussian(self) -> bool:
+        """Whether it has ``log_det`` and ``root``: it has."""
+        return True
+
+    def log_det(self) -> float:
+        """Return 2 Σ log Lᵢᵢ."""
+        return 2 * float(self.cholesky.diagonal().double().log().sum())
+
+    @property
+    def own_eigenvalues(self) -> torch.Tensor:
+        """All p, by a decomposition."""
+        return torch.linalg.eigvalsh(self.curvature.matrix)
+
+    def root(self, Z: torch.Tensor) -> torch.Tensor:
+        """Return the solutions of Lᵀ x = z."""
+        return torch.linalg.solve_triangular(self.cholesky.mT, Z.mT, upper=True).mT
+
     def at(self, hessian_perturbation: float) -> SpectralInverse:
         """Return the inverse at another λ, from the eigendecomposition of A."""
         return self._decomposed().at(hessian_perturbation).judged_as(self)

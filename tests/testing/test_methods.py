@@ -47,6 +47,13 @@ class PlainInverse(InverseOperator):
         self.calls = 0
 
     @property
+    def gaussian(self):
+        return self.fault == "root"
+
+    def log_det(self):
+        return 0.0 if self.gaussian else super().log_det()
+
+    @property
     def lower_bound(self):
         return 1e9 if self.fault == "floor" else super().lower_bound
 
@@ -131,6 +138,7 @@ def test_a_right_method_passes():
         ("shift", "check_state_survives_pickling: a pickled inverse is at its λ"),
         ("batch", "check_rows_are_alone: row 0 alone is as among others"),
         ("floor", "check_bounds_hold: gᵀx is within its bounds, or has none"),
+        ("root", "check_root_is_of_the_inverse: `gaussian` is False, as stated"),
         ("draws", "check_solves_alike_twice: two solves give the same x"),
         ("definite", "check_definite_is_definite: positive_definite is"),
         ("settings", "check_settings_are_kept: the settings stay"),
