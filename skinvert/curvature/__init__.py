@@ -20,7 +20,7 @@ from .held_out import held_out_curvature
 from .hessian import GenericHessian, Hessian
 from .layered import Layered
 from .objective import Objective
-from .per_sample import gradient_rows, split_batch
+from .per_sample import gradient_rows, jacobian_rows, split_batch
 from .products import Share
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "faces_of",
     "gradient_rows",
     "held_out_curvature",
+    "jacobian_rows",
     "register_curvature",
     "seeded_curvature",
     "split_batch",

@@ -97,6 +97,10 @@ class Curvature(LinearOperator):
         product otherwise. What autograd saves for it is measured; a ``Share`` says what it holds beside that.
         """
 
+    def data_of(self, batch: Batch) -> Batch:
+        """Return the model's part of a batch: all of it."""
+        return batch
+
     @property
     def gradient_norm(self) -> float:
         """‖∇L(θ)‖."""
