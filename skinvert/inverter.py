@@ -26,7 +26,7 @@ from ._frames import (
     without_names,
 )
 from ._linear_map import apply_linear, solve_linear
-from ._rows import Rows
+from ._rows import InFloat64, Rows
 from ._scaling import times_powers
 from ._types import Array, Decay, Device, Globs, Partition, RandomState, State
 from .answers import OPTIONAL, answer, check_answer, file_fields
@@ -38,6 +38,7 @@ from .models import TwiceDifferentiable, as_model, is_model
 from .operators import LinearOperator, Shifted, as_scipy
 from .parameters import ParameterLayout
 from .persistence import require_present
+from .posterior import Posterior, own_spectrum
 from .registry import find_method
 from .results import InverseHvpResult, Spectrum
 from .scores import HeldOut, held_out, held_out_rows, quadratic_score
@@ -48,7 +49,7 @@ __all__ = ["HessianInverter"]
 
 
 @savable
-class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved):
+class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerMixin, Saved):
     r"""Solve (H + λI) x = b for a trained model's curvature H, one right-hand side per row.
 
     ``fit(model, data)``, ``fit(X, y)`` with ``model`` set, or ``fit(X)`` on plain rows, whose curvature is that of
@@ -365,11 +366,13 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         return rows.back(rows.through(inverse).path(rows.tensor, shifts))
 
     @ordinary
-    def spectrum(self, *, n_probes: int = 10, steps: int = 60) -> Spectrum:
+    def spectrum(self, *, of: str = "curvature", n_probes: int = 10, steps: int = 60) -> Spectrum:
         """Return the eigenvalues of H (without λ) where they are known or cheap, else their density.
 
         Parameters
         ----------
+        of : {"curvature", "inverse"}, default="curvature"
+            Of H itself, or of what the method inverts in its place: the Kronecker products of ``kfac``, say.
         n_probes, steps : int
             Random directions of the density, and Lanczos steps of each: ``n_probes`` · ``steps`` products with H.
 
@@ -379,6 +382,8 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
             ``eigenvalues``, ``weights``, ``exact``, and ``smallest`` and ``largest`` with bounds of their errors.
         """
         check_is_fitted(self, "n_features_in_")
+        if check_choice(of, "of", ["curvature", "inverse"]) == "inverse" and self._factorised("spectrum").approximate:
+            return own_spectrum(self._factorised("spectrum"))
         if self.inverse_ is None or self.inverse_.all_eigenvalues is None:
             self._at_hand("curvature_", "spectrum")
         seed = None if self.random_state is None else random_seed(self.random_state)
@@ -527,7 +532,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
-    def _rows(self, b: Array) -> Rows:
+    def _rows(self, b: Array, *, double: bool = False) -> Rows:
         check_is_fitted(self, "n_features_in_")
         if (model := vars(self).get("_model")) is not None:
             model.check_unchanged()
@@ -540,7 +545,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
                 # Columns that are the parameters', which fit has not seen.
                 b = without_names(b, self.get_feature_names_out().tolist(), strict=self._layout is not None)
             b = validate_data(self, b, dtype=[np.float64, np.float32], reset=False)
-        return Rows.of(b, target)
+        return Rows.of(b, InFloat64(target.size, target.device) if double else target)
 
     def _exact(self) -> LinearOperator:
         return Shifted(self._at_hand("curvature_", "residual"), self.hessian_perturbation_)

@@ -60,6 +60,8 @@ FLOORS = {
     "persistence": 3.3,
     "files": 3.3,
     "checkpoint": 3.3,
+    "covariance": 3.3,
+    "posterior": 3.3,
     "inverter": 4,
     "gradients": 4,
     "selection": 5,

@@ -21,7 +21,7 @@ from .held_out import held_out_curvature
 from .hessian import GenericHessian, Hessian
 from .layered import Layered
 from .objective import Objective
-from .per_sample import RowValues, gradient_rows, split_batch
+from .per_sample import RowValues, gradient_rows, jacobian_rows, split_batch
 from .products import Share
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "faces_of",
     "gradient_rows",
     "held_out_curvature",
+    "jacobian_rows",
     "most_directions",
     "register_curvature",
     "seeded_curvature",

@@ -69,10 +69,6 @@ class GGN(Layered):
 
     # -- what the Fisher has of its own ------------------------------------------------------------------------------
 
-    def data_of(self, batch: Batch) -> Batch:
-        """Return the model's part of a batch: all of it."""
-        return batch
-
     def closed_hessian(self, outputs: torch.Tensor, batch: Batch) -> OutputHessian | None:
         """Return ∇²_f sᵢ where the loss has it in closed form, else None."""
         return self.objective.model.output_hessian(outputs, batch)

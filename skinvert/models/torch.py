@@ -207,6 +207,28 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         duplicate._shared = {name: (tensor, checksum(tensor)) for name, tensor in kept.items()}
         return duplicate
 
+    @ordinary
+    def doubled(self, batch: Batch) -> TorchTwiceDifferentiable | None:
+        """Return a copy at this very θ that computes in float64; None where the model does not take the batch so.
+
+        Nor where it casts to less on its way. Twice the memory of the module.
+        """
+        duplicate, found = copy.copy(self), dict[int, tuple[str, torch.Tensor]]()
+        selected = {id(tensor) for tensor in self.theta}
+        conversion = Conversion(self.module, selected, self.dtype, torch.float64, self.device)
+        duplicate.module = structural_copy(self.module, conversion, found)
+        duplicate._select(list(self.layout.names))
+        duplicate.loss = None if self.loss is None else self.loss.to(torch.float64, self.device)
+        duplicate.watch = watch = Watch(found, selected, torch.float64)
+        watch.quiet, duplicate.batched_rows = True, {}
+        few = map_tensors(lambda tensor: tensor[:8] if tensor.ndim else tensor, _doubled(batch))
+        try:
+            duplicate.per_sample_loss(duplicate.forward(few), few)
+        except (RuntimeError, TypeError, ValueError):
+            # A model may hold to its own dtype.
+            return None
+        return None if watch.lower else duplicate
+
     # Parameters shared with the user's model, with their checksums.
     _shared: Mapping[str, tuple[torch.Tensor, Any]] = {}
 
