@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ._arguments import check_fit_arguments, check_fits_rows, check_method, check_shifts, refuse_model_settings
 from ._autograd import ordinary
-from ._check import check_choice, check_hessian_perturbation, check_shift, must_be
+from ._check import check_choice, check_shift, must_be
 from ._fitting import SharesModel, fit_whole
 from ._frames import (
     Columned,
@@ -38,6 +38,7 @@ from .models import TwiceDifferentiable, as_model, is_model
 from .operators import LinearOperator, Shifted, as_scipy
 from .parameters import ParameterLayout
 from .persistence import require_present
+from .perturbation import check_perturbation, resolve
 from .posterior import Posterior, own_spectrum
 from .registry import find_method
 from .results import InverseHvpResult, Spectrum
@@ -59,8 +60,10 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
     ----------
     method : str, InversionMethod or Method, default="auto"
         A name in the ``InversionRegistry`` or a configured instance, such as ``CG(rtol=1e-6)``.
-    hessian_perturbation : float, default=0.0
-        λ ≥ 0, on the scale of the mean loss.
+    hessian_perturbation : float or str, default=0.0
+        λ ≥ 0, on the scale of the mean loss. Or a share of the mean eigenvalue of H: ``"1e-2 rel"`` is 0.01 · tr(H) / p
+        of the curvature as it is inverted, penalty included, which ``fit`` finds: exactly where its diagonal costs
+        little, else to some 1 % by about 80 products.
     curvature : str or SampledFisher, default="auto"
         H: ``"hessian"``, ``"ggn"``, ``"fisher"``, ``"empirical_fisher"``, or ``"sampled_fisher"``, which is
         ``SampledFisher()``: one sampled label a row, at a cost that does not grow with the outputs. ``"auto"`` is the
@@ -145,7 +148,7 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
     def __init__(
         self,
         method: str | Method = "auto",
-        hessian_perturbation: float = 0.0,
+        hessian_perturbation: float | str = 0.0,
         *,
         curvature: str | SampledFisher = "auto",
         model: object = None,
@@ -199,11 +202,11 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
         """
         check_method(self.method)
         check_fit_arguments(X, y, self.model)
-        shift = check_hessian_perturbation(self.hessian_perturbation, "HessianInverter")
+        shift = check_perturbation(self.hessian_perturbation, "HessianInverter")
         fit_whole(self, lambda fresh: fresh._fit_at(X, y, sample_weight, shift))
         return self
 
-    def _fit_at(self, X: object, y: object, sample_weight: object, shift: float) -> None:
+    def _fit_at(self, X: object, y: object, sample_weight: object, shift: float | str) -> None:
         """Fit at λ = ``shift``."""
         check_choice(self.check_residual, "check_residual", [True, False])
         if is_model(X):
@@ -214,8 +217,9 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
             system = self._rows_system(X, y, sample_weight)
         self._keep(system, shift)
 
-    def _keep(self, system: System, shift: float) -> None:
-        """Invert a system at λ = ``shift``, and keep both."""
+    def _keep(self, system: System, setting: float | str) -> None:
+        """Invert a system at the λ that is set, and keep both."""
+        (shift,) = resolve([setting], system.curvature, self.random_state)
         self._layout, self._model = system.layout, system.model
         if system.layout is not None and system.gradient_norm is not None:
             self.parameter_names_, self.gradient_norm_ = list(system.layout.names), system.gradient_norm

@@ -46,6 +46,7 @@ FLOORS = {
     "_frames": 0,
     "_linear_map": 0,
     "operators": 1,
+    "perturbation": 1.2,
     "models": 2,
     "data": 2,
     "curvature": 3.1,

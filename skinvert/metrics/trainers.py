@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
-from sklearn.base import clone
+from sklearn.base import clone, is_classifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import (
     ElasticNet,
@@ -32,7 +32,7 @@ from .._progress import progress
 from .._types import Array
 from ..data import as_pair, count, take
 from ..models import is_model
-from .measurement import Measurement, as_measurement, measured
+from .measurement import Measurement, RowLoss, as_measurement, measured
 
 __all__ = ["Estimator", "Retraining", "Train", "retraining", "warn_of_no_change"]
 
@@ -79,6 +79,10 @@ class Retraining(ABC):
     def on(self, kept: np.ndarray) -> object:
         """Return a model trained on the rows where ``kept`` (n,) is True."""
 
+    def with_all_classes(self, kept: np.ndarray) -> np.ndarray:
+        """Return ``kept`` (n,); raise where a model of those rows alone has no loss on rows of a class left out."""
+        return kept
+
     def measure(
         self,
         kept: Iterable[np.ndarray],
@@ -93,6 +97,8 @@ class Retraining(ABC):
         """Return the measurement of the full model (n_test,), and of each of ``total`` retrained ones, a row each."""
         measure = as_measurement(measurement, loss, self.full, self.X, self.y, self.sample_weight)
         before = measured(measure, self.full, *test)
+        if isinstance(measure, RowLoss):
+            kept = map(self.with_all_classes, kept)
         jobs = (delayed(_outcome)(self, rows, measure, test) for rows in kept)
         found: Iterator[np.ndarray] = Parallel(n_jobs=n_jobs, return_as="generator")(jobs)
         outcomes = list(progress(found, "retraining", verbose, total))
@@ -132,6 +138,17 @@ class _Dropping(Retraining):
             model = model.set_params(**{model.steps[-1][0]: start}) if isinstance(model, Pipeline) else start
         self._keep_penalty(_last(model), kept)
         return self._fitted(model, kept)
+
+    def with_all_classes(self, kept: np.ndarray) -> np.ndarray:
+        """Raise where a classifier would not know a class."""
+        if not is_classifier(self.estimator):
+            return kept
+        labels = np.asarray(self.y)
+        lost = np.setdiff1d(labels, labels[kept])
+        if len(lost):
+            hint = "Leave a row of each, or measure what needs no probability of it."
+            raise ValueError(must_be("The rows left", "of every class", f"none of {lost.tolist()}", hint))
+        return kept
 
     def _fitted(self, model: Any, kept: np.ndarray) -> object:
         rows = np.flatnonzero(kept)

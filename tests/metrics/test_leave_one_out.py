@@ -3,12 +3,14 @@
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.optimize
 import torch
+from scipy.sparse import csr_array
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer
-from sklearn.ensemble import RandomForestRegressor
+from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression, PoissonRegressor, Ridge, SGDRegressor
@@ -152,6 +154,27 @@ def test_a_pipeline_and_one_whose_scaler_is_frozen():
     np.testing.assert_allclose(frozen, expected, atol=1e-12)
     refitted = leave_one_out(make_pipeline(StandardScaler(), Ridge()), X, y, X_test, y_test)
     assert np.abs(refitted - expected).max() > 1e-4
+
+
+def test_frames_and_sparse_rows():
+    X, y, X_test, y_test = classes()
+    trainer = LogisticRegression(tol=1e-8)
+    expected = leave_one_out(trainer, X, y, X_test, y_test, rows=[0, 1])
+    frames = [pd.DataFrame(part, columns=list("abc")) for part in (X, X_test)]
+    frames[0].index += 100
+    received = leave_one_out(trainer, frames[0], pd.Series(y, frames[0].index), frames[1], y_test, rows=[0, 1])
+    np.testing.assert_allclose(received, expected, atol=1e-12)
+    received = leave_one_out(trainer, csr_array(X), y, csr_array(X_test), y_test, rows=[0, 1])
+    np.testing.assert_allclose(received, expected, atol=1e-12)
+
+
+def test_the_last_row_of_a_class():
+    X, y, X_test, y_test = classes()
+    y[3] = 7
+    with pytest.raises(ValueError, match=r"The rows left must be of every class. Got none of \[7\]"):
+        leave_one_out(LogisticRegression(), X, y, X_test, y_test, rows=[3])
+    forest, predict = RandomForestClassifier(3, random_state=0), {"measurement": lambda model, X, y: model.predict(X)}
+    assert leave_one_out(forest, X, y, X_test, y_test, rows=[3], **predict).shape == (5, 1)
 
 
 def train_linear(X, y, sample_weight):
