@@ -243,7 +243,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], help="parts of rows' names: 'dense', 'W2 GGN'")
     parser.add_argument("--contestant", nargs="+", default=[], help="parts of contestants' names: 'skinvert'")
     parser.add_argument("--slow", action="store_true", help="the rows that take minutes too: W4's Kronecker factors")
-    parser.add_argument("--limit", type=float, default=0, help="CPU seconds after which a contestant is stopped; 0: none")
+    limit = "CPU seconds after which a contestant is stopped; 0 is never"
+    parser.add_argument("--limit", type=float, default=0, help=limit)
     memory = "leave peak memory out, for which each solves once more"
     parser.add_argument("--no-memory", dest="memory", action="store_false", help=memory)
     parser.add_argument("--json", type=Path, help="where to write all that was measured")

@@ -15,8 +15,8 @@ from .placing import in_chunks, join_blocks, order_of, split_blocks
 __all__ = ["Basis", "BlockBasis", "Eigenvectors", "KroneckerBasis", "StandardBasis", "rounding", "zero_cut"]
 
 
-# Numbers of the rows that are taken at once where each is a matrix of its own: what is made of them stays in the caches,
-# and small tensors take memory that was used before, where large ones take new pages.
+# Numbers of the rows that are taken at once where each is a matrix of its own: what is made of them stays in the
+# caches, and small tensors take memory that was used before, where large ones take new pages.
 AT_ONCE = 2**18
 
 

@@ -92,6 +92,8 @@ def _watched(
 ) -> tuple[Captured | None, dict[str, str]]:
     """Return the calls on a part of the data; None, and why, where taking a layer apart changes the model's results."""
     touched = [layer for layer in found.layers if layer.shared or layer.key is not layer.module]
+    if not touched and not found.attentions:
+        return captured(curvature, found.layers, [], part, weights), {}
     expected = captured(curvature, [], [], part, weights).value.detach()
     try:
         seen = captured(curvature, found.layers, found.attentions, part, weights)
