@@ -12,7 +12,7 @@ from ..._memory import check_memory, rows_within
 from ...operators import KroneckerBasis, KroneckerBlock, KroneckerFactors
 from ..objective import Objective
 from .found import refuse
-from .kinds import Inputs, KroneckerLayer, Layer, gram
+from .kinds import Inputs, KroneckerLayer, Layer, gram, symmetric_gram
 from .passes import Chunk, Kept, Passes, UnexplainedError
 from .probe import probe
 from .recording import PulledBack
@@ -151,7 +151,7 @@ class _Factors:
             if self.right.ndim == 1:
                 self._make_dense()
         weighted = a * mass.reshape(-1, *[1] * (a.ndim - 1))
-        self.right += (weighted * a).sum((0, 1)) if self.right.ndim == 1 else gram(weighted, a)
+        self.right += (weighted * a).sum((0, 1)) if self.right.ndim == 1 else symmetric_gram(weighted, a)
 
     def _make_dense(self) -> None:
         """Make room for a second moment of means of one-hot rows, which is not diagonal."""
@@ -162,7 +162,7 @@ class _Factors:
 
     def add_signals(self, g: torch.Tensor) -> None:
         rows = g.sum(-2, keepdim=True) if self.approx == "reduce" else g
-        self.left += gram(rows, rows) / rows.shape[-2]
+        self.left += symmetric_gram(rows, rows) / rows.shape[-2]
 
     def block(self, penalty: torch.Tensor | None) -> KroneckerBlock:
         own = None if penalty is None else penalty[self.layer.index]
