@@ -20,7 +20,7 @@ from .held_out import held_out_curvature
 from .hessian import GenericHessian, Hessian
 from .layered import Layered
 from .objective import Objective
-from .per_sample import gradient_rows, split_batch
+from .per_sample import gradient_rows, jacobian_rows, split_batch
 from .products import Share
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "curvature_name",
     "faces_of",
     "gradient_rows",
+    "jacobian_rows",
     "held_out_curvature",
     "register_curvature",
     "seeded_curvature",

@@ -1,6 +1,17 @@
 """The forms of data that are accepted, and what is done with them: no other room knows what they look like."""
 
 from .batches import Batches, as_batches, batches_of
-from .forms import as_data, as_pair, count, holds_tensors, is_data, take
+from .forms import as_data, as_pair, count, holds_tensors, is_data, take, with_any_targets
 
-__all__ = ["Batches", "as_batches", "as_data", "as_pair", "batches_of", "count", "holds_tensors", "is_data", "take"]
+__all__ = [
+    "Batches",
+    "as_batches",
+    "as_data",
+    "as_pair",
+    "batches_of",
+    "count",
+    "holds_tensors",
+    "is_data",
+    "take",
+    "with_any_targets",
+]
