@@ -489,7 +489,7 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
         return names
 
     def flatten(self, mapping: Mapping[str, Array] | Iterable[Array]) -> Array:
-        """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row.
+        """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row; of (n, c, *shape), n c.
 
         A sequence, such as ``torch.autograd.grad`` returns, is taken in the order of ``parameter_names_``.
         """

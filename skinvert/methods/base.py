@@ -13,7 +13,7 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 
 from .._autograd import ordinary_methods
-from .._check import must_be
+from .._check import finite_rows, must_be
 from .._state import TensorState
 from .._telling import warn
 from ..operators import LinearOperator, Shifted
@@ -361,7 +361,7 @@ class InverseOperator(TensorState, ABC):
         residual = relative_residual(self.operator, B, X) if residual is None else residual
         converged = residual <= self.tolerance
         warn_not_converged(self.name, residual, converged, self.tolerance, self.not_solved)
-        reason = reasons(converged, Reason.STAGNATED, (Reason.OUT_OF_RANGE, ~torch.isfinite(X).all(1)))
+        reason = reasons(converged, Reason.STAGNATED, (Reason.OUT_OF_RANGE, ~finite_rows(X)))
         info = {"residual": residual, "converged": converged, "reason": reason, "approximate": False}
         return InverseHvpResult(X, info)
 
@@ -388,7 +388,7 @@ class InverseOperator(TensorState, ABC):
         residual = self.true_residual(B, X)
         warn_worse_than_zero(self.name or type(self).__name__, residual, self.hessian_perturbation)
         converged = residual <= self.tolerance
-        found = [(Reason.NOT_JUDGED, residual.isnan()), (Reason.OUT_OF_RANGE, ~torch.isfinite(X).all(1))]
+        found = [(Reason.NOT_JUDGED, residual.isnan()), (Reason.OUT_OF_RANGE, ~finite_rows(X))]
         if outside is not None:
             found.append((Reason.SINGULAR, outside))
         return {
@@ -455,7 +455,7 @@ def warn_worse_than_zero(name: str, residual: torch.Tensor, hessian_perturbation
 
 def warn_of_overflow(name: str, X: torch.Tensor) -> torch.Tensor:
     """Return X, and warn of rows that its dtype cannot hold."""
-    rows = ~torch.isfinite(X).all(1)
+    rows = ~finite_rows(X)
     if bool(rows.any()):
         warn(
             f"{name}: the solutions of {int(rows.sum())} of {len(X)} right-hand sides overflow {X.dtype}. "

@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 import scipy.linalg
 import torch
 
-from .._check import check_hessian_perturbation, must_be
+from .._check import check_hessian_perturbation, finite_rows, must_be
 from .._memory import rows_within
 from .._telling import warn
 from ..operators import Basis, Dense, LinearOperator, Shifted, Spectral
@@ -158,7 +158,7 @@ class SpectralInverse(InverseOperator):
         if not self._spans and self._drops:
             inside = torch.empty_like(B)
         # Coordinates, their quotients and both parts of b: not of all rows at once.
-        step = rows_within(5 * B.shape[1] * B.element_size())
+        step = rows_within(5 * B.shape[1] * B.element_size(), self.basis.rows_at_once)
         for start in range(0, len(B), step):
             rows = slice(start, start + step)
             X[rows], outside[rows] = self._solution(B[rows], *self._split(B[rows]), inside[rows])
@@ -325,7 +325,7 @@ class SpectralInverse(InverseOperator):
             residual = own if self.source is not None else self.true_residual(B, X)
             judged, unknown = torch.where(residual.isnan(), judged, residual), residual.isnan()
             converged = residual <= self.rtol
-            unheld = (Reason.OUT_OF_RANGE, ~torch.isfinite(X).all(1))
+            unheld = (Reason.OUT_OF_RANGE, ~finite_rows(X))
             reason = reasons(
                 converged, Reason.STAGNATED, (Reason.NOT_JUDGED, unknown), unheld, (Reason.SINGULAR, outside)
             )

@@ -23,7 +23,7 @@ from .compiled import eager
 from .conversion import Conversion
 from .labelled import Reading, gives_its_loss, logits_of, reading_of
 from .leaks import Watch
-from .losses import Loss, OutputHessian, Predictive, as_loss
+from .losses import Loss, OutputHessian, OutputSum, Predictive, as_loss
 from .plain_functions import PlainFunctions
 from .second_derivative import check_loss_derivative, check_second_derivative, in_float64
 from .structural_copy import structural_copy
@@ -255,6 +255,16 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         if not isinstance(data, tuple) or len(data) != 2:
             raise TypeError(must_be("data", "an (X, y) tuple for a Pipeline", f"a {type(data).__name__}"))
         return (self.features.transform(data[0]), data[1])
+
+    # Whether targets count: not where the outputs alone are asked.
+    reads_targets = True
+
+    def of_outputs(self) -> TorchTwiceDifferentiable:
+        """Return a copy whose loss is the sum of its outputs, whatever the targets; a subclass's own loss stays."""
+        other = copy.copy(self)
+        if not self._own_loss():
+            other.loss, other.reads_targets, other._learned = OutputSum(), False, True
+        return other
 
     # How the logits and labels of batches that are mappings meet the loss.
     reading: Reading = Reading()
