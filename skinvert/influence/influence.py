@@ -30,6 +30,7 @@ from .measurements import Measurement
 from .normalized import NORMS, normalized
 from .scoring import blocks, shifted_blocks
 from .sides import Side, moved
+from .statistics import RowStatistics
 
 __all__ = ["InfluenceFunction", "Top"]
 
@@ -52,7 +53,7 @@ class Top(NamedTuple):
     scores: Array
 
 
-class InfluenceFunction(RowTransformer):
+class InfluenceFunction(RowStatistics, RowTransformer):
     r"""Predict what removing each training row does to what is measured on test rows.
 
     ``fit(model, data)``, or ``fit(X, y)`` with the inverter's ``model`` set; ``transform((X_test, y_test))`` is the
