@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 
-import numpy as np
 import scipy.sparse
 import torch
 
@@ -14,7 +13,6 @@ from .._check import must_be
 from .._memory import check_memory
 from .._types import Batch
 from ..data import batches_of
-from ..models import leading_length
 from .families import predicted
 from .fitted import Fitted
 from .left_out import is_linear, own_outputs
@@ -78,8 +76,9 @@ def _side(fitted: Fitted, X: Batch, like: Batch) -> RowSide:
     if isinstance(X, tuple):
         must, got = "the inputs alone, without targets", f"a tuple of {len(X)}"
         raise TypeError(must_be("X for jackknife_plus", must, got))
-    n = X.shape[0] if isinstance(X, np.ndarray) or scipy.sparse.issparse(X) else leading_length(X)
+    inputs = next(iter(X.values())) if isinstance(X, Mapping) else X
+    n = inputs.shape[0] if scipy.sparse.issparse(inputs) else len(inputs)
     zeros = torch.zeros(n, *like[1].shape[1:], dtype=like[1].dtype, device="cpu")
-    data = (X, zeros if isinstance(X, torch.Tensor) else zeros.numpy())
+    data = (X, zeros if isinstance(inputs, torch.Tensor) else zeros.numpy())
     rows = batches_of(fitted.model, data, batch_size=fitted.batch_size, needs_row_order=True)
     return RowSide(fitted.model, rows, OUTPUT, verbose=fitted.verbose)
