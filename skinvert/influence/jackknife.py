@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 
 import scipy.sparse
@@ -15,7 +15,7 @@ from .._types import Batch
 from ..data import batches_of
 from .families import predicted
 from .fitted import Fitted
-from .left_out import is_linear, own_outputs
+from .left_out import own_outputs
 from .measurements import RowMeasurement
 from .sides import RowSide
 
@@ -39,23 +39,11 @@ def jackknife_plus(fitted: Fitted, X: Batch, alpha: float) -> torch.Tensor:
     now = test.values()
     for place, batch, steps in fitted.remove().parts(fitted.most):
         residuals[place] = (batch[1] - mean(own_outputs(fitted, batch, steps))).abs().reshape(-1)
-        for rows, columns, block in _changed(fitted, test, now, steps):
-            outputs[rows, place.start + columns.start : place.start + columns.stop] = block
+        for rows, along in test.along(steps):
+            outputs[rows, place] = now[rows, None] + along.mT
     for place, _, shares in fitted.training.parts():
         weighs[place] = shares > 0
     return _interval(mean(outputs)[:, weighs], residuals[weighs], alpha)
-
-
-def _changed(
-    fitted: Fitted, test: RowSide, now: torch.Tensor, steps: torch.Tensor
-) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Yield which test rows, which steps, and the outputs of those after these."""
-    if is_linear(fitted):
-        for rows, along in test.along(steps):
-            yield rows, slice(0, len(steps)), now[rows, None] + along.mT
-        return
-    for j, step in enumerate(steps):
-        yield slice(0, test.count), slice(j, j + 1), test.at(step).values()[:, None]
 
 
 def _interval(predictions: torch.Tensor, residuals: torch.Tensor, alpha: float) -> torch.Tensor:

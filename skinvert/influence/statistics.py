@@ -81,9 +81,10 @@ class RowStatistics(ABC):
         """Return the outputs of each training row at the parameters that training without it is predicted to give.
 
         For the price of one fit: a solve a row, by ``removal="newton"`` one for each of its outputs beside it, and no
-        row but itself is evaluated. To first order they are fᵢ + Jᵢ stepᵢ, linear in the step; by Newton the module's
-        outputs at θ + stepᵢ, which for least squares, ridge regression included, is the closed form
-        yᵢ − eᵢ/(1 − hᵢ), and ``cross_val_predict(model, X, y, cv=LeaveOneOut())``.
+        row but itself is evaluated. fᵢ + Jᵢ stepᵢ: by Newton's step what refits give for least squares with or without
+        a ridge penalty, yᵢ − eᵢ/(1 − hᵢ), or ``cross_val_predict(model, X, y, cv=LeaveOneOut())``; an approximation
+        for other losses; to first order fᵢ − hᵢeᵢ, too small by 1 − hᵢ. Of a network they are linear in the step, by
+        ``curvature="ggn"`` and a small ``hessian_perturbation``.
 
         Parameters
         ----------
