@@ -31,6 +31,7 @@ from .normalized import NORMS, normalized
 from .output import Out, destination, fingerprint
 from .scoring import Block, Done, blocks, shifted_blocks
 from .sides import Side, moved
+from .statistics import RowStatistics
 
 __all__ = ["InfluenceFunction", "Top"]
 
@@ -52,7 +53,7 @@ class Top(NamedTuple):
     scores: Array
 
 
-class InfluenceFunction(RowTransformer):
+class InfluenceFunction(RowStatistics, RowTransformer):
     r"""Predict what removing each training row does to what is measured on test rows.
 
     ``fit(model, data)``, or ``fit(X, y)`` with the inverter's ``model`` set; ``transform((X_test, y_test))`` is the

@@ -36,8 +36,22 @@ class Removal(ABC):
         self.side, self.solve = side, solve
 
     @abstractmethod
+    def size(self, most: int) -> int:
+        """Return of how many rows, at most so many, the steps are made at once."""
+
+    @abstractmethod
+    def steps_of(self, batch: Batch, shares: torch.Tensor, start: int) -> torch.Tensor:
+        """Return the change of θ (m, p) that leaving out each row of a batch makes; ``start`` is the first one's."""
+
+    def parts(self, most: int) -> Iterator[tuple[slice, Batch, torch.Tensor]]:
+        """Yield which rows, the rows, and the change of θ (m, p) that leaving out each of them makes."""
+        for place, batch, shares in self.side.parts(self.size(most)):
+            yield place, batch, self.steps_of(batch, shares, place.start)
+
     def steps(self, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield which rows, and the change of θ (m, p) that leaving out each of them makes."""
+        for place, _, steps in self.parts(most):
+            yield place, steps
 
     @abstractmethod
     def step(self, rows: torch.Tensor) -> torch.Tensor:
@@ -70,10 +84,13 @@ class FirstOrder(Removal):
     Koh & Liang (2017), "Understanding black-box predictions via influence functions", sec. 2.1.
     """
 
-    def steps(self, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield A⁻¹ wᵢgᵢ/Σw."""
-        for place, gradients in self.side.gradients(most):
-            yield place, self.solve(gradients)
+    def size(self, most: int) -> int:
+        """Return how many gradients fit."""
+        return min(most, rows_within(3 * self.side.model.num_params * self.side.model.dtype.itemsize))
+
+    def steps_of(self, batch: Batch, shares: torch.Tensor, start: int) -> torch.Tensor:
+        """Return A⁻¹ wᵢgᵢ/Σw."""
+        return self.solve(shares[:, None] * self.side.row_gradients(batch))
 
     def step(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the sum of the rows' steps."""
@@ -111,16 +128,18 @@ class Newton(Removal):
             must = "one whose rows have a curvature at the outputs"
             raise ValueError(must_be('The loss for removal="newton"', must, str(error), hint)) from error
 
-    def steps(self, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield (A − FᵢᵀFᵢ)⁻¹ wᵢgᵢ/Σw."""
-        numbers = 3 * self.ggn.rank * self.ggn.size * self.ggn.dtype.itemsize
-        for place, batch, shares in self.side.parts(min(most, rows_within(numbers))):
-            F = self.ggn.factor_of(batch, shares)
-            x = self.solve(shares[:, None] * self.side.row_gradients(batch))
-            Y = self.solve(F.flatten(0, 1)).reshape(F.shape)
-            K = torch.eye(F.shape[1], dtype=F.dtype, device=F.device) - F @ Y.mT
-            Fx = (F @ x[:, :, None]).contiguous()
-            yield place, x + (_solved(K, Fx, place.start).mT @ Y)[:, 0]
+    def size(self, most: int) -> int:
+        """Return how many rows' factors fit."""
+        return min(most, rows_within(3 * self.ggn.rank * self.ggn.size * self.ggn.dtype.itemsize))
+
+    def steps_of(self, batch: Batch, shares: torch.Tensor, start: int) -> torch.Tensor:
+        """Return (A − FᵢᵀFᵢ)⁻¹ wᵢgᵢ/Σw."""
+        F = self.ggn.factor_of(batch, shares)
+        x = self.solve(shares[:, None] * self.side.row_gradients(batch))
+        Y = self.solve(F.flatten(0, 1)).reshape(F.shape)
+        K = torch.eye(F.shape[1], dtype=F.dtype, device=F.device) - F @ Y.mT
+        Fx = (F @ x[:, :, None]).contiguous()
+        return x + (_solved(K, Fx, start).mT @ Y)[:, 0]
 
     def step(self, rows: torch.Tensor) -> torch.Tensor:
         """Return (A − FᵀF)⁻¹ b of all the rows together."""
