@@ -20,8 +20,10 @@ from .._memory import check_memory
 from .._types import Array, State
 from ..data import as_data, check_row_order, holds_tensors
 from ..inverter import HessianInverter
+from ..methods.quadratic import Certificate
 from ..models import is_model
 from ..selection import HessianInverterCV
+from .certified import Bounded, certified_blocks
 from .effects import check_groups, check_indices, group_effect, outputs_without, self_influence
 from .features import feature_influence
 from .fitted import Fitted
@@ -82,8 +84,9 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         Scores of first order divided by √(gᵢᵀA⁻¹gᵢ · bⱼᵀA⁻¹bⱼ), ‖A⁻¹bⱼ‖ or √(bⱼᵀA⁻¹bⱼ), with bⱼ = wⱼgⱼ/Σw: they rank
         rows by what they say beside how unusual they are, and predict no retraining.
     score_rtol : float, default=None
-        Solve until the error bound of each test row's scores is below this share of their root mean square; where a
-        bound is known (``score_error_``).
+        Solve until the error bound of each test row's scores (of each training row's, where these are fewer) is below
+        this share of their root mean square, whatever the method; ``np.inf`` bounds alone. Scores are then in float64,
+        and ``score_error_`` is known, at the price of some exact products in float64 for each solved row.
     batch_size : int, default=None
         Test rows per pass; results do not depend on it. Training rows come as the inverter's ``batch_size`` says.
     memory : int, default=None
@@ -99,6 +102,8 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         One a model: scores are their mean. ``[self]`` of one model.
     n_samples_ : int
         Number of training rows.
+    index_ : ndarray of shape (n_train,)
+        Labels of the training rows: the index of their frame, or 0, …, n − 1.
 
     References
     ----------
@@ -177,7 +182,11 @@ class InfluenceFunction(RowStatistics, RowTransformer):
             if vars(self)[name] is not None:
                 check_number(vars(self)[name], name, owner="InfluenceFunction", low=1, integer=True)
         if self.score_rtol is not None:
-            check_number(self.score_rtol, "score_rtol", owner="InfluenceFunction", low=0.0)
+            if self.score_rtol != np.inf:
+                check_number(self.score_rtol, "score_rtol", owner="InfluenceFunction", low=0.0)
+            if self.removal != "first_order" or self.normalize is not None:
+                must = 'None but for removal="first_order" and normalize=None: other scores have no bound'
+                raise ValueError(must_be("score_rtol", must, repr(self.score_rtol)))
 
     def _fit(self, X: object, y: object, sample_weight: object) -> None:
         if isinstance(X, list | tuple) and X and all(map(is_model, X)):
@@ -241,7 +250,8 @@ class InfluenceFunction(RowStatistics, RowTransformer):
             needed, way_out = 2 * test.count * n * fitted.model.dtype.itemsize, "Try `top`, which holds none, or `out`."
             check_memory(needed, f"{test.count:,} × {n:,} scores", way_out, fitted.model.device)
         known_by = "" if out is None else self._fingerprint(fitted, test)
-        scores = destination(out, (test.count, n), fitted.model.dtype, fitted.model.device, known_by)
+        dtype = fitted.model.dtype if self.score_rtol is None else torch.float64
+        scores = destination(out, (test.count, n), dtype, fitted.model.device, known_by)
         for rows, cols, block in self._blocks(fitted, test, scores.has):
             scores.write(rows, cols, block)
         return scores.close()
@@ -255,8 +265,26 @@ class InfluenceFunction(RowStatistics, RowTransformer):
     def _blocks(self, fitted: Fitted, test: Side, done: Done) -> Iterator[Block]:
         if self.removal == "newton":
             return shifted_blocks(test, fitted.remove(), fitted.most, done)
+        if self.score_rtol is not None:
+            self._bounds = Bounded.unknown(test, fitted.training)
+            certificate = Certificate(self.inverter_._judged("scores"))
+            return certified_blocks(certificate, fitted.most, self.score_rtol, done, self._bounds)
         found = blocks(test, fitted.training, fitted.solve, fitted.most, done)
         return found if self.normalize is None else normalized(found, self.normalize, fitted, test)
+
+    @property
+    def score_error_(self) -> np.ndarray:
+        """Bounds (n_test, n_train) of the errors of the last ``transform``'s scores, where ``score_rtol`` is given.
+
+        |score − gᵢᵀA⁻¹bⱼ| ≤ this, of the exact A in float64 and of the gradients as they were computed. NaN where A has
+        no positive lower bound that is known (see ``HessianInverter.quadratic``), and where a file had the scores.
+        """
+        found = [vars(member).get("_bounds") for member in self._members()]
+        known = [bounds.matrix() for bounds in found if bounds is not None]
+        if len(known) < len(found):
+            message = "score_error_ comes with `transform`, where score_rtol is given"
+            raise AttributeError(message)
+        return torch.stack(known).mean(0).cpu().numpy()
 
     @ordinary
     def self_influence(self) -> Array:

@@ -10,7 +10,7 @@ import torch
 from .removal import Removal, Solve
 from .sides import Side
 
-__all__ = ["Block", "Done", "blocks", "shifted_blocks"]
+__all__ = ["Block", "Done", "blocks", "gathered", "shifted_blocks"]
 
 # Which rows, which columns, and what is there.
 Block: TypeAlias = tuple[slice, slice, torch.Tensor]
@@ -28,7 +28,7 @@ def blocks(left: Side, right: Side, solve: Solve, most: int, done: Done) -> Iter
         for rows, cols, block in blocks(right, left, solve, most, lambda rows, cols: done(cols, rows)):
             yield cols, rows, block.mT
         return
-    for rows, gradients in _gathered(left, most):
+    for rows, gradients in gathered(left, most):
         if done(rows, slice(0, right.count)):
             continue
         X = solve(gradients)
@@ -46,7 +46,7 @@ def shifted_blocks(test: Side, removal: Removal, most: int, done: Done) -> Itera
                 yield rows, column, (test.at(step).values() - now)[:, None]
 
 
-def _gathered(side: Side, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
+def gathered(side: Side, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield gradients in chunks of ``most`` rows, across batches: each chunk costs a pass over the other side."""
     held: list[torch.Tensor] = []
     start = count = 0
