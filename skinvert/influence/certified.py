@@ -119,9 +119,10 @@ def _warn_of_more(excess: torch.Tensor, rtol: float, certificate: Certificate) -
                 ConvergenceWarning,
             )
     elif bool((excess > 1).any()):
+        count, reached = f"{int((excess > 1).sum())} of {len(excess)}", rtol * float(excess.max())
         warn(
-            f"The scores of {int((excess > 1).sum())} of {len(excess)} rows are within "
-            f"{rtol * float(excess.max()):.3g} of their root mean square, asked for {rtol:.3g}. Rounding, or the method, does not allow less. Try "
-            "dtype=torch.float64, a larger hessian_perturbation or a more exact method.",
+            f"The scores of {count} rows are within {reached:.3g} of their root mean square, asked for {rtol:.3g}. "
+            "Rounding, or the method, does not allow less. Try dtype=torch.float64, a larger hessian_perturbation or "
+            "a more exact method.",
             ConvergenceWarning,
         )

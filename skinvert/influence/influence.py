@@ -372,7 +372,7 @@ class InfluenceFunction(RowStatistics, RowTransformer):
     def predict_without(self, rows: object, X: object, y: object = None) -> Array:
         """Return the model's outputs (n_test, c) on test data at ``removed_parameters(rows)``; of an ensemble the mean.
 
-        Outputs are the module's own: logits, where its loss takes these.
+        Outputs are the module's own: logits, where its loss takes these. Targets do not count: X alone will do.
         """
         data = self._test_data(X, y)
         chosen = check_indices(rows, self.n_samples_)
