@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression, PoissonRegressor, Ridge
 from torch import nn
 
+import skinvert
 from skinvert import HessianInverter, PerSampleGradient
 from skinvert.curvature import CURVATURES, Curvature, Gram
 from skinvert.methods import CG, EKFAC, KFAC, MINRES, Arnoldi, Diagonal, Direct, Nystroem
@@ -442,3 +443,17 @@ def test_only_what_is_affine_for_certain_is():
     assert not has_affine_outputs(other, list(other.parameters()))
     head.register_forward_hook(lambda module, inputs, output: output**2)
     assert not has_affine_outputs(head, last)
+
+
+def test_what_was_proven_goes_into_no_file(tmp_path):
+    case = problem("mlp", "cross_entropy", DECAY)
+    inverter = HessianInverter("direct", 5.0, **case.settings()).fit(case.module, case.data)
+    B = case.right_hand_sides(3)
+    forms = inverter.quadratic(B)
+    assert list(inverter.inverse_.curvature.proven) == [5.0]
+    loaded = pickle.loads(pickle.dumps(inverter))
+    assert loaded.inverse_.curvature._proven is None
+    inverter.save(tmp_path / "inverter")
+    for other in (loaded, skinvert.load(tmp_path / "inverter")):
+        # Against the matrix itself: with its own bound, as it was assembled in float64.
+        np.testing.assert_allclose(other.quadratic(B).bounds, forms.bounds, rtol=0.5)
