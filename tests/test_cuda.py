@@ -109,3 +109,31 @@ def test_score_is_the_cpu_s():
     expected = HessianInverter("direct", 0.5, **settings).fit(case.module, case.data).score(case.data)
     received = HessianInverter("direct", 0.5, **settings).fit(module, data).score(data)
     assert received == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("method", ["direct", "cg", "ekfac"])
+def test_bounds_hold_and_come_back_to_the_rows(method, dtype):
+    case = problem("mlp", "cross_entropy", 0.1)
+    module, data = on_gpu(case)
+    inverter = HessianInverter(method, 0.1, curvature="ggn", **case.settings(dtype=torch.float64)).fit(module, data)
+    b = torch.from_numpy(case.right_hand_sides(20)).to(dtype)
+    forms = inverter.quadratic(b.cuda(), b.cuda())
+    assert forms.values.is_cuda and forms.bounds.is_cuda
+    exact = b.double().numpy() @ solution(oracle_matrix(case, "ggn"), 0.1, b.double().numpy()).T
+    assert (np.abs(forms.values.cpu().numpy() - exact) <= forms.bounds.cpu().numpy()).all()
+    assert inverter.quadratic(b).values.device == b.device
+
+
+def test_the_gaussian_is_that_of_the_cpu():
+    case = problem("mlp", "cross_entropy", 0.1)
+    module, data = on_gpu(case)
+    settings = case.settings(curvature="ggn")
+    here = HessianInverter("direct", 0.1, **settings).fit(case.module, case.data)
+    there = HessianInverter("direct", 0.1, **settings).fit(module, data)
+    assert there.log_det() == pytest.approx(here.log_det(), rel=1e-10)
+    assert there.log_evidence() == pytest.approx(here.log_evidence(), rel=1e-10)
+    np.testing.assert_allclose(there.covariance("sandwich"), here.covariance("sandwich"), rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(there.sample(5, random_state=0), here.sample(5, random_state=0), rtol=1e-6, atol=1e-9)
+    received = there.predictive_variance(case.X.cuda()).cpu()
+    torch.testing.assert_close(received, here.predictive_variance(case.X), rtol=1e-6, atol=1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import ClassVar
 
@@ -87,6 +88,15 @@ class Hessian(Curvature):
         if matrix is None or not agrees(self, matrix):
             return super().to_dense(verbose)
         return add_to_diagonal(matrix, self.penalty)
+
+    @property
+    def lower_bound(self) -> float:
+        """The least penalty where outputs are affine in θ and the loss convex in them; NaN where that is not known."""
+        model, (batch, _) = self.objective.model, next(iter(self.objective.batches))
+        # A closed form is positive semi-definite by its contract.
+        if not model.affine or model.output_hessian(model.forward(batch).detach(), batch) is None:
+            return math.nan
+        return 0.0 if self.penalty is None else float(self.penalty.min()) * (1 - torch.finfo(self.dtype).eps)
 
     def in_float64(self) -> Curvature | None:
         """Return the Hessian in float64; None where its products are differences, right to some nine digits."""

@@ -17,6 +17,7 @@ from .._checksum import checksum
 from .._progress import progress as progress_bar
 from .._types import Batch, Decay, Device
 from ..parameters import ParameterLayout, select_parameters
+from .affine_outputs import has_affine_outputs
 from .base import TwiceDifferentiable
 from .batches import call, check_pair, map_tensors, split_labels
 from .compiled import eager
@@ -385,6 +386,12 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     def output_hessian(self, outputs: torch.Tensor, batch: Batch) -> OutputHessian | None:
         """Return ∇²_f sᵢ in closed form, or None."""
         return None if self._own_loss() else self._loss().output_hessian(outputs, batch[1])
+
+    @property
+    def affine(self) -> bool:
+        """Whether the outputs are affine in θ by construction: then the Hessian is the GGN."""
+        plain = self._reads_pairs() and not self.own_loss
+        return plain and has_affine_outputs(self.module, self.theta)
 
     def predictive(self, outputs: torch.Tensor, batch: Batch) -> Predictive | None:
         """Return the labels that outputs predict, where the loss is their negative log-likelihood; else None."""

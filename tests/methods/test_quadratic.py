@@ -10,12 +10,15 @@ from facts import KINDS, SEMIDEFINITE, accepting
 from oracles import Oracle, oracle_matrix
 from problems import problem
 from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression, PoissonRegressor, Ridge
 from torch import nn
 
+import skinvert
 from skinvert import HessianInverter, PerSampleGradient
 from skinvert.curvature import CURVATURES, Curvature, Gram
 from skinvert.methods import CG, EKFAC, KFAC, MINRES, Arnoldi, Diagonal, Direct, Nystroem
 from skinvert.methods.quadratic import Certificate, SolvedRows, rounding_of
+from skinvert.models.affine_outputs import has_affine_outputs
 from skinvert.operators import Dense, DiagonalMatrix, LowRank, Shifted
 
 MODELS = {"softmax": "cross_entropy", "mlp": "cross_entropy", "linear": "mse"}
@@ -396,3 +399,61 @@ def test_rows_of_another_width_are_refused():
         inverter.quadratic(np.ones((1, 4)))
     with pytest.raises(ValueError, match="0 sample"):
         inverter.quadratic(np.ones((1, 3)), np.empty((0, 3)))
+
+
+# -- Hessians that are semi-definite by construction ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["cg", "minres", "diagonal"])
+@pytest.mark.parametrize("model", ["softmax", "linear"])
+def test_the_hessian_of_a_linear_model_has_the_bound_of_its_penalty(model, name, dtype):
+    case = rounded(problem(model, MODELS[model], DECAY), dtype)
+    inverter = HessianInverter(KINDS[name](**ROUGH.get(name, {})), 0.1, **case.settings(dtype=dtype))
+    inverter.fit(case.module, case.data)
+    assert inverter._certified("a test").lower_bound == pytest.approx(0.1 + DECAY, rel=1e-12)
+    forms = check_bounds(inverter, Oracle(case).hessian() + 0.1 * np.eye(case.p), 50)
+    assert np.isfinite(forms.bounds).all()
+
+
+@pytest.mark.parametrize(
+    "model", [LogisticRegression(C=10.0), Ridge(), PoissonRegressor()], ids=lambda m: type(m).__name__
+)
+def test_scikit_learns_linear_models_have_bounds(model):
+    X = np.random.default_rng(0).standard_normal((30, 4))
+    y = (X[:, 0] > 0).astype(np.int64)
+    inverter = HessianInverter(CG(rtol=0.1), 0.01).fit(model.fit(X, y), (X, y))
+    A = inverter.curvature_.to_dense().numpy() + 0.01 * np.eye(5)
+    assert np.isfinite(check_bounds(inverter, A, 50).bounds).all()
+
+
+def test_only_what_is_affine_for_certain_is():
+    body, head = nn.Linear(3, 3), nn.Linear(3, 3)
+    last = list(head.parameters())
+    assert has_affine_outputs(nn.Sequential(body, nn.Tanh(), head, nn.Flatten()), last)
+    assert not has_affine_outputs(nn.Sequential(body, nn.Tanh(), head), [body.bias])
+    assert not has_affine_outputs(nn.Sequential(head, nn.Tanh(), head), last)
+    assert not has_affine_outputs(nn.Sequential(body, head, nn.Softmax(1)), last)
+
+    class Other(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).square()
+
+    other = Other(3, 3)
+    assert not has_affine_outputs(other, list(other.parameters()))
+    head.register_forward_hook(lambda module, inputs, output: output**2)
+    assert not has_affine_outputs(head, last)
+
+
+def test_what_was_proven_goes_into_no_file(tmp_path):
+    case = problem("mlp", "cross_entropy", DECAY)
+    inverter = HessianInverter("direct", 5.0, **case.settings()).fit(case.module, case.data)
+    B = case.right_hand_sides(3)
+    forms = inverter.quadratic(B)
+    assert list(inverter.inverse_.curvature.proven) == [5.0]
+    loaded = pickle.loads(pickle.dumps(inverter))
+    assert loaded.inverse_.curvature._proven is None
+    inverter.save(tmp_path / "inverter")
+    for other in (loaded, skinvert.load(tmp_path / "inverter")):
+        # Against the matrix itself: with its own bound, as it was assembled in float64.
+        np.testing.assert_allclose(other.quadratic(B).bounds, forms.bounds, rtol=0.5)

@@ -19,6 +19,7 @@ from ..losses import Loss
 from ..shared import UNFITTED
 from ..sparse_rows import SparseRows
 from ..torch import TorchTwiceDifferentiable
+from .affine import Affine
 from .objectives import OBJECTIVES, FittedObjective, FitTotals
 
 __all__ = ["SklearnTwiceDifferentiable"]
@@ -110,6 +111,11 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
         model.settle([((inputs, targets), torch.ones(len(targets), device=targets.device))])
         targets = targets.to(self.dtype) if targets.is_floating_point() else targets
         return super(SklearnTwiceDifferentiable, model).grad(inputs.to(self.dtype), targets, create_graph)
+
+    @property
+    def affine(self) -> bool:
+        """Whether it is a linear model."""
+        return type(self.module) is Affine
 
     def penalty_diagonal(self) -> torch.Tensor | None:
         """Return the penalty's Hessian (p,), zero for intercepts; None where there is no penalty."""
