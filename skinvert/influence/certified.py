@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from .._telling import warn
+from ..methods import CG
 from ..methods.quadratic import Certificate, SolvedRows
 from .scoring import Block, Done, gathered
 from .sides import Side
@@ -18,6 +20,8 @@ __all__ = ["Bounded", "certified_blocks"]
 
 # Rounds of tightening: what is asked is relative to scores that the solutions themselves decide.
 ROUNDS = 4
+# What float64 allows a residual, of a well-conditioned A.
+LEAST = 1e-13
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def certified_blocks(certificate: Certificate, most: int, rtol: float, done: Don
             left_over = _error(solved, certificate)
             if not bool((left_over > allowed).any()) or math.isnan(certificate.floor):
                 break
-            tighter = certificate.refined(solved, 0.9 * certificate.floor * allowed)
+            tighter = _tighter(certificate, solved, 0.9 * certificate.floor * allowed)
             if not bool((tighter.residual < solved.residual).any()):
                 break
             solved = tighter
@@ -85,6 +89,28 @@ def certified_blocks(certificate: Certificate, most: int, rtol: float, done: Don
         bounds.solved[rows] = _error(solved, certificate)
         _warn_of_more(bounds.solved[rows] / _allowed(block, bounds.streamed, rtol), rtol, certificate)
         yield (*places, block.mT if bounds.transposed else block)
+
+
+def _tighter(certificate: Certificate, solved: SolvedRows, target: torch.Tensor) -> SolvedRows:
+    """Return solutions with ‖r‖ ≤ target (k,), or as near as they come.
+
+    By solves of the residuals where the method inverts A itself. An approximation's own would take long, or not end:
+    conjugate gradients go on from its solutions, and from whatever is left over.
+    """
+    if not certificate.inverse.approximate:
+        solved = certificate.refined(solved, target)
+    left = torch.nonzero(solved.residual > target)[:, 0]
+    if not len(left) or certificate.operator is None:
+        return solved
+    old = solved.rows(left)
+    rtol = float((target[left] / old.B.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)).min())
+    inverse = CG(rtol=max(rtol, LEAST)).invert(certificate.operator, 0.0).started_at(old.X)
+    with warnings.catch_warnings():
+        # What is reached is told of below.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        new = certificate.solved(old.B, inverse.solve(old.B).x)
+    better = new.residual < old.residual
+    return solved.with_rows(left[better], new.rows(better))
 
 
 def _scores(solved: SolvedRows, bounds: Bounded) -> torch.Tensor:

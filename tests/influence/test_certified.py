@@ -22,15 +22,18 @@ def single(case):
     return type(case)(**{**vars(case), "module": module, "X": X, "y": y})
 
 
-def dense(case, curvature, n_test):
-    """gᵀA⁻¹b in float64, of the gradients as they are computed."""
-    A = Oracle(case).curvature(curvature) + LAMBDA * np.eye(case.p)
-    gradients = PerSampleGradient(case.module, loss=case.loss).fit(*case.data).transform(case.data).double().numpy()
-    return gradients[:n_test] @ solution(A, 0, gradients).T / len(gradients)
+def dense(case, curvature, n_test, shift=LAMBDA):
+    """gᵀA⁻¹b in float64, of gradients as they are computed; and what other batches change of these, by rounding."""
+    A = Oracle(case).curvature(curvature) + shift * np.eye(case.p)
+    found = PerSampleGradient(case.module, loss=case.loss).fit(*case.data).transform(case.data)
+    gradients = found.double().numpy()
+    X = solution(A, 0, gradients)
+    sizes = np.outer(np.linalg.norm(gradients[:n_test], axis=1), np.linalg.norm(X, axis=1)) / len(gradients)
+    return gradients[:n_test] @ X.T / len(gradients), 10 * torch.finfo(found.dtype).eps * sizes
 
 
-def scored(case, method, curvature, n_test, rtol):
-    inverter = HessianInverter(method, LAMBDA, curvature=curvature, random_state=0, **case.settings())
+def scored(case, method, curvature, n_test, rtol, shift=LAMBDA):
+    inverter = HessianInverter(method, shift, curvature=curvature, random_state=0, **case.settings())
     influence = InfluenceFunction(inverter, score_rtol=rtol).fit(case.module, case.data)
     return influence, influence.transform((case.X[:n_test], case.y[:n_test]))
 
@@ -44,27 +47,27 @@ def test_bounds_hold(name, n_test, dtype):
     case = problem("mlp", "cross_entropy")
     case = single(case) if dtype == "float32" else case
     curvature = "empirical_fisher" if name == "harmonic_mean" else "ggn"
-    exact = dense(case, curvature, n_test)
+    exact, rounding = dense(case, curvature, n_test)
     influence, bounded = scored(case, name, curvature, n_test, np.inf)
     assert bounded.dtype == torch.float64
-    assert (np.abs(bounded.numpy() - exact) <= influence.score_error_).all()
+    assert (np.abs(bounded.numpy() - exact) <= influence.score_error_ + rounding).all()
     assert np.isfinite(influence.score_error_).all()
     influence, refined = scored(case, name, curvature, n_test, 1e-3)
-    assert (np.abs(refined.numpy() - exact) <= influence.score_error_).all()
-    assert influence.score_error_.max() <= 1.0
+    assert (np.abs(refined.numpy() - exact) <= influence.score_error_ + rounding).all()
+    assert influence.score_error_.max() <= 1e-3 * np.sqrt(np.square(exact).mean(1 if n_test == 3 else 0)).max()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("rtol", [0.1, 1e-2, 1e-4])
-@pytest.mark.parametrize("name", ["cg", "direct", "ekfac"])
+@pytest.mark.parametrize("name", sorted(set(TIGHT) - {"harmonic_mean"}))
 def test_as_small_as_asked(name, rtol, dtype):
     case = problem("mlp", "cross_entropy")
     case = single(case) if dtype == "float32" else case
     influence, scores = scored(case, name, "ggn", 5, rtol)
     size = scores.square().mean(1).sqrt().numpy()
     assert (influence.score_error_.max(1) <= 1.0001 * rtol * size).all()
-    exact = dense(case, "ggn", 5)
-    assert (np.abs(scores.numpy() - exact) <= influence.score_error_).all()
+    exact, rounding = dense(case, "ggn", 5)
+    assert (np.abs(scores.numpy() - exact) <= influence.score_error_ + rounding).all()
 
 
 def test_of_an_ensemble_and_of_numbers_of_all_rows():
@@ -83,13 +86,13 @@ def test_of_an_ensemble_and_of_numbers_of_all_rows():
 
 def test_a_hessian_has_a_bound_by_direct_alone():
     """A + λI is positive definite, which a factorisation proves and products do not."""
-    case = problem("softmax", "cross_entropy")
-    exact = dense(case, "hessian", 12)
-    influence, scores = scored(case, "direct", "hessian", 12, 1e-6)
-    assert (np.abs(scores.numpy() - exact) <= influence.score_error_).all()
+    case = problem("mlp", "cross_entropy")
+    exact, rounding = dense(case, "hessian", 12, 2.0)
+    influence, scores = scored(case, "direct", "hessian", 12, 1e-6, 2.0)
+    assert (np.abs(scores.numpy() - exact) <= influence.score_error_ + rounding).all()
     assert np.isfinite(influence.score_error_).all()
     with pytest.warns(ConvergenceWarning, match="no error bound"):
-        influence, scores = scored(case, "cg", "hessian", 12, 1e-6)
+        influence, scores = scored(case, "cg", "hessian", 12, 1e-6, 2.0)
     assert np.isnan(influence.score_error_).all()
     np.testing.assert_allclose(scores, exact, rtol=1e-4, atol=1e-6)
 
