@@ -8,7 +8,7 @@ from oracles import oracle_matrix
 from problems import problem
 
 from skinvert import HessianInverter
-from skinvert.methods import CG, Arnoldi, Direct
+from skinvert.methods import CG, Arnoldi, Direct, Nystroem
 
 DECAY = 0.05
 GAUSSIAN = [name for name, kind in KINDS.items() if kind.gaussian]
@@ -42,6 +42,16 @@ def test_log_det_and_draws_are_of_what_is_inverted(name, blocks, dtype):
     matrix, rtol = matrix_of(inverter), 1e-9 if dtype == torch.float64 else 1e-4
     assert inverter.log_det() == pytest.approx(np.linalg.slogdet(matrix)[1], rel=rtol)
     np.testing.assert_allclose(covariance_of(inverter), np.linalg.inv(matrix), atol=20 * rtol)
+
+
+@pytest.mark.parametrize("method", [Arnoldi(rank=6), Arnoldi(rank=6, complement="trace"), Nystroem(rank=6)], ids=str)
+def test_the_complement_of_a_few_vectors_counts(method):
+    inverter = fitted(method)
+    matrix = matrix_of(inverter)
+    assert inverter.log_det() == pytest.approx(np.linalg.slogdet(matrix)[1], rel=1e-9)
+    np.testing.assert_allclose(covariance_of(inverter), np.linalg.inv(matrix), atol=1e-8)
+    values = inverter.spectrum(of="inverse").eigenvalues + 0.1
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix), rtol=1e-8)
 
 
 @pytest.mark.parametrize("name", [name for name in GAUSSIAN if SEMIDEFINITE[name] == "ggn" and name in ON_ROWS])
