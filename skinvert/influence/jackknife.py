@@ -13,6 +13,7 @@ from .._check import must_be
 from .._memory import check_memory
 from .._types import Batch
 from ..data import batches_of
+from ..models import map_tensors
 from .families import predicted
 from .fitted import Fitted
 from .left_out import own_outputs
@@ -22,7 +23,6 @@ from .sides import RowSide
 __all__ = ["jackknife_plus"]
 
 OUTPUT = RowMeasurement("output", lambda _, outputs, __: outputs.reshape(len(outputs)))
-CPU = torch.device("cpu")
 
 
 def jackknife_plus(fitted: Fitted, X: Batch, alpha: float) -> torch.Tensor:
@@ -30,13 +30,12 @@ def jackknife_plus(fitted: Fitted, X: Batch, alpha: float) -> torch.Tensor:
     first, _ = next(iter(fitted.objective.batches))
     # A loss without one real output is told of before the work.
     with torch.no_grad():
-        mean = predicted(fitted.model, fitted.model.forward(first).detach(), first)
+        mean = predicted(fitted.model, fitted.model.forward(map_tensors(torch.clone, first)).detach(), first)
     test, n = _side(fitted, X, first), fitted.training.count
-    way_out = "Try fewer test rows at a time."
-    check_memory(3 * n * test.count * fitted.model.dtype.itemsize, f"{n:,} × {test.count:,} predictions", way_out, CPU)
-    outputs = torch.empty(test.count, n, dtype=fitted.model.dtype, device=fitted.model.device)
+    now, way_out = test.values(), "Try fewer test rows at a time."
+    check_memory(3 * n * test.count * now.itemsize, f"{n:,} × {test.count:,} predictions", way_out, now.device)
+    outputs = now.new_empty(test.count, n)
     residuals, weighs = outputs.new_empty(n), torch.empty(n, dtype=torch.bool, device=outputs.device)
-    now = test.values()
     for place, batch, steps in fitted.remove().parts(fitted.most):
         residuals[place] = (batch[1] - mean(own_outputs(fitted, batch, steps))).abs().reshape(-1)
         for rows, along in test.along(steps):
@@ -60,13 +59,13 @@ def _interval(predictions: torch.Tensor, residuals: torch.Tensor, alpha: float) 
 
 
 def _side(fitted: Fitted, X: Batch, like: Batch) -> RowSide:
-    """Return test rows' outputs; targets, which no output depends on, are zeros of the training targets' shape."""
+    """Return test rows' outputs; targets, which no output depends on, are ones, which every loss takes."""
     if isinstance(X, tuple):
         must, got = "the inputs alone, without targets", f"a tuple of {len(X)}"
         raise TypeError(must_be("X for jackknife_plus", must, got))
     inputs = next(iter(X.values())) if isinstance(X, Mapping) else X
     n = inputs.shape[0] if scipy.sparse.issparse(inputs) else len(inputs)
-    zeros = torch.zeros(n, *like[1].shape[1:], dtype=like[1].dtype, device="cpu")
-    data = (X, zeros if isinstance(inputs, torch.Tensor) else zeros.numpy())
+    ones = torch.ones(n, *like[1].shape[1:], dtype=like[1].dtype, device="cpu")
+    data = (X, ones if isinstance(inputs, torch.Tensor) else ones.numpy())
     rows = batches_of(fitted.model, data, batch_size=fitted.batch_size, needs_row_order=True)
     return RowSide(fitted.model, rows, OUTPUT, verbose=fitted.verbose)

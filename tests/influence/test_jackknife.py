@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import torch
-from sklearn.linear_model import LinearRegression, LogisticRegression, PoissonRegressor, Ridge
+from sklearn.linear_model import GammaRegressor, LinearRegression, LogisticRegression, PoissonRegressor, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
@@ -64,7 +64,8 @@ def test_ridge_is_n_refits(alpha, n, lower, upper):
 def test_weighted_ridge_and_rows_of_weight_zero():
     X, y, tests = data(n=31)
     w = np.random.default_rng(1).uniform(0.5, 2, 31)
-    w[[4, 20]] = 0
+    # Far off, so that their residuals would count.
+    w[[4, 20]], y[[4, 20]] = 0, 50
     newton = InfluenceFunction(removal="newton").fit(Ridge(2.0).fit(X, y, w), (X, y), sample_weight=w)
     kept = w > 0
     expected = by_definition(*refits(lambda: Ridge(2.0), X[kept], y[kept], tests, w[kept]), 15, 15)
@@ -117,6 +118,13 @@ def test_poisson_on_the_scale_of_counts():
     received = newton.jackknife_plus(tests)
     np.testing.assert_allclose(received, expected, atol=0.05 * np.ptp(y))
     assert np.corrcoef(received.ravel(), expected.ravel())[0, 1] > 0.999
+
+
+def test_gamma_takes_no_zeros():
+    X, y, tests = data()
+    model = GammaRegressor(alpha=0.1).fit(X, np.exp(y))
+    low, high = InfluenceFunction().fit(model, (X, np.exp(y))).jackknife_plus(tests, alpha=0.5).T
+    assert ((low < model.predict(tests)) & (model.predict(tests) < high)).all()
 
 
 def test_forms_of_inputs():
