@@ -20,6 +20,7 @@ __all__ = [
     "check_rows",
     "check_sample_weight",
     "check_shift",
+    "finite_rows",
     "must_be",
     "resolve_device",
     "resolve_dtype",
@@ -122,6 +123,14 @@ def all_finite(V: torch.Tensor) -> bool:
     """Return whether no entry is NaN or infinite."""
     # The sum is finite only if they are, and costs a tenth; of large entries it may overflow.
     return bool(torch.isfinite(V.sum())) or bool(torch.isfinite(V).all())
+
+
+def finite_rows(V: torch.Tensor) -> torch.Tensor:
+    """Return which rows (k,) of V (k, p) have no entry that is NaN or infinite."""
+    found = torch.isfinite(V.sum(1))
+    # As above: what the sums leave open is asked of those rows alone.
+    found[~found] = torch.isfinite(V[~found]).all(1)
+    return found
 
 
 def check_rows(b: Any, size: int, name: str = "b") -> None:

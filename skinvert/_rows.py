@@ -17,7 +17,7 @@ from ._types import Array, State
 from .reasons import Reason
 from .results import InverseHvpResult
 
-__all__ = ["Rows"]
+__all__ = ["InFloat64", "Rows"]
 
 # Rows with magnitudes beyond 2 ** ± this are brought near one before they are cast to the operator's dtype.
 SAFE = {torch.float32: 64, torch.float64: 400}
@@ -34,6 +34,15 @@ class Space(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+
+@dataclass(frozen=True)
+class InFloat64:
+    """A space whose rows are taken in float64: of what is computed there whatever the dtype of an operator."""
+
+    size: int
+    device: torch.device
+    dtype: torch.dtype = torch.float64
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Per-sample gradients as a scikit-learn transformer: rows (X, y) -> (n, p)."""
+"""Per-sample gradients as a scikit-learn transformer: rows (X, y) -> (n, p), or X -> (n c, p) of c outputs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ._fitting import SharesModel, fit_whole
 from ._frames import Frame, RowTransformer, check_inputs, columns_of, rows_of
 from ._memory import check_memory, rows_within
 from ._progress import progress
-from ._types import Array, Device, Globs
-from .curvature import Objective, gradient_rows, split_batch, warn_of_unreached
-from .data import Batches, batches_of, holds_tensors
-from .models import TorchTwiceDifferentiable, as_margin, as_model, is_model
+from ._types import Array, Batch, Device, Globs
+from .curvature import Objective, gradient_rows, jacobian_rows, split_batch, warn_of_unreached
+from .data import Batches, batches_of, holds_tensors, with_any_targets
+from .models import TorchTwiceDifferentiable, as_margin, as_model, as_outputs, is_model
 
 __all__ = ["PerSampleGradient"]
 
@@ -35,7 +35,10 @@ class PerSampleGradient(SharesModel, RowTransformer):
     loss : str, torch loss module or callable, default=None
         As for ``HessianInverter``. ``"margin"``, for classifiers of any kind, is log(p / (1 − p)) of the true class's
         probability p, which TRAK linearises; a bare module's outputs are logits. ∇ℓᵢ = −(1 − pᵢ) ∇marginᵢ for the
-        cross-entropy ℓ: the weights 1 − pᵢ come from ``predict_proba``, or a softmax of the outputs.
+        cross-entropy ℓ: the weights 1 − pᵢ come from ``predict_proba``, or a softmax of the outputs. ``"output"`` is
+        no loss: the c outputs themselves, one after the other in their own order, with row i c + k the gradient of
+        output k of row i. Targets do not count there: ``fit(X)``, ``transform(X)``; κ is 1. The outputs are those that
+        the loss takes, so of a scikit-learn classifier its logits.
     params : str or list of str, default=None
         Globs on parameter names; None selects all that require a gradient.
     batch_size : int, default=None
@@ -76,6 +79,12 @@ class PerSampleGradient(SharesModel, RowTransformer):
     >>> pipe = make_pipeline(PerSampleGradient(net, loss="mse"), HessianInverter("direct", 2.0)).fit(X, y)
     >>> pipe.transform((X, y)).round(6).tolist()
     [[-0.5, 0.0], [0.0, -0.5]]
+
+    The Jacobian of f = (θ₁x₁ + θ₂x₂, θ₃x₁ + θ₄x₂), two rows for each x:
+
+    >>> jacobian = PerSampleGradient(torch.nn.Linear(2, 2, bias=False), loss="output")
+    >>> jacobian.fit_transform(np.array([[1, 2], [3, 4]], dtype="f4")).tolist()
+    [[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 1.0, 2.0], [3.0, 4.0, 0.0, 0.0], [0.0, 0.0, 3.0, 4.0]]
     """
 
     def __init__(
@@ -100,7 +109,7 @@ class PerSampleGradient(SharesModel, RowTransformer):
     @ordinary
     def fit(self, X: object, y: object = None, sample_weight: object = None) -> PerSampleGradient:
         """Record the scale of the training loss; ``X, y`` as ``HessianInverter.fit`` takes them."""
-        _check_pair(X, y)
+        self._check_data(X, y)
         fit_whole(self, lambda fresh: fresh._fit(X, y, sample_weight))
         return self
 
@@ -108,7 +117,7 @@ class PerSampleGradient(SharesModel, RowTransformer):
         model = self._at_point()
         objective = Objective(model, self._batches(model, X, y, sample_weight, hold=False), self.verbose)
         warn_of_unreached(objective.unreached)
-        self.loss_scale_, self.n_features_out_ = objective.scale, model.num_params
+        self.loss_scale_, self.n_features_out_ = 1.0 if self._is_of_outputs else objective.scale, model.num_params
         self.parameter_names_, self._layout = list(model.layout.names), model.layout
         self._totals, self._columns = model.totals, columns_of(X if y is None else (X, y))
 
@@ -116,30 +125,46 @@ class PerSampleGradient(SharesModel, RowTransformer):
     def transform(self, X: object, y: object = None) -> Array:
         """Return the gradients (n, p) of ``(X, y)``, a tuple or two arguments (or a Dataset, a DataLoader, batches).
 
-        Arrays give an array. Tensors, and data sets and loaders of tensors, give a tensor on the model's device. A
-        frame, where ``set_output`` asks for one, has the index of X.
+        For ``loss="output"`` they are (n c, p), and X alone will do. Arrays give an array. Tensors, and data sets and
+        loaders of tensors, give a tensor on the model's device. A frame, where ``set_output`` asks for one, has the
+        index of X.
         """
-        _check_pair(X, y)
+        self._check_data(X, y)
         data = X if y is None else (X, y)
-        return super().transform(rows_of(data), self._gradients(data))
+        gradients, counts = self._gradients(data)
+        rows = rows_of(data)
+        if isinstance(rows, Frame) and self._is_of_outputs:
+            # As many with each label as the row has outputs.
+            rows = rows.iloc[np.repeat(np.arange(len(rows)), counts)]
+        return super().transform(rows, gradients)
 
-    def _gradients(self, X: object) -> Array:
+    def _gradients(self, X: object) -> tuple[Array, list[int]]:
+        """Return the gradients, and how many of them each row of the data has."""
         check_is_fitted(self, "loss_scale_")
         model = self._at_point()
         model.adopt(self._totals)
         batches = self._batches(model, X, None, None)
         check_inputs(X, self._columns)
+        counts = _outputs_of(model, batches) if self._is_of_outputs else [1] * batches.n_samples
         way_out = "Try fewer rows at a time, or fewer parameters with `params`."
         # Measured: what the passes leave to the allocator comes to some 0.4 of the rows.
-        needed = int(1.4 * batches.n_samples * model.num_params * model.dtype.itemsize)
-        check_memory(needed, f"A gradient for each of {batches.n_samples:,} rows", way_out, model.device)
-        gradients = torch.empty(batches.n_samples, model.num_params, dtype=model.dtype, device=model.device)
-        chunk, start = rows_within(3 * model.num_params * model.dtype.itemsize), 0
+        needed = int(1.4 * sum(counts) * model.num_params * model.dtype.itemsize)
+        what = "output of each of" if self._is_of_outputs else "each of"
+        check_memory(needed, f"A gradient for {what} {batches.n_samples:,} rows", way_out, model.device)
+        gradients = torch.empty(sum(counts), model.num_params, dtype=model.dtype, device=model.device)
+        chunk, start = rows_within(3 * max(counts) * model.num_params * model.dtype.itemsize), 0
         for batch, weights in progress(batches, "per-sample gradients", self.verbose):
-            for rows, part in split_batch(batch, weights, chunk):
-                gradients[start : start + len(part)] = self.loss_scale_ * gradient_rows(model, rows)
+            for rows, _ in split_batch(batch, weights, chunk):
+                part = self._rows(model, rows)
+                gradients[start : start + len(part)] = part
                 start += len(part)
-        return gradients if holds_tensors(X) else gradients.cpu().numpy()
+        return gradients if holds_tensors(X) else gradients.cpu().numpy(), counts
+
+    def _rows(self, model: TorchTwiceDifferentiable, rows: Batch) -> torch.Tensor:
+        """Return the gradients (m, p) of a few rows, or (m c, p) of their outputs."""
+        if self._is_of_outputs:
+            return jacobian_rows(model, rows).flatten(0, 1)
+        return self.loss_scale_ * gradient_rows(model, rows)
 
     @ordinary
     def fit_transform(self, X: object, y: object = None, **fit_params: object) -> Array:
@@ -152,15 +177,27 @@ class PerSampleGradient(SharesModel, RowTransformer):
         return np.asarray(self._layout.feature_names(), dtype=object)
 
     def __sklearn_tags__(self) -> Tags:
-        """Say that a target is needed."""
+        """Say that a target is needed, but for the outputs themselves."""
         tags = super().__sklearn_tags__()
-        tags.target_tags.required = True
+        tags.target_tags.required = not self._is_of_outputs
         tags.no_validation = True
         return tags
 
+    @property
+    def _is_of_outputs(self) -> bool:
+        return isinstance(self.loss, str) and self.loss == "output"
+
+    def _check_data(self, X: object, y: object) -> None:
+        _check_no_model(X, y)
+        if not self._is_of_outputs:
+            _check_pair(X, y)
+
     def _at_point(self) -> TorchTwiceDifferentiable:
         margin = isinstance(self.loss, str) and self.loss == "margin"
-        model = as_margin(self.model) if margin else as_model(self.model, self.loss)
+        if self._is_of_outputs:
+            model = as_outputs(self.model)
+        else:
+            model = as_margin(self.model) if margin else as_model(self.model, self.loss)
         if not isinstance(model, TorchTwiceDifferentiable):
             must = "one with per-sample losses"
             raise TypeError(must_be("model", must, type(model).__name__, "Subclass TorchTwiceDifferentiable."))
@@ -171,9 +208,10 @@ class PerSampleGradient(SharesModel, RowTransformer):
     ) -> Batches:
         if self.batch_size is not None:
             check_number(self.batch_size, "batch_size", owner="PerSampleGradient", low=1, integer=True)
+        data = (X, y) if y is not None else X
         return batches_of(
             model,
-            (X, y) if y is not None else X,
+            with_any_targets(data) if self._is_of_outputs else data,
             batch_size=self.batch_size,
             sample_weight=sample_weight,
             needs_row_order=True,
@@ -182,12 +220,25 @@ class PerSampleGradient(SharesModel, RowTransformer):
         )
 
 
-def _check_pair(X: Array, y: object) -> None:
-    """Raise where rows came without their targets, as ``Pipeline.score`` passes them, or another model with them."""
+def _outputs_of(model: TorchTwiceDifferentiable, batches: Batches) -> list[int]:
+    """Return the number of outputs of each row: of sequences it may differ from batch to batch."""
+    counts: list[int] = []
+    for batch, weights in batches:
+        outputs = model.forward(batch)
+        counts += [outputs[0].numel()] * len(weights)
+    return counts
+
+
+def _check_no_model(X: object, y: object) -> None:
+    """Raise where a model came with the rows, as to ``HessianInverter.fit``."""
     if is_model(X) or is_model(y):
         X = X if is_model(X) else y
         hint = "The model is a setting: try `PerSampleGradient(model, loss=...).fit(X, y)`."
         raise TypeError(must_be("What PerSampleGradient is given", "(X, y)", f"a {type(X).__name__}", hint))
+
+
+def _check_pair(X: Array, y: object) -> None:
+    """Raise where rows came without their targets, as ``Pipeline.score`` passes them."""
     if y is None and (isinstance(X, np.ndarray | torch.Tensor | Frame) or scipy.sparse.issparse(X)):
         hint = (
             "A gradient needs the target: try `transform((X, y))`. `Pipeline.transform` and `Pipeline.score` pass X "

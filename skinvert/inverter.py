@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ._arguments import check_fit_arguments, check_fits_rows, check_method, check_shifts, refuse_model_settings
 from ._autograd import ordinary
-from ._check import check_choice, check_hessian_perturbation, check_shift, must_be
+from ._check import check_choice, check_shift, must_be
 from ._fitting import SharesModel, fit_whole
 from ._frames import (
     Columned,
@@ -26,7 +26,7 @@ from ._frames import (
     without_names,
 )
 from ._linear_map import apply_linear, solve_linear
-from ._rows import Rows
+from ._rows import InFloat64, Rows
 from ._scaling import times_powers
 from ._types import Array, Decay, Device, Globs, Partition, RandomState, State
 from .answers import OPTIONAL, answer, check_answer, file_fields
@@ -38,6 +38,8 @@ from .models import TwiceDifferentiable, as_model, is_model
 from .operators import LinearOperator, Shifted, as_scipy
 from .parameters import ParameterLayout
 from .persistence import require_present
+from .perturbation import check_perturbation, resolve
+from .posterior import Posterior, own_spectrum
 from .registry import find_method
 from .results import InverseHvpResult, Spectrum
 from .scores import HeldOut, held_out, held_out_rows, quadratic_score
@@ -48,7 +50,7 @@ __all__ = ["HessianInverter"]
 
 
 @savable
-class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved):
+class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerMixin, Saved):
     r"""Solve (H + λI) x = b for a trained model's curvature H, one right-hand side per row.
 
     ``fit(model, data)``, ``fit(X, y)`` with ``model`` set, or ``fit(X)`` on plain rows, whose curvature is that of
@@ -58,8 +60,10 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
     ----------
     method : str, InversionMethod or Method, default="auto"
         A name in the ``InversionRegistry`` or a configured instance, such as ``CG(rtol=1e-6)``.
-    hessian_perturbation : float, default=0.0
-        λ ≥ 0, on the scale of the mean loss.
+    hessian_perturbation : float or str, default=0.0
+        λ ≥ 0, on the scale of the mean loss. Or a share of the mean eigenvalue of H: ``"1e-2 rel"`` is 0.01 · tr(H) / p
+        of the curvature as it is inverted, penalty included, which ``fit`` finds: exactly where its diagonal costs
+        little, else to some 1 % by about 80 products.
     curvature : str or SampledFisher, default="auto"
         H: ``"hessian"``, ``"ggn"``, ``"fisher"``, ``"empirical_fisher"``, or ``"sampled_fisher"``, which is
         ``SampledFisher()``: one sampled label a row, at a cost that does not grow with the outputs. ``"auto"`` is the
@@ -144,7 +148,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
     def __init__(
         self,
         method: str | Method = "auto",
-        hessian_perturbation: float = 0.0,
+        hessian_perturbation: float | str = 0.0,
         *,
         curvature: str | SampledFisher = "auto",
         model: object = None,
@@ -198,11 +202,11 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         """
         check_method(self.method)
         check_fit_arguments(X, y, self.model)
-        shift = check_hessian_perturbation(self.hessian_perturbation, "HessianInverter")
+        shift = check_perturbation(self.hessian_perturbation, "HessianInverter")
         fit_whole(self, lambda fresh: fresh._fit_at(X, y, sample_weight, shift))
         return self
 
-    def _fit_at(self, X: object, y: object, sample_weight: object, shift: float) -> None:
+    def _fit_at(self, X: object, y: object, sample_weight: object, shift: float | str) -> None:
         """Fit at λ = ``shift``."""
         check_choice(self.check_residual, "check_residual", [True, False])
         if is_model(X):
@@ -213,8 +217,9 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
             system = self._rows_system(X, y, sample_weight)
         self._keep(system, shift)
 
-    def _keep(self, system: System, shift: float) -> None:
-        """Invert a system at λ = ``shift``, and keep both."""
+    def _keep(self, system: System, setting: float | str) -> None:
+        """Invert a system at the λ that is set, and keep both."""
+        (shift,) = resolve([setting], system.curvature, self.random_state)
         self._layout, self._model = system.layout, system.model
         if system.layout is not None and system.gradient_norm is not None:
             self.parameter_names_, self.gradient_norm_ = list(system.layout.names), system.gradient_norm
@@ -365,11 +370,13 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         return rows.back(rows.through(inverse).path(rows.tensor, shifts))
 
     @ordinary
-    def spectrum(self, *, n_probes: int = 10, steps: int = 60) -> Spectrum:
+    def spectrum(self, *, of: str = "curvature", n_probes: int = 10, steps: int = 60) -> Spectrum:
         """Return the eigenvalues of H (without λ) where they are known or cheap, else their density.
 
         Parameters
         ----------
+        of : {"curvature", "inverse"}, default="curvature"
+            Of H itself, or of what the method inverts in its place: the Kronecker products of ``kfac``, say.
         n_probes, steps : int
             Random directions of the density, and Lanczos steps of each: ``n_probes`` · ``steps`` products with H.
 
@@ -379,6 +386,8 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
             ``eigenvalues``, ``weights``, ``exact``, and ``smallest`` and ``largest`` with bounds of their errors.
         """
         check_is_fitted(self, "n_features_in_")
+        if check_choice(of, "of", ["curvature", "inverse"]) == "inverse" and self._factorised("spectrum").approximate:
+            return own_spectrum(self._factorised("spectrum"))
         if self.inverse_ is None or self.inverse_.all_eigenvalues is None:
             self._at_hand("curvature_", "spectrum")
         seed = None if self.random_state is None else random_seed(self.random_state)
@@ -480,7 +489,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
         return names
 
     def flatten(self, mapping: Mapping[str, Array] | Iterable[Array]) -> Array:
-        """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row.
+        """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row; of (n, c, *shape), n c.
 
         A sequence, such as ``torch.autograd.grad`` returns, is taken in the order of ``parameter_names_``.
         """
@@ -527,7 +536,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
-    def _rows(self, b: Array) -> Rows:
+    def _rows(self, b: Array, *, double: bool = False) -> Rows:
         check_is_fitted(self, "n_features_in_")
         if (model := vars(self).get("_model")) is not None:
             model.check_unchanged()
@@ -540,7 +549,7 @@ class HessianInverter(SharesModel, OneToOneFeatureMixin, TransformerMixin, Saved
                 # Columns that are the parameters', which fit has not seen.
                 b = without_names(b, self.get_feature_names_out().tolist(), strict=self._layout is not None)
             b = validate_data(self, b, dtype=[np.float64, np.float32], reset=False)
-        return Rows.of(b, target)
+        return Rows.of(b, InFloat64(target.size, target.device) if double else target)
 
     def _exact(self) -> LinearOperator:
         return Shifted(self._at_hand("curvature_", "residual"), self.hessian_perturbation_)

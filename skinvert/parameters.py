@@ -67,19 +67,29 @@ class ParameterLayout:
     def flatten(self, mapping: Mapping[str, Array] | Iterable[Array]) -> Array:
         """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row.
 
-        A sequence, such as ``torch.autograd.grad`` returns, is taken in the order of ``names``.
+        Those of two axes before the shape, (n, c, *shape), as ``torch.func.jacrev`` gives for n rows of c outputs,
+        come out as (n c, p): row i c + j is that of row i and output j. A sequence, such as ``torch.autograd.grad``
+        returns, is taken in the order of ``names``.
         """
         values = self._values(mapping)
-        if all(tuple(value.shape) == shape for value, shape in zip(values, self.shapes, strict=True)):
-            values = [value[None] for value in values]
-        k = values[0].shape[0]
+        lead = self._lead(values)
         for name, value, shape in zip(self.names, values, self.shapes, strict=True):
-            if tuple(value.shape) != (k, *shape):
-                must = f"of shape {(k, *shape)} or, all of them, without the {k}"
-                raise ValueError(must_be(name, must, f"shape {tuple(value.shape)}"))
+            if tuple(value.shape) != (*lead, *shape):
+                hint = "All have the same axes before their own shape: none, (k) or (n, c)."
+                raise ValueError(must_be(name, f"of shape {(*lead, *shape)}", f"shape {tuple(value.shape)}", hint))
+        k = math.prod(lead)
         if any(isinstance(value, torch.Tensor) for value in values):
-            return torch.cat([torch.as_tensor(value).reshape(k, -1) for value in values], dim=1)
-        return np.concatenate([np.asarray(value).reshape(k, -1) for value in values], axis=1)
+            tensors = [torch.as_tensor(value) for value in values]
+            return torch.cat([one.reshape(k, size) for one, size in zip(tensors, self.sizes, strict=True)], dim=1)
+        rows = [np.asarray(value).reshape(k, size) for value, size in zip(values, self.sizes, strict=True)]
+        return np.concatenate(rows, axis=1)
+
+    def _lead(self, values: Sequence[Array]) -> tuple[int, ...]:
+        """Return the axes before the parameters' own: none, (k) or (n, c)."""
+        if all(tuple(value.shape) == shape for value, shape in zip(values, self.shapes, strict=True)):
+            return ()
+        extra = values[0].ndim - len(self.shapes[0])
+        return tuple(values[0].shape[: extra if extra in (1, 2) else 1])
 
     def _values(self, mapping: object) -> list[Array]:
         """Return the parameters' values in order, as tensors or arrays."""

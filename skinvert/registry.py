@@ -10,7 +10,7 @@ from sklearn.base import clone
 
 from . import methods
 from ._autograd import ordinary
-from ._check import check_hessian_perturbation, must_be
+from ._check import must_be
 from ._frames import check_columns, refuse_parameters
 from ._linear_map import solve_linear
 from ._naming import may_take
@@ -18,6 +18,7 @@ from ._rows import Rows
 from ._types import Array, RandomState, State
 from .methods.base import Method
 from .models import TorchTwiceDifferentiable, TwiceDifferentiable, as_model
+from .perturbation import check_perturbation, resolve
 from .results import InverseHvpResult, InversionMethod
 from .system import Function, Inverter, assemble, is_method, seeded_method
 
@@ -123,7 +124,7 @@ class InversionRegistry:
         model: object,
         training_data: object,
         b: Array,
-        hessian_perturbation: float = 0.0,
+        hessian_perturbation: float | str = 0.0,
         **kwargs: object,
     ) -> InverseHvpResult:
         """Solve (H + λI) x = b for each row of b; see ``solve_hvp``."""
@@ -135,8 +136,9 @@ class InversionRegistry:
         # A model that brings its own is told so.
         as_model(model, own.pop("loss", None), own.pop("weight_decay", 0.0))
         if not is_method(found):
+            _refuse_relative(hessian_perturbation)
             return solve_linear(b, lambda rows: found(model, training_data, rows, hessian_perturbation, **settings))
-        shift = check_hessian_perturbation(hessian_perturbation)
+        setting = check_perturbation(hessian_perturbation)
         # Of the method and of the curvature alike, as the estimator's.
         random_state = own.pop("random_state", None)
         if "random_state" in settings:
@@ -146,6 +148,7 @@ class InversionRegistry:
         system = assemble(model, training_data, method=method, random_state=random_state, **own)
         check_columns(b, system.layout.feature_names() if system.layout else ())
         Rows.of(b, system.curvature)
+        (shift,) = resolve([setting], system.curvature, random_state)
         _, inverse = system.invert(method, shift, own.get("verbose", 0))
 
         @ordinary
@@ -187,7 +190,7 @@ def solve_hvp(
     training_data: object,
     b: Array,
     *,
-    hessian_perturbation: float = 0.0,
+    hessian_perturbation: float | str = 0.0,
     **kwargs: object,
 ) -> InverseHvpResult:
     r"""Solve (H + λI) x = b for the curvature of a model and each row of b.
@@ -202,8 +205,8 @@ def solve_hvp(
         The data of L.
     b : array or tensor of shape (k, p)
         Right-hand sides, one per row.
-    hessian_perturbation : float, default=0.0
-        λ ≥ 0.
+    hessian_perturbation : float or str, default=0.0
+        λ ≥ 0, or a share of the mean eigenvalue of H, ``"1e-2 rel"``, as for ``HessianInverter``.
     **kwargs
         The method's settings, and of ``HessianInverter``'s ``curvature``, ``loss``, ``weight_decay``, ``params``,
         ``blocks``, ``batch_size`` (``"lissa"``'s own is its minibatch), ``device``, ``dtype``, ``random_state``,
@@ -241,6 +244,13 @@ def _split_settings(found: Inverter, name: InversionMethod | str, kwargs: State)
             raise TypeError(must_be(f"A setting of {str(name)!r}", f"one of {sorted(set(valid))}", repr(key), hint))
     own = {key: value for key, value in kwargs.items() if key not in known}
     return {key: value for key, value in kwargs.items() if key in known}, own
+
+
+def _refuse_relative(hessian_perturbation: float | str) -> None:
+    """Raise where a function, which is handed λ before any curvature is made, would be given a share of H."""
+    if isinstance(hessian_perturbation, str):
+        hint = "Try `HessianInverter`, which finds it."
+        raise TypeError(must_be("hessian_perturbation for a function", "a number", repr(hessian_perturbation), hint))
 
 
 def _check_type(model_type: object) -> type:

@@ -21,7 +21,7 @@ from skinvert import (
     load,
     solve_hvp,
 )
-from skinvert._check import all_finite
+from skinvert._check import all_finite, finite_rows
 from skinvert.methods import CG, advice
 from skinvert.operators import DiagonalMatrix
 
@@ -405,3 +405,12 @@ def test_finite_numbers_whose_sum_overflows_are_finite(dtype):
     for bad in (torch.nan, torch.inf, -torch.inf):
         assert not all_finite(torch.tensor([1.0, bad, 2.0], dtype=dtype))
     assert not all_finite(torch.tensor([torch.inf, -torch.inf], dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_that_are_finite(dtype):
+    largest = torch.finfo(dtype).max
+    rows = [[largest, largest], [-largest, 1.0], [torch.inf, 1.0], [torch.inf, -torch.inf], [1.0, torch.nan]]
+    assert finite_rows(torch.tensor(rows, dtype=dtype)).tolist() == [True, True, False, False, False]
+    assert finite_rows(torch.empty(0, 3, dtype=dtype)).tolist() == []
+    assert finite_rows(torch.empty(2, 0, dtype=dtype)).tolist() == [True, True]

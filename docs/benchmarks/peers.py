@@ -19,10 +19,14 @@ import argparse
 import json
 import os
 import resource
+import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import median
 
@@ -32,6 +36,8 @@ from workloads import WORKLOADS, Workload, ggn_product, true_residual
 
 # By how much the correlation of a peer's approximation may be below skinvert's.
 WORSE = 0.01
+# Rows whose exact solution judges an approximation where p is large: the judge takes tens of products, in float64.
+JUDGED = 4
 HEAD = "| work | contestant | CPU s | wall s | MB | true residual | ratio |\n|---|---|---|---|---|---|---|"
 QUALITY_HEAD = "| work | contestant | correlation of scores | relative error |\n|---|---|---|---|"
 
@@ -78,7 +84,7 @@ def main() -> None:
         if not _asked(row, args):
             continue
         work = works.setdefault(row.work, WORKLOADS[row.work]())
-        measured = measure(row, work, args.rounds, args.contestant)
+        measured = measure(row, work, args)
         results += measured
         print("\n".join(_lines(measured)), flush=True)
     print("\n" + "\n".join(work.facts for work in works.values()))
@@ -87,17 +93,18 @@ def main() -> None:
         args.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
 
 
-def measure(row: Row, work: Workload, rounds: int, only: list[str]) -> list[Result]:
+def measure(row: Row, work: Workload, args: argparse.Namespace) -> list[Result]:
     """Return what each contestant of a row took: memory in a child first, then seconds, in turn."""
+    only = args.contestant
     chosen = {name: solve for name, solve in row.contestants.items() if not only or any(part in name for part in only)}
     results = {name: Result(row.name, name, row.limit) for name in chosen}
     solutions: dict[str, torch.Tensor] = {}
-    for name, solve in chosen.items():
+    for name, solve in chosen.items() if args.memory else ():
         results[name].megabytes = megabytes(solve, work)
-    for _ in range(rounds):
+    for _ in range(args.rounds):
         for name, solve in chosen.items():
             if results[name].failure is None:
-                solutions[name] = timed(solve, work, results[name])
+                solutions[name] = timed(solve, work, results[name], args.limit)
     exact = exact_ggn(work) if row.limit is None else None
     for name, X in solutions.items():
         if results[name].failure is None:
@@ -108,11 +115,11 @@ def measure(row: Row, work: Workload, rounds: int, only: list[str]) -> list[Resu
     return list(results.values())
 
 
-def timed(solve: Solve, work: Workload, result: Result) -> torch.Tensor:
-    """Return the solution, its seconds added to the result; an empty one where it fails."""
+def timed(solve: Solve, work: Workload, result: Result, limit: float) -> torch.Tensor:
+    """Return the solution, its seconds added to the result; an empty one where it fails or takes too long."""
     cpu, wall = time.process_time(), time.perf_counter()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), stopped_after(limit):
             warnings.simplefilter("ignore")
             X = solve(work).detach()
     except Exception as error:  # Whatever a peer raises is its result.
@@ -124,12 +131,30 @@ def timed(solve: Solve, work: Workload, result: Result) -> torch.Tensor:
     return X
 
 
+@contextmanager
+def stopped_after(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in what takes more CPU seconds; 0 is no limit."""
+
+    def stop(*_: object) -> None:
+        message = f"more than {seconds:g} CPU s"
+        raise TimeoutError(message)
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
 def judge(result: Result, work: Workload, X: torch.Tensor, curvature: str, exact: torch.Tensor | None) -> None:
     """Add the true residual, and how near an approximation comes to the exact solution."""
     result.residual = true_residual(work, X, curvature)
     if exact is None:
         return
-    B, X = work.B.double(), X.double()
+    # All rows' scores for those that the judge has solved.
+    B, X = work.B.double(), X[: len(exact)].double()
     scores = torch.stack([(B @ X.T).flatten(), (B @ exact.T).flatten()])
     result.correlation = float(torch.corrcoef(scores)[0, 1])
     result.relative_error = float((X - exact).norm() / exact.norm())
@@ -157,15 +182,17 @@ def megabytes(solve: Solve, work: Workload) -> float | None:
     return float(text) if text else None
 
 
+@cache
 def exact_ggn(work: Workload) -> torch.Tensor:
-    """Return (G + λI)⁻¹B in float64, by the judge's products: densely, or by conjugate gradients where p is large."""
+    """Return (G + λI)⁻¹B in float64 by the judge's products: densely, or the first rows by CG where p is large."""
     shift, B, p = work.hessian_perturbation, work.B.double(), work.B.shape[1]
     if p <= 5000:
         eye = torch.eye(p, dtype=torch.float64)
         return torch.linalg.solve(ggn_product(work, eye) + shift * eye, B.T).T
+    B = B[:JUDGED]
     X, R = torch.zeros_like(B), B.clone()
     P, rho = R.clone(), R.square().sum(1, keepdim=True)
-    while bool((R.norm(dim=1) > 1e-8 * B.norm(dim=1)).any()):
+    while bool((R.norm(dim=1) > 1e-6 * B.norm(dim=1)).any()):
         Q = ggn_product(work, P) + shift * P
         alpha = rho / (P * Q).sum(1, keepdim=True)
         X, R = X + alpha * P, R - alpha * Q
@@ -216,6 +243,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], help="parts of rows' names: 'dense', 'W2 GGN'")
     parser.add_argument("--contestant", nargs="+", default=[], help="parts of contestants' names: 'skinvert'")
     parser.add_argument("--slow", action="store_true", help="the rows that take minutes too: W4's Kronecker factors")
+    limit = "CPU seconds after which a contestant is stopped; 0 is never"
+    parser.add_argument("--limit", type=float, default=0, help=limit)
+    memory = "leave peak memory out, for which each solves once more"
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help=memory)
     parser.add_argument("--json", type=Path, help="where to write all that was measured")
     return parser.parse_args()
 

@@ -10,6 +10,7 @@ from .build import (
     register_curvature,
     seeded_curvature,
 )
+from .directional import derivatives_along, most_directions
 from .empirical_fisher import EmpiricalFisher
 from .factored import Factored
 from .first_pass import warn_of_unreached
@@ -20,7 +21,7 @@ from .held_out import held_out_curvature
 from .hessian import GenericHessian, Hessian
 from .layered import Layered
 from .objective import Objective
-from .per_sample import gradient_rows, split_batch
+from .per_sample import RowValues, gradient_rows, jacobian_rows, split_batch
 from .products import Share
 
 __all__ = [
@@ -35,14 +36,18 @@ __all__ = [
     "Hessian",
     "Layered",
     "Objective",
+    "RowValues",
     "SampledFisher",
     "Share",
     "build_blocks",
     "build_curvature",
     "curvature_name",
+    "derivatives_along",
     "faces_of",
     "gradient_rows",
     "held_out_curvature",
+    "jacobian_rows",
+    "most_directions",
     "register_curvature",
     "seeded_curvature",
     "split_batch",

@@ -76,7 +76,7 @@ class Curvature(LinearOperator):
     advice: ClassVar[str] = 'Try curvature="ggn", which is positive semi-definite.'
     objective: MeanLoss
 
-    _transient: tuple[str, ...] = ("_graphs",)
+    _transient: tuple[str, ...] = ("_graphs", "_double")
     # Whether no second product is to come: of a minibatch.
     _once = False
 
@@ -84,6 +84,7 @@ class Curvature(LinearOperator):
         super().__init__(objective.size, objective.dtype, objective.device)
         self.objective, self.penalty = objective, objective.penalty
         self._graphs: dict[bool, _Kept] | None = None
+        self._double: Curvature | None = None
         if not self.is_psd:
             norm = f"The gradient's norm at θ is {objective.gradient_norm:.3g} (not a minimum?)."
             self.hint = f"{norm} {self.advice}"
@@ -95,6 +96,10 @@ class Curvature(LinearOperator):
         It is kept for every batch while all of them fit scikit-learn's ``working_memory``, and made anew for every
         product otherwise. What autograd saves for it is measured; a ``Share`` says what it holds beside that.
         """
+
+    def data_of(self, batch: Batch) -> Batch:
+        """Return the model's part of a batch: all of it."""
+        return batch
 
     @property
     def gradient_norm(self) -> float:
@@ -131,12 +136,31 @@ class Curvature(LinearOperator):
         part._once = True
         return part
 
+    def in_float64(self) -> Curvature | None:
+        """Return the curvature of the same θ and data in float64; None where the model does not take it.
+
+        Made once, by a pass over the data, and held against a product of this one.
+        """
+        if self.dtype == torch.float64:
+            return self
+        if self._double is None:
+            objective = self.objective.in_float64()
+            if objective is None:
+                return None
+            double = self._over(objective)
+            double.dtype = torch.float64
+            if not _same_product(self, double):
+                return None
+            self._double = double
+        return self._double
+
     def _over(self, objective: MeanLoss) -> Curvature:
         """Return this curvature of another objective, with nothing kept from this one's."""
         part = copy.copy(self)
         part.objective, part.size, part.penalty = objective, objective.size, objective.penalty
         for name in self._transient:
             setattr(part, name, None)
+        part._double = None
         return part
 
     def share(self, batch: Batch, weights: torch.Tensor, many: bool) -> Products:
@@ -187,6 +211,14 @@ def _measured(build: Callable[[], Products]) -> tuple[Products, int]:
     if isinstance(built, Share) and built.alone:
         return built, built.nbytes
     return built, saved + (built.nbytes if isinstance(built, Share) else 0)
+
+
+def _same_product(A: LinearOperator, double: LinearOperator) -> bool:
+    """Return whether the two give one random row the same product, as far as float32 goes."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    v = torch.randn(1, A.size, generator=generator, dtype=torch.float64, device="cpu").to(A.device)
+    expected = double.apply(v)
+    return bool((A.apply(v.to(A.dtype)) - expected).norm() <= 1e-2 * expected.norm())
 
 
 def _nbytes(batch: Batch) -> int:

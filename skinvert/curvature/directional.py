@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from .._autograd import ordinary
 from .._types import Batch
-from ..models import TorchTwiceDifferentiable, map_tensors
+from ..models import TorchTwiceDifferentiable, leading_length, map_tensors
 from .per_sample import RowValues
 from .tangents import Program, UnservedError, recorded
 
-__all__ = ["derivatives_along"]
+__all__ = ["derivatives_along", "most_directions"]
+
+# From so many parameters on the rows' gradients fall out of a CPU's caches.
+LARGE = 30_000
 
 
 @ordinary
@@ -41,3 +45,22 @@ def derivatives_along(
     gap, size = (u @ along[-1] - gradient @ v).abs(), (u * along[-1]).norm() + (gradient * v).norm()
     # Not (a > b): NaN compares false.
     return along[:-1] if bool(gap <= math.sqrt(torch.finfo(V.dtype).eps) * size) else None
+
+
+def most_directions(model: TorchTwiceDifferentiable, batch: Batch) -> int:
+    """Return up to how many directions forward mode is faster than the rows' gradients.
+
+    As timed (docs/benchmarks/NOTES.md): by how often a forward pass uses a parameter for one row, and by whether the
+    gradients fit the caches; the same for the same shapes, so that the same call gives the same digits.
+    """
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.forward(map_tensors(torch.clone, batch))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # noqa: BLE001 (user code under a mode may raise anything; what is its own, it raises again)
+        return 1
+    uses = counter.get_total_flops() / (2 * leading_length(batch) * model.num_params)
+    if uses > 4:
+        return 1
+    return 200 if uses <= 2 and model.num_params >= LARGE else 8

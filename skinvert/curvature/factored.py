@@ -64,7 +64,7 @@ class Factored(Curvature):
     objective: Objective
     rank: int = 1
 
-    _transient = ("_graphs", "_factor")
+    _transient = ("_graphs", "_double", "_factor")
 
     def __init__(self, objective: Objective) -> None:
         super().__init__(objective)

@@ -18,6 +18,7 @@ from .._state import TensorState
 from .._types import Batch
 from ..data import Batches
 from ..models import OutputHessian, leading_length
+from .base import Curvature
 from .ggn import GGN
 from .objective import Objective
 from .predictive import SampledHessian, predictive_of
@@ -90,6 +91,10 @@ class Fisher(GGN):
         if n_labels is not None:
             objective = _with_draws(objective, (n_labels, predictive.labels), seed)
         super().__init__(objective)
+
+    def in_float64(self) -> Curvature | None:
+        """Return the Fisher in float64; None where labels are sampled: others may be, of probabilities in float64."""
+        return super().in_float64() if self.n_labels is None or self.dtype == torch.float64 else None
 
     def data_of(self, batch: Batch) -> Batch:
         """Return the model's part of a batch, which may carry its draws."""

@@ -48,30 +48,21 @@ class GGN(Layered):
     def __init__(self, objective: Objective) -> None:
         super().__init__(objective)
         batch, _ = next(iter(objective.batches))
-        outputs = objective.model.forward(self.data_of(batch))
+        few, _ = next(split_batch(batch, torch.zeros(8, device="cpu"), 8))
+        outputs = objective.model.forward(self.data_of(few))
         if not isinstance(outputs, torch.Tensor):
             hint = 'Return one tensor from `outputs`, or use curvature="hessian".'
             raise TypeError(must_be("The model's outputs for the GGN", "a tensor", type(outputs).__name__, hint))
-        few, _ = next(split_batch(batch, torch.zeros(8, device="cpu"), 8))
-        self._by_rows = not self._has_products(few)
-        self._check_loss(few)
+        self._by_rows = not self._has_products(outputs)
         # c outputs, and as many rows of F a sample where the output Hessian has no closed form.
         self._outputs = self.rank = outputs[0].numel()
-        closed = self.closed_hessian(outputs.detach(), batch)
-        if closed is not None:
-            self.rank = closed.rank
-        elif self.rank <= 256:
-            # A loss that is not convex is told of at once.
-            some = slice(self._chunk())
-            self.output_hessian(outputs.detach()[some], map_tensors(lambda tensor: tensor[some], batch))
+        closed = self.closed_hessian(outputs.detach(), few)
+        if closed is None:
+            self._check_loss(few, batch)
         else:
-            check_convex(objective.model, outputs, self.data_of(batch))
+            self.rank = closed.rank
 
     # -- what the Fisher has of its own ------------------------------------------------------------------------------
-
-    def data_of(self, batch: Batch) -> Batch:
-        """Return the model's part of a batch: all of it."""
-        return batch
 
     def closed_hessian(self, outputs: torch.Tensor, batch: Batch) -> OutputHessian | None:
         """Return ∇²_f sᵢ where the loss has it in closed form, else None."""
@@ -183,15 +174,19 @@ class GGN(Layered):
         free = outputs.detach().requires_grad_(True)
         return Share(loss_products(self.objective.model, free, self.data_of(batch), weights))
 
-    def _check_loss(self, batch: Batch) -> None:
-        """Hold the loss's second derivatives in the outputs against differences, where they have no closed form."""
-        outputs = self.outputs(batch).detach()
-        if self.of_the_loss and self.closed_hessian(outputs, batch) is None:
-            self.objective.model.verify_loss_derivative(outputs, batch)
-
-    def _has_products(self, batch: Batch) -> bool:
-        """Return whether uᵀ(Jv) = (Jᵀu)ᵀv on a few rows: J v takes a second derivative, which a layer may lack."""
+    def _check_loss(self, few: Batch, batch: Batch) -> None:
+        """Hold a loss without closed form against differences on a few rows, and look for where it is not convex."""
+        if self.of_the_loss:
+            self.objective.model.verify_loss_derivative(self.outputs(few).detach(), few)
         outputs = self.outputs(batch)
+        if self.rank <= 256:
+            some = slice(self._chunk())
+            self.output_hessian(outputs.detach()[some], map_tensors(lambda tensor: tensor[some], batch))
+        else:
+            check_convex(self.objective.model, outputs, self.data_of(batch))
+
+    def _has_products(self, outputs: torch.Tensor) -> bool:
+        """Return whether uᵀ(Jv) = (Jᵀu)ᵀv on a few rows: J v takes a second derivative, which a layer may lack."""
         generator = torch.Generator("cpu").manual_seed(0)
         size = outputs.numel() + self.size
         drawn = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").to(outputs)

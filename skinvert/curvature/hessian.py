@@ -88,6 +88,10 @@ class Hessian(Curvature):
             return super().to_dense(verbose)
         return add_to_diagonal(matrix, self.penalty)
 
+    def in_float64(self) -> Curvature | None:
+        """Return the Hessian in float64; None where its products are differences, right to some nine digits."""
+        return None if self.differenced is not None else super().in_float64()
+
     def kronecker_factors(
         self, approx: str = "expand", unsupported: str = "error", verbose: int = 0
     ) -> KroneckerFactors:

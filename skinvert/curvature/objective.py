@@ -78,6 +78,10 @@ class MeanLoss:
         part._scale_denominators(len(rows) / self.batches.n_samples)
         return part
 
+    def in_float64(self) -> MeanLoss | None:
+        """Return the same L in float64; None where there is none."""
+        return None
+
     def _scale_denominators(self, share: float) -> None:
         self.weight_sum *= share
 
@@ -142,6 +146,15 @@ class Objective(MeanLoss):
         """Return gᵢ = ∇ℓᵢ (m, p) of a batch's rows, the penalty left out."""
         rows: torch.Tensor = gradient_rows(self.model, batch)
         return self.scale * rows
+
+    def in_float64(self) -> Objective | None:
+        """Return L in float64, of the same θ and of the data as they were read here; None where the model takes none.
+
+        Made anew by one pass over the data.
+        """
+        batch, _ = next(iter(self.batches))
+        model = self.model.doubled(batch)
+        return None if model is None else Objective(model, self.batches.in_float64())
 
     def places(self, names: Collection[str]) -> torch.Tensor:
         """Return where the entries of the named parameters lie in a flat row, in its order."""

@@ -1,7 +1,7 @@
 """The forms of data that are accepted, and what is done with them: no other room knows what they look like."""
 
 from .batches import Batches, as_batches, batches_of
-from .forms import as_data, as_pair, check_row_order, count, holds_tensors, is_data, take
+from .forms import as_data, as_pair, check_row_order, count, holds_tensors, is_data, take, with_any_targets
 
 __all__ = [
     "Batches",
@@ -14,4 +14,5 @@ __all__ = [
     "holds_tensors",
     "is_data",
     "take",
+    "with_any_targets",
 ]

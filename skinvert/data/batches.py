@@ -111,6 +111,11 @@ class Batches:
             rows += m
         return replace(self, kept=[batch for group in groups for batch in _merged(group)])
 
+    def in_float64(self) -> Batches:
+        """Return the same batches, their floats cast from what they are here to float64."""
+        kept = None if self.kept is None else [map_tensors(_double, batch) for batch in self.kept]
+        return replace(self, source=_Doubled(self), dtype=torch.float64, kept=kept)
+
     def _weights(self, start: int, m: int) -> torch.Tensor:
         if self.sample_weight is None:
             return torch.ones(m, dtype=self.dtype, device=self.device)
@@ -223,6 +228,20 @@ class _Paired:
 
     def __call__(self) -> Iterator[Batch]:
         return (self.model.pair(batch) for batch in self.source())
+
+
+@dataclass
+class _Doubled:
+    """Batches with their floats in float64."""
+
+    batches: Batches
+
+    def __call__(self) -> Iterator[Batch]:
+        return (map_tensors(_double, batch) for batch in self.batches.raw())
+
+
+def _double(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _differs(got: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sized
 
 import numpy as np
+import scipy.sparse
 import torch
 from sklearn.utils import check_consistent_length
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
@@ -12,10 +13,19 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from .._check import must_be
 from .._frames import Frame
 from .._types import Array, Batch
-from ..models import map_tensors
+from ..models import labels_key, map_tensors
 from .loaders import loader_source
 
-__all__ = ["as_data", "as_pair", "check_row_order", "count", "holds_tensors", "is_data", "take"]
+__all__ = [
+    "as_data",
+    "as_pair",
+    "check_row_order",
+    "count",
+    "holds_tensors",
+    "is_data",
+    "take",
+    "with_any_targets",
+]
 
 
 class _Samples(Dataset[Batch]):
@@ -49,6 +59,31 @@ def check_row_order(data: object) -> None:
     """Raise where the order of a DataLoader's rows is another than its data set's, by a sampler of its own."""
     if isinstance(data, DataLoader):
         loader_source(data, None, needs_row_order=True)
+
+
+def with_any_targets(data: object) -> object:
+    """Return inputs without targets, ``X`` or ``(X, None)``, with targets of zero; all else as it is.
+
+    Those are for what does not look at them. A data set, a loader and batches bring their own, as a mapping with
+    labels does.
+    """
+    inputs, targets = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
+    labelled = isinstance(inputs, Mapping) and labels_key(inputs) is not None
+    rows = None if targets is not None or labelled else _rows_within(inputs)
+    return data if rows is None else (inputs, np.zeros(rows, dtype=np.int64))
+
+
+def _rows_within(inputs: object) -> int | None:
+    """Return the number of rows of the first array within inputs; None where there is none."""
+    if isinstance(inputs, Mapping | tuple):
+        parts = inputs.values() if isinstance(inputs, Mapping) else inputs
+        found = (_rows_within(part) for part in parts)
+        return next((rows for rows in found if rows is not None), None)
+    if isinstance(inputs, np.ndarray | torch.Tensor):
+        return len(inputs) if inputs.ndim else None
+    if isinstance(inputs, Frame):
+        return len(inputs)
+    return inputs.shape[0] if isinstance(inputs, scipy.sparse.sparray | scipy.sparse.spmatrix) else None
 
 
 def is_data(value: object) -> bool:
@@ -106,6 +141,8 @@ def holds_tensors(data: Batch) -> bool:
     """Return whether the inputs are tensors as the user holds them."""
     if isinstance(data, tuple):
         return _any_tensor(data[0])
+    if isinstance(data, Mapping):
+        return _any_tensor(data)
     if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
         return _any_tensor(data.collate_fn([data.dataset[0]]))
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):

@@ -10,7 +10,7 @@ import torch
 from .._check import must_be
 from .._memory import check_memory
 from .._types import Batch
-from ..data import batches_of
+from ..data import batches_of, with_any_targets
 from ..models import TorchTwiceDifferentiable, map_tensors
 from .fitted import Fitted
 from .removal import Removal
@@ -60,7 +60,7 @@ def group_effect(fitted: Fitted, groups: Sequence[torch.Tensor], test: Side) -> 
         for j, rows in enumerate(groups):
             effects[:, j] = test.at(removal.step(rows)).values() - now
         return effects
-    for place, cols, block in blocks(test, _summed(fitted, groups), fitted.solve, fitted.most):
+    for place, cols, block in blocks(test, _summed(fitted, groups), fitted.solve, fitted.most, lambda *_: False):
         effects[place, cols] = block
     return effects
 
@@ -83,13 +83,10 @@ def _summed(fitted: Fitted, groups: Sequence[torch.Tensor]) -> FixedSide:
 
 def outputs_without(fitted: Fitted, rows: torch.Tensor, data: object) -> torch.Tensor:
     """Return the outputs (n_test, ...) at the parameters without ``rows``."""
-    near = moved(fitted.model, fitted.remove().step(rows))
+    near = moved(fitted.model, fitted.remove().step(rows)).of_outputs()
+    batches = batches_of(near, with_any_targets(data), batch_size=fitted.batch_size, needs_row_order=True)
     with torch.no_grad():
-        found = [
-            near.forward(map_tensors(torch.clone, batch)).detach()
-            for batch, _ in batches_of(near, data, batch_size=fitted.batch_size, needs_row_order=True)
-        ]
-    return torch.cat(found)
+        return torch.cat([near.forward(map_tensors(torch.clone, batch)).detach() for batch, _ in batches])
 
 
 def check_indices(rows: object, n: int) -> torch.Tensor:

@@ -50,7 +50,10 @@ class Fitted:
     @property
     def objective(self) -> Objective:
         """L at θ, over the training rows."""
-        found: object = self.inverter._at_hand("curvature_", "Influence").objective
+        if self.inverter.curvature_name_ == "gram":
+            hint = "Fit it on a model and data: `fit(model, (X, y))`."
+            raise TypeError(must_be("InfluenceFunction's inverter", "of a model", "one of plain rows", hint))
+        found: object = self.inverter._at_hand("curvature_", "InfluenceFunction").objective
         if not isinstance(found, Objective):
             hint = "Its rows need losses of their own."
             raise TypeError(must_be("InfluenceFunction's model", "a TorchTwiceDifferentiable", "another", hint))

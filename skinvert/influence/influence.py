@@ -20,22 +20,24 @@ from .._memory import check_memory
 from .._types import Array, State
 from ..data import as_data, check_row_order, holds_tensors
 from ..inverter import HessianInverter
+from ..methods.quadratic import Certificate
 from ..models import is_model
 from ..selection import HessianInverterCV
+from .certified import Bounded, certified_blocks
 from .effects import check_groups, check_indices, group_effect, outputs_without, self_influence
 from .features import feature_influence
 from .fitted import Fitted
 from .largest import largest
 from .measurements import Measurement
 from .normalized import NORMS, normalized
-from .scoring import blocks, shifted_blocks
+from .output import Out, destination, fingerprint
+from .scoring import Block, Done, blocks, shifted_blocks
 from .sides import Side, moved
 from .statistics import RowStatistics
 
 __all__ = ["InfluenceFunction", "Top"]
 
 REMOVALS = ("first_order", "newton")
-CPU = torch.device("cpu")
 
 
 class Top(NamedTuple):
@@ -82,8 +84,9 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         Scores of first order divided by √(gᵢᵀA⁻¹gᵢ · bⱼᵀA⁻¹bⱼ), ‖A⁻¹bⱼ‖ or √(bⱼᵀA⁻¹bⱼ), with bⱼ = wⱼgⱼ/Σw: they rank
         rows by what they say beside how unusual they are, and predict no retraining.
     score_rtol : float, default=None
-        Solve until the error bound of each test row's scores is below this share of their root mean square; where a
-        bound is known (``score_error_``).
+        Solve until the error bound of each test row's scores (of each training row's, where these are fewer) is below
+        this share of their root mean square, whatever the method; ``np.inf`` bounds alone. Scores are then in float64,
+        and ``score_error_`` is known, at the price of some exact products in float64 for each solved row.
     batch_size : int, default=None
         Test rows per pass; results do not depend on it. Training rows come as the inverter's ``batch_size`` says.
     memory : int, default=None
@@ -99,6 +102,8 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         One a model: scores are their mean. ``[self]`` of one model.
     n_samples_ : int
         Number of training rows.
+    index_ : ndarray of shape (n_train,)
+        Labels of the training rows: the index of their frame, or 0, …, n − 1.
 
     References
     ----------
@@ -177,7 +182,11 @@ class InfluenceFunction(RowStatistics, RowTransformer):
             if vars(self)[name] is not None:
                 check_number(vars(self)[name], name, owner="InfluenceFunction", low=1, integer=True)
         if self.score_rtol is not None:
-            check_number(self.score_rtol, "score_rtol", owner="InfluenceFunction", low=0.0)
+            if self.score_rtol != np.inf:
+                check_number(self.score_rtol, "score_rtol", owner="InfluenceFunction", low=0.0)
+            if self.removal != "first_order" or self.normalize is not None:
+                must = 'None but for removal="first_order" and normalize=None: other scores have no bound'
+                raise ValueError(must_be("score_rtol", must, repr(self.score_rtol)))
 
     def _fit(self, X: object, y: object, sample_weight: object) -> None:
         if isinstance(X, list | tuple) and X and all(map(is_model, X)):
@@ -187,17 +196,15 @@ class InfluenceFunction(RowStatistics, RowTransformer):
             self._fit_one(X, y, sample_weight)
 
     def _fit_one(self, X: object, y: object, sample_weight: object) -> InfluenceFunction:
-        inverter = self.inverter
-        if isinstance(inverter, FrozenEstimator):
-            fitted = inverter.estimator
+        if isinstance(self.inverter, FrozenEstimator):
+            fitted = _checked(self.inverter.estimator)
             check_is_fitted(fitted)
         else:
-            fitted = clone(HessianInverter() if inverter is None else inverter)
-            data = y if is_model(X) else as_data(X, y)
-            check_row_order(data)
+            fitted = clone(HessianInverter() if self.inverter is None else _checked(self.inverter))
+            check_row_order(y if is_model(X) else as_data(X, y))
             fitted.fit(X, y, sample_weight=sample_weight)
         self.inverter_ = fitted.inverter_ if isinstance(fitted, HessianInverterCV) else fitted
-        self.n_samples_ = self.inverter_.n_samples_
+        self.n_samples_ = self._fitted().objective.batches.n_samples
         rows = rows_of(y if is_model(X) else X)
         self.index_ = np.asarray(rows.index if isinstance(rows, Frame) else range(self.n_samples_), dtype=object)
         return self
@@ -205,40 +212,79 @@ class InfluenceFunction(RowStatistics, RowTransformer):
     # -- scores ----------------------------------------------------------------------------------------------------
 
     @ordinary
-    def transform(self, X: object, y: object = None) -> Array:
+    def transform(self, X: object, y: object = None, *, out: Out = None) -> Array:
         """Return the scores of test data, ``(X, y)`` as a tuple or two arguments (or a Dataset, a DataLoader, batches).
 
         Parameters
         ----------
         X, y : data
             n_test rows, as ``fit`` takes them.
+        out : path ending in .npy, or array of shape (n_test, n_train), default=None
+            Where the scores go, block by block, in place of memory: a memmap, a Zarr or HDF5 array, or a file. The same
+            call goes on with the file of an interrupted one; what it holds beside it, ``.npy.json``, says whose it is.
 
         Returns
         -------
         array or tensor of shape (n_test, n_train)
             Entry (i, j): the predicted change of measurement i when training row j is removed. An array for arrays, a
             tensor on the model's device for tensors. A frame, where ``set_output`` asks for one, has the index of X and
-            the training rows' as its columns. Of a measurement of all rows together, one row.
+            the training rows' as its columns. Of a measurement of all rows together, one row. With ``out`` this, or
+            the file's memmap.
         """
         data = self._test_data(X, y)
-        scores = self._mean(lambda member: member._matrix(data))
-        return super().transform(rows_of(data), self._back(scores, data))
+        if len(self._members()) == 1:
+            scores = self._matrix(data, out)
+        else:
+            scores = self._mean(lambda member: member._matrix(data))
+            if out is not None:
+                known_by = fingerprint([type(self).__name__], [scores])
+                target = destination(out, (len(scores), self.n_samples_), scores.dtype, scores.device, known_by)
+                target.write(slice(None), slice(None), scores)
+                scores = target.close()
+        return super().transform(rows_of(data), scores if out is not None else self._back(scores, data))
 
-    def _matrix(self, data: object) -> torch.Tensor:
+    def _matrix(self, data: object, out: Out = None) -> Array:
         fitted = self._fitted()
         test, n = fitted.test(data), self.n_samples_
-        way_out = "Try fewer test rows at a time, or `top`, which holds no matrix."
-        check_memory(2 * test.count * n * fitted.model.dtype.itemsize, f"{test.count:,} × {n:,} scores", way_out, CPU)
-        scores = torch.empty(test.count, n, dtype=fitted.model.dtype, device=fitted.model.device)
-        for rows, cols, block in self._blocks(fitted, test):
-            scores[rows, cols] = block
-        return scores
+        if out is None:
+            needed, way_out = 2 * test.count * n * fitted.model.dtype.itemsize, "Try `top`, which holds none, or `out`."
+            check_memory(needed, f"{test.count:,} × {n:,} scores", way_out, fitted.model.device)
+        known_by = "" if out is None else self._fingerprint(fitted, test)
+        dtype = fitted.model.dtype if self.score_rtol is None else torch.float64
+        scores = destination(out, (test.count, n), dtype, fitted.model.device, known_by)
+        for rows, cols, block in self._blocks(fitted, test, scores.has):
+            scores.write(rows, cols, block)
+        return scores.close()
 
-    def _blocks(self, fitted: Fitted, test: Side) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    def _fingerprint(self, fitted: Fitted, test: Side) -> str:
+        inverter = self.inverter_
+        settings = [inverter.method_, inverter.curvature_name_, self.removal, self.normalize, fitted.inverter.blocks]
+        shift = torch.tensor([inverter.hessian_perturbation_])
+        return fingerprint(settings, [shift, test.values(), fitted.training.values()])
+
+    def _blocks(self, fitted: Fitted, test: Side, done: Done) -> Iterator[Block]:
         if self.removal == "newton":
-            return shifted_blocks(test, fitted.remove(), fitted.most)
-        found = blocks(test, fitted.training, fitted.solve, fitted.most)
+            return shifted_blocks(test, fitted.remove(), fitted.most, done)
+        if self.score_rtol is not None:
+            self._bounds = Bounded.unknown(test, fitted.training)
+            certificate = Certificate(self.inverter_._judged("scores"))
+            return certified_blocks(certificate, fitted.most, self.score_rtol, done, self._bounds)
+        found = blocks(test, fitted.training, fitted.solve, fitted.most, done)
         return found if self.normalize is None else normalized(found, self.normalize, fitted, test)
+
+    @property
+    def score_error_(self) -> np.ndarray:
+        """Bounds (n_test, n_train) of the errors of the last ``transform``'s scores, where ``score_rtol`` is given.
+
+        |score − gᵢᵀA⁻¹bⱼ| ≤ this, of the exact A in float64 and of the gradients as they were computed. NaN where A has
+        no positive lower bound that is known (see ``HessianInverter.quadratic``), and where a file had the scores.
+        """
+        found = [vars(member).get("_bounds") for member in self._members()]
+        known = [bounds.matrix() for bounds in found if bounds is not None]
+        if len(known) < len(found):
+            message = "score_error_ comes with `transform`, where score_rtol is given"
+            raise AttributeError(message)
+        return torch.stack(known).mean(0).cpu().numpy()
 
     @ordinary
     def self_influence(self) -> Array:
@@ -272,13 +318,13 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         scores, rows = largest(self._all_blocks(data), k, -1 if harmful else 1)
         return Top(self._back(rows, data), self._back(scores, data))
 
-    def _all_blocks(self, data: object) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    def _all_blocks(self, data: object) -> Iterator[Block]:
         """Yield the blocks of the matrix; of an ensemble, which are the mean of its members, as one."""
         if len(self._members()) > 1:
             scores = self._mean(lambda member: member._matrix(data))
             return iter([(slice(0, len(scores)), slice(0, self.n_samples_), scores)])
         fitted = self._fitted()
-        return self._blocks(fitted, fitted.test(data))
+        return self._blocks(fitted, fitted.test(data), lambda *_: False)
 
     @ordinary
     def group_effect(self, groups: object, X: object, y: object = None) -> Array:
@@ -326,7 +372,7 @@ class InfluenceFunction(RowStatistics, RowTransformer):
     def predict_without(self, rows: object, X: object, y: object = None) -> Array:
         """Return the model's outputs (n_test, c) on test data at ``removed_parameters(rows)``; of an ensemble the mean.
 
-        Outputs are the module's own: logits, where its loss takes these.
+        Outputs are the module's own: logits, where its loss takes these. Targets do not count: X alone will do.
         """
         data = self._test_data(X, y)
         chosen = check_indices(rows, self.n_samples_)
@@ -387,6 +433,13 @@ class InfluenceFunction(RowStatistics, RowTransformer):
     def _back(self, found: torch.Tensor, data: object) -> Array:
         tensors = data is not None and holds_tensors(data)
         return found if tensors else found.detach().cpu().numpy()
+
+
+def _checked(inverter: object) -> HessianInverter | HessianInverterCV:
+    if not isinstance(inverter, HessianInverter | HessianInverterCV):
+        must = "a HessianInverter, a HessianInverterCV or a FrozenEstimator of a fitted one"
+        raise TypeError(must_be("inverter", must, repr(inverter)[:80], "Try `HessianInverter(method, ...)`."))
+    return inverter
 
 
 def _group_effect(member: InfluenceFunction, groups: list[torch.Tensor], data: object) -> torch.Tensor:

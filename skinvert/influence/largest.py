@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 import torch
 
+from .scoring import Block
+
 __all__ = ["largest"]
 
 
-def largest(
-    blocks: Iterable[tuple[slice, slice, torch.Tensor]], k: int, sign: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def largest(blocks: Iterable[Block], k: int, sign: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the k largest entries (n_rows, k) of each row, by their value times ``sign``, and their columns.
 
     Of equal ones the first column's is the first.

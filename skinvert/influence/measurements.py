@@ -11,7 +11,7 @@ import torch
 
 from .._check import check_choice, must_be
 from .._types import Batch
-from ..curvature.per_sample import RowValues
+from ..curvature import RowValues
 from ..data import Batches
 from ..models import Margin, TorchTwiceDifferentiable, map_tensors
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from .fitted import Fitted
+from .scoring import Block
 from .sides import Side
 
 __all__ = ["NORMS", "normalized"]
 
 NORMS = (None, "cosine", "relatif", "l_relatif")
-Block = tuple[slice, slice, torch.Tensor]
 
 
 def normalized(blocks: Iterable[Block], norm: str, fitted: Fitted, test: Side) -> Iterator[Block]:

@@ -13,17 +13,13 @@ from .._check import must_be
 from .._memory import rows_within
 from .._progress import progress
 from .._types import Batch
-from ..curvature import gradient_rows, split_batch
-from ..curvature.directional import derivatives_along
+from ..curvature import derivatives_along, gradient_rows, most_directions, split_batch
 from ..data import Batches
-from ..models import TorchTwiceDifferentiable, map_tensors
+from ..models import TorchTwiceDifferentiable, leading_length, map_tensors
 from ..models.structural_copy import structural_copy
 from .measurements import Chosen, Measurement, RowMeasurement, SetMeasurement
 
 __all__ = ["RowSide", "SetSide", "Side", "moved", "side_of"]
-
-# Measured: the gradient of a row costs what its derivative along so many directions does (docs/benchmarks/NOTES.md).
-DIRECTIONS_A_GRADIENT = 64
 
 
 class Side(ABC):
@@ -98,17 +94,13 @@ class RowSide(Side):
 
     def along(self, X: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield the derivatives: in forward mode for few directions, else from the rows' gradients."""
-        forward = len(X) <= DIRECTIONS_A_GRADIENT
-        size = rows_within(3 * self.model.num_params * self.model.dtype.itemsize)
+        forward = True
         for place, batch, shares in self.parts():
+            # The first batch decides: the others are like it.
+            forward = forward and (place.start > 0 or len(X) <= most_directions(self.model, batch))
             found = self._forward(batch, X) if forward else None
-            if found is not None:
-                yield place, found * shares
-                continue
-            forward, start = False, place.start
-            for rows, part in split_batch(batch, shares, size):
-                yield slice(start, start + len(part)), X @ self.row_gradients(rows).mT * part
-                start += len(part)
+            forward = found is not None
+            yield place, (self._by_gradients(batch, X) if found is None else found) * shares
 
     def values(self) -> torch.Tensor:
         """Return the values."""
@@ -134,6 +126,11 @@ class RowSide(Side):
 
     def _forward(self, batch: Batch, X: torch.Tensor) -> torch.Tensor | None:
         return derivatives_along(self.model, batch, self.measurement.of(self.model), X)
+
+    def _by_gradients(self, batch: Batch, X: torch.Tensor) -> torch.Tensor:
+        size = rows_within(3 * self.model.num_params * self.model.dtype.itemsize)
+        rows = split_batch(batch, torch.ones(leading_length(batch), device="cpu"), size)
+        return torch.cat([X @ self.row_gradients(part).mT for part, _ in rows], dim=1)
 
     def _values(self, batch: Batch) -> torch.Tensor:
         with torch.no_grad():

@@ -58,6 +58,7 @@ class Arnoldi(Method):
     """
 
     name: ClassVar[str] = "arnoldi"
+    gaussian: ClassVar[bool] = True
     cost: ClassVar[str] = "some 4 products per rank, once; 2 r p a row"
     memory: ClassVar[str] = "r p"
     exactness: ClassVar[str] = "the r largest eigenvalues, and a rule for the rest; exact for r = p"

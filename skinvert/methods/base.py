@@ -13,13 +13,14 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 
 from .._autograd import ordinary_methods
-from .._check import must_be
+from .._check import finite_rows, must_be
 from .._state import TensorState
 from .._telling import warn
 from ..operators import LinearOperator, Shifted
 from ..reasons import Reason, reasons
 from ..results import InverseHvpResult
 from ..solvers.residuals import relative_residual
+from .quadratic import Certificate, QuadraticForms
 
 __all__ = ["InverseOperator", "Method", "default_tolerance", "relative_residual", "warn_not_converged"]
 
@@ -36,6 +37,8 @@ class Method(TensorState, BaseEstimator, ABC):
         The name in the registry.
     requires : tuple of str
         The faces that an operator must have, of ``skinvert.operators.FACES``.
+    gaussian : bool
+        Whether its inverse has ``log_det`` and ``sample``: it knows a root of A + λI.
     needs_psd : bool
         Whether it refuses a curvature with a negative eigenvalue, whatever λ is.
     keeps_operator : bool
@@ -56,6 +59,7 @@ class Method(TensorState, BaseEstimator, ABC):
     memory: ClassVar[str] = ""
     exactness: ClassVar[str] = ""
     choose_it_for: ClassVar[str] = ""
+    gaussian: ClassVar[bool] = False
     needs_psd: ClassVar[bool] = False
     keeps_operator: ClassVar[bool] = False
     accuracy: ClassVar[float] = 1e-8
@@ -111,7 +115,10 @@ class InverseOperator(TensorState, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let solves be right under ``no_grad``, ``inference_mode`` and ``autocast``."""
         super().__init_subclass__(**kwargs)
-        ordinary_methods(cls, ("solve", "path", "solve_path", "at", "apply", "precondition"))
+        ordinary_methods(
+            cls,
+            ("solve", "path", "solve_path", "at", "apply", "precondition", "quadratic", "refined", "log_det", "root"),
+        )
 
     @property
     def operator(self) -> LinearOperator:
@@ -200,6 +207,111 @@ class InverseOperator(TensorState, ABC):
         """Return M⁻¹ r for each row: ``apply``, or a form that serves conjugate gradients better."""
         return self.apply(R)
 
+    # -- what is certain -------------------------------------------------------------------------------------------
+
+    @property
+    def truth(self) -> LinearOperator | None:
+        """The exact A + λI with its products in float64; None where it is not at hand."""
+        if self.exact is not None:
+            return shifted(self.exact, self.hessian_perturbation).in_float64()
+        # What was factorised in float32 is A to the rounding of float32 alone.
+        own = not self.approximate and (self.keeps_operator or self.dtype == torch.float64)
+        return self.operator.in_float64() if own else None
+
+    @property
+    def lower_bound(self) -> float:
+        """A number that no eigenvalue of the exact A + λI is below: λ + min(penalty) of a semi-definite A.
+
+        NaN where none is proven; never an estimate.
+        """
+        truth = self.truth
+        return torch.nan if truth is None else truth.lower_bound
+
+    def quadratic(self, G: torch.Tensor, B: torch.Tensor | None = None, *, one_sided: bool = False) -> QuadraticForms:
+        r"""Return gᵀ(A + λI)⁻¹b of the exact A for all pairs of rows, with bounds that hold.
+
+        .. math:: x_g^T b + r_g^T x_b,  |error| ≤ ‖r_g‖ ‖r_b‖ / μ
+
+        for solutions x, their true residuals r and ``lower_bound`` μ; the rounding of float64 is added. The correction
+        brings the value nearer by about the product of the two relative residuals. Costs a solve and an exact product
+        for each row of both sides.
+
+        Parameters
+        ----------
+        G : tensor of shape (q, p)
+            Rows g.
+        B : tensor of shape (k, p), default=None
+            Rows b; None gives gᵀ(A + λI)⁻¹g of each row alone, which its value never exceeds but by rounding.
+        one_sided : bool, default=False
+            Solve for G alone, x_b = 0 and r_b = b: the bound is ‖r_g‖‖b‖/μ, for many rows b.
+
+        Returns
+        -------
+        QuadraticForms
+            ``values`` and ``bounds`` (q, k), or (q,), in float64; ``bounds`` are NaN where ``lower_bound`` is not
+            positive, or the exact A not at hand, values then those of the solutions alone.
+        """
+        certificate = Certificate(self)
+        return certificate.own(G) if B is None else certificate.pairs(G, B, one_sided)
+
+    def refined(
+        self, B: torch.Tensor, X: torch.Tensor | None = None, *, target: torch.Tensor | float, maxiter: int = 100
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return solutions (k, p), float64, improved until ‖b − (A + λI)x‖ ≤ ``target`` or falls no more; and ‖r‖ (k,).
+
+        Each round x + (A + λI)⁻¹r costs one exact product, and one solve, of the rows that are still open.
+
+        Parameters
+        ----------
+        B : tensor of shape (k, p)
+            Rows b.
+        X : tensor of shape (k, p), default=None
+            Where to start; None solves.
+        target : float or tensor of shape (k,)
+            Absolute.
+        maxiter : int, default=100
+            Most rounds.
+        """
+        certificate = Certificate(self)
+        solved = certificate.refined(certificate.solved(B, X), target, maxiter)
+        return solved.X, solved.residual
+
+    # -- the Gaussian with A + λI as precision -----------------------------------------------------------------------
+
+    @property
+    def gaussian(self) -> bool:
+        """Whether it has ``log_det`` and ``root``."""
+        return False
+
+    def log_det(self) -> float:
+        """Return log det(A + λI) of the operator that is inverted, by its factorisation.
+
+        Raises
+        ------
+        TypeError
+            Where the method has no root of it: ``gaussian`` says so.
+        ValueError
+            Where A + λI is not positive definite.
+        """
+        raise TypeError(self._no_root())
+
+    @property
+    def noise_size(self) -> int:
+        """Length of the rows that ``root`` takes."""
+        return self.size
+
+    def root(self, Z: torch.Tensor) -> torch.Tensor:
+        """Return Z Sᵀ (k, p) of rows Z (k, ``noise_size``), with S Sᵀ = (A + λI)⁻¹; raises as ``log_det`` does."""
+        raise TypeError(self._no_root())
+
+    @property
+    def own_eigenvalues(self) -> torch.Tensor | None:
+        """All p eigenvalues of A as the method inverts it, ascending, where they are known; without λ."""
+        return None
+
+    def _no_root(self) -> str:
+        return must_be("The inverse for log_det and samples", "one with a root", self.name or type(self).__name__)
+
     # -- a state from a file ---------------------------------------------------------------------------------------
 
     def check(self) -> None:
@@ -249,7 +361,7 @@ class InverseOperator(TensorState, ABC):
         residual = relative_residual(self.operator, B, X) if residual is None else residual
         converged = residual <= self.tolerance
         warn_not_converged(self.name, residual, converged, self.tolerance, self.not_solved)
-        reason = reasons(converged, Reason.STAGNATED, (Reason.OUT_OF_RANGE, ~torch.isfinite(X).all(1)))
+        reason = reasons(converged, Reason.STAGNATED, (Reason.OUT_OF_RANGE, ~finite_rows(X)))
         info = {"residual": residual, "converged": converged, "reason": reason, "approximate": False}
         return InverseHvpResult(X, info)
 
@@ -276,7 +388,7 @@ class InverseOperator(TensorState, ABC):
         residual = self.true_residual(B, X)
         warn_worse_than_zero(self.name or type(self).__name__, residual, self.hessian_perturbation)
         converged = residual <= self.tolerance
-        found = [(Reason.NOT_JUDGED, residual.isnan()), (Reason.OUT_OF_RANGE, ~torch.isfinite(X).all(1))]
+        found = [(Reason.NOT_JUDGED, residual.isnan()), (Reason.OUT_OF_RANGE, ~finite_rows(X))]
         if outside is not None:
             found.append((Reason.SINGULAR, outside))
         return {
@@ -343,7 +455,7 @@ def warn_worse_than_zero(name: str, residual: torch.Tensor, hessian_perturbation
 
 def warn_of_overflow(name: str, X: torch.Tensor) -> torch.Tensor:
     """Return X, and warn of rows that its dtype cannot hold."""
-    rows = ~torch.isfinite(X).all(1)
+    rows = ~finite_rows(X)
     if bool(rows.any()):
         warn(
             f"{name}: the solutions of {int(rows.sum())} of {len(X)} right-hand sides overflow {X.dtype}. "

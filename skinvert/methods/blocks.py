@@ -128,6 +128,32 @@ class BlockInverse(InverseOperator):
         other.inverses = [inverse.unjudged() for inverse in self.inverses]
         return other
 
+    @property
+    def gaussian(self) -> bool:
+        """Whether every block has ``log_det`` and ``root``."""
+        return all(inverse.gaussian for inverse in self.inverses)
+
+    def log_det(self) -> float:
+        """Return the sum of the blocks'."""
+        return sum(inverse.log_det() for inverse in self.inverses)
+
+    @property
+    def noise_size(self) -> int:
+        """That of all blocks."""
+        return sum(inverse.noise_size for inverse in self.inverses)
+
+    def root(self, Z: torch.Tensor) -> torch.Tensor:
+        """Return each block's own, of its part of the noise."""
+        parts = zip(self.inverses, Z.split([inverse.noise_size for inverse in self.inverses], dim=1), strict=True)
+        return self._blocks.joined([inverse.root(part) for inverse, part in parts])
+
+    @property
+    def own_eigenvalues(self) -> torch.Tensor | None:
+        """Those of all blocks, where each knows its own."""
+        found = [inverse.own_eigenvalues for inverse in self.inverses]
+        known = [values for values in found if values is not None]
+        return torch.cat(known).sort().values if len(known) == len(found) else None
+
     def at(self, hessian_perturbation: float) -> BlockInverse:
         """Return the inverse at another λ, where every block's method allows it."""
         inverses = [inverse.at(hessian_perturbation) for inverse in self.inverses]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
-from .._check import check_choice, check_shift, must_be
+from .._check import check_choice, check_shift, finite_rows, must_be
 from .._progress import progress
 from .._scaling import ScaledProducts, norms
 from .._telling import warn
@@ -171,7 +171,7 @@ class CGInverse(InverseOperator):
         residual = self._residual(run, problem, X)
         X, lost = problem.back(X, residual)
         converged = within(residual, problem.B, self.rtol, problem.atol) & ~run.negative & ~lost
-        held = torch.isfinite(warn_of_overflow("cg", X)).all(1)
+        held = finite_rows(warn_of_overflow("cg", X))
         self._warn(run, residual, converged, problem, lost, held)
         info = {
             "residual": residual,

@@ -14,6 +14,7 @@ from ..results import InverseHvpResult
 from ..solvers.krylov import default_rtol
 from .base import InverseOperator, relative_residual
 from .condition import norm1, rcond
+from .definite import proven_bound
 from .spectral_inverse import SpectralInverse
 
 __all__ = ["CHOLESKY_COPIES", "CholeskyInverse", "factorise"]
@@ -77,9 +78,33 @@ class CholeskyInverse(InverseOperator):
         """``rtol``."""
         return self.rtol
 
+    @property
+    def lower_bound(self) -> float:
+        """λ + min(penalty) of a semi-definite A where that is positive; else what a Cholesky factorisation proves."""
+        known, truth = super().lower_bound, self.truth
+        return known if known > 0 or truth is None else proven_bound(self.curvature, truth, self.hessian_perturbation)
+
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions. ``info`` holds ``residual`` (k,), ``converged`` (k,) and ``approximate`` False."""
         return self.judged(B, *self._refined(B))
+
+    @property
+    def gaussian(self) -> bool:
+        """Whether it has ``log_det`` and ``root``: it has."""
+        return True
+
+    def log_det(self) -> float:
+        """Return 2 Σ log Lᵢᵢ."""
+        return 2 * float(self.cholesky.diagonal().double().log().sum())
+
+    @property
+    def own_eigenvalues(self) -> torch.Tensor:
+        """All p, by a decomposition."""
+        return torch.linalg.eigvalsh(self.curvature.matrix)
+
+    def root(self, Z: torch.Tensor) -> torch.Tensor:
+        """Return the solutions of Lᵀ x = z."""
+        return torch.linalg.solve_triangular(self.cholesky.mT, Z.mT, upper=True).mT
 
     def at(self, hessian_perturbation: float) -> SpectralInverse:
         """Return the inverse at another λ, from the eigendecomposition of A."""

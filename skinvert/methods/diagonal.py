@@ -38,6 +38,7 @@ class Diagonal(Method):
     """
 
     name: ClassVar[str] = "diagonal"
+    gaussian: ClassVar[bool] = True
     cost: ClassVar[str] = "p products (Hessian) or one pass of the factor"
     memory: ClassVar[str] = "p"
     exactness: ClassVar[str] = "the diagonal alone"

@@ -51,6 +51,7 @@ class Direct(Method):
     """
 
     name: ClassVar[str] = "direct"
+    gaussian: ClassVar[bool] = True
     cost: ClassVar[str] = "n p², or p products (Hessian of convolutions, sequences); p³ once, p² a row"
     memory: ClassVar[str] = "3 to 4 p², or 3 r p for a factor of r < p rows"
     exactness: ClassVar[str] = "exact"

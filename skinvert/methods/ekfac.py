@@ -53,6 +53,7 @@ class EKFAC(Method):
     """
 
     name: ClassVar[str] = "ekfac"
+    gaussian: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("kronecker_factors",)
     default_curvature: ClassVar[str] = "ggn"
     cost: ClassVar[str] = "as kfac, and a second pass"

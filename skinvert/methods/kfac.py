@@ -84,6 +84,7 @@ class KFAC(Method):
     """
 
     name: ClassVar[str] = "kfac"
+    gaussian: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("kronecker_factors",)
     default_curvature: ClassVar[str] = "ggn"
     cost: ClassVar[str] = "c backward passes once; (d + i) d i a layer and row"

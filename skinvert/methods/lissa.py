@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NoReturn, Self
 import numpy as np
 import torch
 
-from .._check import check_number, check_shift, must_be
+from .._check import check_number, check_shift, finite_rows, must_be
 from .._progress import progress
 from .._scaling import norms
 from ..operators import LinearOperator
@@ -180,7 +180,7 @@ class LiSSAInverse(InverseOperator):
         residual = problem.residual(mean)
         rtol = float(self.settings.rtol or 0.0)
         mean, lost = problem.back(mean, residual)
-        held = torch.isfinite(warn_of_overflow("lissa", mean)).all(1)
+        held = finite_rows(warn_of_overflow("lissa", mean))
         converged = within(residual, problem.B, rtol)
         if not bool(converged[held].all()):
             warn_not_converged("lissa", residual[held], converged[held], rtol, self._hint())

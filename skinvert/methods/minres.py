@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from .._check import check_choice, check_shift
+from .._check import check_choice, check_shift, finite_rows
 from .._progress import progress
 from ..operators import LinearOperator
 from ..reasons import Reason, reasons
@@ -143,7 +143,7 @@ class MINRESInverse(InverseOperator):
             worse = torch.isfinite(residual) & (residual > 1)
             X, residual = torch.where(worse[:, None], 0.0, X), torch.where(worse, 1.0, residual)
         X, lost = problem.back(X, residual)
-        held = torch.isfinite(warn_of_overflow("minres", X)).all(1)
+        held = finite_rows(warn_of_overflow("minres", X))
         converged = within(residual, problem.B, self.rtol, problem.atol)
         stagnated = run.stagnated & ~converged
         hint = self._hint(bool(stagnated.any()))
@@ -174,7 +174,7 @@ class MINRESInverse(InverseOperator):
 
     def _row_by_row(self, block: BlockMINRESRun, problem: Problem) -> MINRESRun:
         """Go on from a block's iterates with rows of their own: what overflows ends its own row alone."""
-        moved = block.X.any(1) & torch.isfinite(block.X).all(1) & torch.isfinite(block.R).all(1)
+        moved = block.X.any(1) & finite_rows(block.X) & finite_rows(block.R)
         X, R = torch.where(moved[:, None], block.X, 0.0), problem.B.clone()
         if bool(moved.any()):
             R[moved] -= block.apply(X[moved])

@@ -54,6 +54,7 @@ class Nystroem(Method):
     """
 
     name: ClassVar[str] = "nystroem"
+    gaussian: ClassVar[bool] = True
     cost: ClassVar[str] = "r products once; 2 r p a row"
     memory: ClassVar[str] = "r p"
     exactness: ClassVar[str] = "the r largest eigenvalues, at random; exact for r = p"

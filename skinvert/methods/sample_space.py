@@ -66,6 +66,35 @@ class SampleSpaceInverse(InverseOperator):
         return self.judged(B, self._refined(B))
 
     @property
+    def gaussian(self) -> bool:
+        """Whether it has ``log_det`` and ``root``: it has."""
+        return True
+
+    def log_det(self) -> float:
+        """Return log det D + log det(I + F D⁻¹ Fᵀ), the matrix determinant lemma."""
+        if self.cholesky is None:
+            inner = -float(self.damped.double().log().sum())
+        else:
+            inner = 2 * float(self.cholesky.diagonal().double().log().sum())
+        return float(self.shift.double().log().sum()) + inner
+
+    @property
+    def noise_size(self) -> int:
+        """p, and the rows of F where these have a Cholesky factor."""
+        return self.size + (0 if self.cholesky is None else len(self.rows))
+
+    def root(self, Z: torch.Tensor) -> torch.Tensor:
+        """Return y − D⁻¹Fᵀ (I + F D⁻¹ Fᵀ)⁻¹ (F y + ε), with z = (D^½ y, ε): a draw of y, conditioned on F y + ε = 0.
+
+        By singular vectors D^-½ (I − VᵀV + Vᵀ (1 + σ²)^-½ V) z.
+        """
+        if self.cholesky is None:
+            return self._apply_by_vectors(Z, self.damped.sqrt(), torch.ones_like(self.inverse_shift))
+        y = Z[:, : self.size] * self.inverse_shift.sqrt()
+        inner = torch.cholesky_solve((y @ self.rows.mT + Z[:, self.size :]).mT, self.cholesky).mT
+        return y - (inner @ self.rows) * self.inverse_shift
+
+    @property
     def moves(self) -> bool:
         """Whether another λ needs no factorisation: here it does."""
         return False
@@ -161,21 +190,23 @@ class SampleSpaceInverse(InverseOperator):
 
     def _apply(self, B: torch.Tensor) -> torch.Tensor:
         if self.cholesky is None:
-            return self._apply_by_vectors(B)
+            return self._apply_by_vectors(B, self.damped, self.inverse_shift.sqrt())
         scaled = B * self.inverse_shift
         inner = torch.cholesky_solve((scaled @ self.rows.mT).mT, self.cholesky).mT
         return scaled - (inner @ self.rows) * self.inverse_shift
 
-    def _apply_by_vectors(self, B: torch.Tensor) -> torch.Tensor:
-        """Return D^-½ (I − VᵀV + Vᵀ (1 + σ²)⁻¹ V) D^-½ b, with σ and V of F D^-½: no difference of large terms."""
-        root = self.inverse_shift.sqrt()
-        scaled = B * root
+    def _apply_by_vectors(self, B: torch.Tensor, damped: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+        """Return D^-½ (I − VᵀV + Vᵀ diag(damped) V) diag(inner) b, with V of F D^-½: no difference of large terms.
+
+        The solution, with (1 + σ²)⁻¹ and D^-½.
+        """
+        scaled = B * inner
         along = scaled @ self.vectors.mT
         across = scaled - along @ self.vectors
         # Twice: what rounding leaves along V would not be damped.
         more = across @ self.vectors.mT
         across = across - more @ self.vectors
-        return (((along + more) * self.damped) @ self.vectors + across) * root
+        return (((along + more) * damped) @ self.vectors + across) * self.inverse_shift.sqrt()
 
 
 def _check_svd(rows: torch.Tensor, copies: int) -> None:

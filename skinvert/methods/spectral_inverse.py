@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from typing import ClassVar, Self
 
 import scipy.linalg
 import torch
 
-from .._check import check_hessian_perturbation, must_be
+from .._check import check_hessian_perturbation, finite_rows, must_be
 from .._memory import rows_within
 from .._telling import warn
-from ..operators import Basis, LinearOperator, Shifted, Spectral
+from ..operators import Basis, Dense, LinearOperator, Shifted, Spectral
 from ..reasons import Reason, reasons
 from ..results import InverseHvpResult
 from .base import InverseOperator, default_tolerance, relative_residual, warn_not_converged
+from .definite import proven_bound
 from .null_space import InvertedSpectrum, invert_spectrum
 
 __all__ = ["SpectralInverse"]
@@ -133,6 +135,14 @@ class SpectralInverse(InverseOperator):
         return self.rtol
 
     @property
+    def lower_bound(self) -> float:
+        """λ + min(penalty) of a semi-definite A where that is positive; of a dense matrix what Cholesky proves."""
+        known, truth = super().lower_bound, self.truth
+        if known > 0 or truth is None or self.approximate or not isinstance(self.source, Dense):
+            return known
+        return proven_bound(self.source, truth, self.hessian_perturbation)
+
+    @property
     def preconditions(self) -> bool:
         """Whether none is negative: what is left out ``precondition`` puts back."""
         return bool(self.positive_definite) or (self._spans and not self.inverted.n_negative)
@@ -148,7 +158,7 @@ class SpectralInverse(InverseOperator):
         if not self._spans and self._drops:
             inside = torch.empty_like(B)
         # Coordinates, their quotients and both parts of b: not of all rows at once.
-        step = rows_within(5 * B.shape[1] * B.element_size())
+        step = rows_within(5 * B.shape[1] * B.element_size(), self.basis.rows_at_once)
         for start in range(0, len(B), step):
             rows = slice(start, start + step)
             X[rows], outside[rows] = self._solution(B[rows], *self._split(B[rows]), inside[rows])
@@ -192,6 +202,32 @@ class SpectralInverse(InverseOperator):
             return self.basis.combination(along * (found.inverse + found.lost))
         return across + self.basis.combination(along * (found.values.min() / found.values))
 
+    @property
+    def gaussian(self) -> bool:
+        """Whether it has ``log_det`` and ``root``: it has."""
+        return True
+
+    def log_det(self) -> float:
+        """Return Σ log(θ + λ) + (p − r) log(τ + λ)."""
+        self._check_definite()
+        found = float(self.inverted.values.double().log().sum())
+        return found if self._spans else found + (self.size - self.basis.rank) * math.log(self._rest)
+
+    def root(self, Z: torch.Tensor) -> torch.Tensor:
+        """Return Q (θ + λ)^-½ Qᵀ z + (I − QQᵀ) z / (τ + λ)^½: the symmetric root."""
+        self._check_definite()
+        along, across = self._split(Z)
+        X = self.basis.combination(along * self.inverted.values.rsqrt())
+        return X if across is None else X + across / math.sqrt(self._rest)
+
+    @property
+    def own_eigenvalues(self) -> torch.Tensor | None:
+        """θ, and τ as often as it stands for one; None where the rest is left out."""
+        if not self._spans and self.complement is None:
+            return None
+        rest = self.spectrum.new_full((self.size - self.basis.rank,), self.complement or 0.0)
+        return torch.cat([self.spectrum, rest]).sort().values
+
     def check(self) -> None:
         """Raise ValueError where the parts contradict each other, or the spectrum what it is said to be of."""
         if len(self.spectrum) != self.basis.rank:
@@ -205,6 +241,20 @@ class SpectralInverse(InverseOperator):
         # Not (gap > ...): NaN compares false.
         if not bool(gap.double().norm() <= 1e-3 * size):
             raise ValueError(must_be("The eigendecomposition", "that of the matrix", "another"))
+
+    def _check_definite(self) -> None:
+        """Raise ValueError, with what is in the way, unless A + λI as it is inverted is positive definite."""
+        found = self.inverted
+        if not self._spans and self._drops:
+            got, hint = "one whose complement is left out", 'Try complement="shift".'
+        elif found.n_lost:
+            got, hint = f"{found.n_lost} eigenvalues that count as zero", "Try a larger hessian_perturbation."
+        elif not self.positive_definite:
+            least = found.least if self._spans else min(found.least, self._rest)
+            got, hint = f"a smallest eigenvalue of {least:.3g}", f"Try a larger hessian_perturbation. {self.hint}"
+        else:
+            return
+        raise ValueError(must_be("A + λI for log_det and samples", "positive definite", got, hint.strip()))
 
     @property
     def _spans(self) -> bool:
@@ -275,7 +325,7 @@ class SpectralInverse(InverseOperator):
             residual = own if self.source is not None else self.true_residual(B, X)
             judged, unknown = torch.where(residual.isnan(), judged, residual), residual.isnan()
             converged = residual <= self.rtol
-            unheld = (Reason.OUT_OF_RANGE, ~torch.isfinite(X).all(1))
+            unheld = (Reason.OUT_OF_RANGE, ~finite_rows(X))
             reason = reasons(
                 converged, Reason.STAGNATED, (Reason.NOT_JUDGED, unknown), unheld, (Reason.SINGULAR, outside)
             )

@@ -1,6 +1,6 @@
 """Models that can be inverted: PyTorch modules, skorch nets, scikit-learn models, any ``TwiceDifferentiable``."""
 
-from .adapt import FittedSearch, as_margin, as_model, is_model, register_model
+from .adapt import FittedSearch, as_margin, as_model, as_outputs, is_model, register_model
 from .base import TwiceDifferentiable
 from .batches import labels_key, leading_length, map_tensors, rebuilt, row_axes, with_row_axis
 from .losses import (
@@ -42,6 +42,7 @@ __all__ = [
     "as_loss",
     "as_margin",
     "as_model",
+    "as_outputs",
     "is_model",
     "labels_key",
     "leading_length",

@@ -18,13 +18,13 @@ from torch import nn
 from .._check import must_be
 from .._types import Decay
 from .base import TwiceDifferentiable
-from .losses import Margin
+from .losses import Margin, OutputSum
 from .shared import UNFITTED, SharedModel
 from .sklearn import SklearnTwiceDifferentiable
 from .skorch import SkorchTwiceDifferentiable
 from .torch import TorchTwiceDifferentiable
 
-__all__ = ["FittedSearch", "as_margin", "as_model", "is_model", "register_model"]
+__all__ = ["FittedSearch", "as_margin", "as_model", "as_outputs", "is_model", "register_model"]
 
 ACCEPTED = "a torch.nn.Module, an initialised skorch net, a fitted scikit-learn model or a TwiceDifferentiable"
 
@@ -127,6 +127,13 @@ def as_margin(model: object) -> TwiceDifferentiable:
         raise TypeError(must_be("The model for the margin", "a classifier", type(model).__name__))
     adapted.loss = Margin() if adapted.loss is None else Margin(adapted.loss.takes)
     return adapted
+
+
+def as_outputs(model: object) -> TwiceDifferentiable:
+    """Return ``model`` adapted, its outputs in place of its loss."""
+    model = _unwrap(model)
+    adapted = TorchTwiceDifferentiable(model, OutputSum()) if isinstance(model, nn.Module) else as_model(model)
+    return adapted.of_outputs() if isinstance(adapted, TorchTwiceDifferentiable) else adapted
 
 
 def _unwrap(model: object) -> object:

@@ -56,7 +56,8 @@ def map_tensors(function: Any, batch: Batch) -> Any:
 
 def rebuilt(container: tuple[Any, ...] | list[Any], parts: Iterable[Batch]) -> Any:
     """Return ``parts`` in a container of the same type: a named tuple takes them one by one."""
-    if isinstance(container, tuple) and isinstance(container, _NamedTuple):
+    # Plain tuples first: to ask a protocol takes as long as a small layer.
+    if type(container) is not tuple and isinstance(container, tuple) and isinstance(container, _NamedTuple):
         return container._make(parts)
     return type(container)(parts)
 

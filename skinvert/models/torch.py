@@ -23,7 +23,7 @@ from .compiled import eager
 from .conversion import Conversion
 from .labelled import Reading, gives_its_loss, logits_of, reading_of
 from .leaks import Watch
-from .losses import Loss, OutputHessian, Predictive, as_loss
+from .losses import Loss, OutputHessian, OutputSum, Predictive, as_loss
 from .plain_functions import PlainFunctions
 from .second_derivative import check_loss_derivative, check_second_derivative, in_float64
 from .structural_copy import structural_copy
@@ -207,6 +207,28 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         duplicate._shared = {name: (tensor, checksum(tensor)) for name, tensor in kept.items()}
         return duplicate
 
+    @ordinary
+    def doubled(self, batch: Batch) -> TorchTwiceDifferentiable | None:
+        """Return a copy at this very θ that computes in float64; None where the model does not take the batch so.
+
+        Nor where it casts to less on its way. Twice the memory of the module.
+        """
+        duplicate, found = copy.copy(self), dict[int, tuple[str, torch.Tensor]]()
+        selected = {id(tensor) for tensor in self.theta}
+        conversion = Conversion(self.module, selected, self.dtype, torch.float64, self.device)
+        duplicate.module = structural_copy(self.module, conversion, found)
+        duplicate._select(list(self.layout.names))
+        duplicate.loss = None if self.loss is None else self.loss.to(torch.float64, self.device)
+        duplicate.watch = watch = Watch(found, selected, torch.float64)
+        watch.quiet, duplicate.batched_rows = True, {}
+        few = map_tensors(lambda tensor: tensor[:8] if tensor.ndim else tensor, _doubled(batch))
+        try:
+            duplicate.per_sample_loss(duplicate.forward(few), few)
+        except (RuntimeError, TypeError, ValueError):
+            # A model may hold to its own dtype.
+            return None
+        return None if watch.lower else duplicate
+
     # Parameters shared with the user's model, with their checksums.
     _shared: Mapping[str, tuple[torch.Tensor, Any]] = {}
 
@@ -233,6 +255,16 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         if not isinstance(data, tuple) or len(data) != 2:
             raise TypeError(must_be("data", "an (X, y) tuple for a Pipeline", f"a {type(data).__name__}"))
         return (self.features.transform(data[0]), data[1])
+
+    # Whether targets count: not where the outputs alone are asked.
+    reads_targets = True
+
+    def of_outputs(self) -> TorchTwiceDifferentiable:
+        """Return a copy whose loss is the sum of its outputs, whatever the targets; a subclass's own loss stays."""
+        other = copy.copy(self)
+        if not self._own_loss():
+            other.loss, other.reads_targets, other._learned = OutputSum(), False, True
+        return other
 
     # How the logits and labels of batches that are mappings meet the loss.
     reading: Reading = Reading()

@@ -7,6 +7,7 @@ from .factors import KroneckerBlock, KroneckerFactors
 from .kronecker import Kronecker
 from .simple import Dense, DiagonalMatrix, LowRank, Shifted
 from .spectral import Spectral
+from .trace_estimate import trace
 
 __all__ = [
     "FACES",
@@ -29,5 +30,6 @@ __all__ = [
     "as_scipy",
     "check_dense_memory",
     "symmetrise",
+    "trace",
     "zero_cut",
 ]

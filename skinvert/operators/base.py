@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar, NoReturn, Protocol
@@ -23,7 +24,7 @@ __all__ = ["FACES", "LinearOperator", "add_to_diagonal", "as_scipy", "check_dens
 # What an operator may offer beside products, its matrix and its diagonal; ``LinearOperator.faces`` says which it has.
 FACES = ("factor", "factor_chunks", "sample_factors", "gradient_rows", "kronecker_factors", "minibatch")
 # What computes, and so is made right under any ambient state of autograd.
-_COMPUTED = ("apply", "to_dense", "diagonal", "signals", *FACES)
+_COMPUTED = ("apply", "to_dense", "diagonal", "in_float64", "signals", *FACES)
 # What a file holds of every operator.
 ON_ROWS = {"size": "int", "dtype": "dtype", "device": "device"}
 
@@ -111,6 +112,21 @@ class LinearOperator(TensorState, ABC):
     def psd_companion(self) -> LinearOperator | None:
         """Return a positive semi-definite operator that stands for this one in preconditioners; None where none is."""
         return self if self.is_psd else None
+
+    @property
+    def lower_bound(self) -> float:
+        """A number that no eigenvalue is below, by construction; NaN where none is known."""
+        if not self.is_psd:
+            return math.nan
+        # The penalty is part of A; in the operator's dtype it may have been rounded upwards.
+        return 0.0 if self.penalty is None else float(self.penalty.min()) * (1 - torch.finfo(self.dtype).eps)
+
+    def in_float64(self) -> LinearOperator | None:
+        """Return the operator with its products in float64, of the numbers that it was given; None where it has none.
+
+        Here itself, where its dtype is that already. A class whose products are not right to rounding returns None.
+        """
+        return self if self.dtype == torch.float64 else None
 
     def refining_residual(self, B: torch.Tensor, X: torch.Tensor, shift: float) -> torch.Tensor | None:
         """Return b − (A + λI) x as one step of refinement wants it; None where that is not at hand, or not needed."""

@@ -15,6 +15,11 @@ from .placing import in_chunks, join_blocks, order_of, split_blocks
 __all__ = ["Basis", "BlockBasis", "Eigenvectors", "KroneckerBasis", "StandardBasis", "rounding", "zero_cut"]
 
 
+# Numbers of the rows that are taken at once where each is a matrix of its own: what is made of them stays in the
+# caches, and small tensors take memory that was used before, where large ones take new pages.
+AT_ONCE = 2**18
+
+
 def rounding(size: int, dtype: torch.dtype) -> float:
     """Return (10 + √p)·eps: how far from zero a null eigenvalue of a p × p matrix of norm 1 comes out by rounding.
 
@@ -51,6 +56,11 @@ class Basis(TensorState, ABC):
     def rank(self) -> int:
         """Number r of vectors: p, unless a class says otherwise."""
         return self.size
+
+    @property
+    def rows_at_once(self) -> int | None:
+        """How many rows to take at once for speed; None is all, for the sake of one GEMM."""
+        return None
 
     @abstractmethod
     def coordinates(self, V: torch.Tensor) -> torch.Tensor:
@@ -139,6 +149,11 @@ class KroneckerBasis(Basis):
     def size(self) -> int:
         """Number of entries of the matrices."""
         return math.prod(self.shape)
+
+    @property
+    def rows_at_once(self) -> int | None:
+        """A few on the CPU: each row is a matrix, with GEMMs of its own."""
+        return max(8, AT_ONCE // self.size) if self.left.device.type == "cpu" else None
 
     def coordinates(self, V: torch.Tensor) -> torch.Tensor:
         """Return U_Gᵀ W U_A of matrices W, flat."""
@@ -232,6 +247,12 @@ class BlockBasis(Basis):
     def rank(self) -> int:
         """Number of all vectors."""
         return sum(basis.rank for basis in self.bases)
+
+    @property
+    def rows_at_once(self) -> int | None:
+        """As many as the whole of a row allows, where all blocks but the axes want few."""
+        wanted = [basis.rows_at_once for basis in self.bases if not isinstance(basis, StandardBasis)]
+        return max(8, AT_ONCE // self.size) if wanted and None not in wanted else None
 
     def coordinates(self, V: torch.Tensor) -> torch.Tensor:
         """Return each block's coordinates, in chunks of rows that fit the working memory."""

@@ -21,12 +21,22 @@ class Dense(LinearOperator):
     """
 
     _fields = {**ON_ROWS, "matrix": "tensor[p,p]", "is_psd": "bool|missing", "hint": "str|missing"}
+    _transient = ("_proven",)
+    # For each λ what no eigenvalue of A + λI is below, once that was asked for.
+    _proven: dict[float, float] | None = None
 
     def __init__(self, matrix: torch.Tensor) -> None:
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(must_be("matrix", "square", f"shape {tuple(matrix.shape)}"))
         super().__init__(len(matrix), matrix.dtype, matrix.device)
         self.matrix = matrix
+
+    @property
+    def proven(self) -> dict[float, float]:
+        """What is proven of the smallest eigenvalue, by λ."""
+        if self._proven is None:
+            self._proven = {}
+        return self._proven
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return V A."""
@@ -39,6 +49,14 @@ class Dense(LinearOperator):
     def diagonal(self) -> torch.Tensor:
         """Return the diagonal of the matrix."""
         return self.matrix.diagonal().clone()
+
+    def in_float64(self) -> Dense:
+        """Return the operator of the same matrix in float64."""
+        if self.dtype == torch.float64:
+            return self
+        double = Dense(self.matrix.double())
+        double.is_psd, double.hint = self.is_psd, self.hint
+        return double
 
     def refining_residual(self, B: torch.Tensor, X: torch.Tensor, shift: float) -> torch.Tensor | None:
         """Return that of a float32 matrix, summed in float64 by blocks: float32 loses the digits of the condition."""
@@ -73,6 +91,15 @@ class DiagonalMatrix(LinearOperator):
     def diagonal(self) -> torch.Tensor:
         """Return a copy of the diagonal."""
         return self.entries.clone()
+
+    @property
+    def lower_bound(self) -> float:
+        """The smallest entry."""
+        return float(self.entries.min())
+
+    def in_float64(self) -> DiagonalMatrix:
+        """Return the same diagonal in float64."""
+        return self if self.dtype == torch.float64 else DiagonalMatrix(self.entries.double())
 
 
 class LowRank(LinearOperator):
@@ -117,6 +144,12 @@ class LowRank(LinearOperator):
         diagonal = self.rows.square().sum(0)
         return diagonal if self.penalty is None else diagonal + self.penalty
 
+    def in_float64(self) -> LowRank:
+        """Return the operator of the same rows in float64."""
+        if self.dtype == torch.float64:
+            return self
+        return LowRank(self.rows.double(), None if self.penalty is None else self.penalty.double())
+
 
 class Shifted(LinearOperator):
     """The operator A + λI.
@@ -147,3 +180,13 @@ class Shifted(LinearOperator):
     def diagonal(self) -> torch.Tensor:
         """Return the diagonal of A plus λ."""
         return self.operator.diagonal() + self.shift
+
+    @property
+    def lower_bound(self) -> float:
+        """That of A plus λ."""
+        return self.operator.lower_bound + self.shift
+
+    def in_float64(self) -> Shifted | None:
+        """Return A + λI with the products of A in float64."""
+        double = self.operator.in_float64()
+        return None if double is None else Shifted(double, self.shift)

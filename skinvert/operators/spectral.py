@@ -33,6 +33,9 @@ class Spectral(LinearOperator):
         along = self.basis.combination(self.basis.coordinates(V) * (self.values - self.rest))
         return self.rest * V + along if self.rest else along
 
+    def in_float64(self) -> None:
+        """Return None: eigenpairs are right to the tolerance of their solver, not to rounding."""
+
     def diagonal(self) -> torch.Tensor:
         """Return the diagonal (p,)."""
         return self.rest + self.basis.diagonal(self.values - self.rest)

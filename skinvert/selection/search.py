@@ -17,7 +17,7 @@ from sklearn.utils import check_array
 
 from .._arguments import check_fit_arguments, check_method
 from .._autograd import ordinary
-from .._check import check_hessian_perturbation, check_sample_weight, check_shift, must_be
+from .._check import check_sample_weight, check_shift, must_be
 from .._fitting import fit_whole
 from .._frames import Frame
 from .._progress import progress
@@ -31,6 +31,7 @@ from ..inverter import HessianInverter
 from ..methods.base import Method
 from ..models import SklearnTwiceDifferentiable, as_model, is_model
 from ..persistence import left_out, require_present
+from ..perturbation import check_perturbation, resolve, share_of
 from .chosen import ChosenInverter
 from .scorer import QuadraticScorer
 
@@ -38,6 +39,8 @@ __all__ = ["HessianInverterCV"]
 
 # Settings that HessianInverter does not have.
 OWN = ("hessian_perturbations", "cv", "scoring")
+# Of `cv_results_`.
+COLUMN = "param_hessian_perturbation"
 # What a file holds beside the settings.
 FITTED = {
     "inverter_": "state",
@@ -58,8 +61,9 @@ class HessianInverterCV(ChosenInverter):
 
     Parameters
     ----------
-    hessian_perturbations : iterable of float, default=(1e-6, 1e-5, ..., 1e2)
-        λ ≥ 0 to choose from, on the scale of the mean loss.
+    hessian_perturbations : iterable of float or str, default=(1e-6, 1e-5, ..., 1e2)
+        λ ≥ 0 to choose from, on the scale of the mean loss; or shares of the mean eigenvalue, ``"1e-2 rel"``, of each
+        fold's own H, and then of that of all rows. Both may stand in one grid.
     cv : int, splitter or iterable of (train, test), default=5
         Folds of rows; an int takes consecutive rows, unshuffled, as ``KFold`` does.
     scoring : callable, default=None
@@ -103,7 +107,7 @@ class HessianInverterCV(ChosenInverter):
 
     def __init__(
         self,
-        hessian_perturbations: Iterable[float] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2),
+        hessian_perturbations: Iterable[float | str] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2),
         *,
         cv: object = 5,
         scoring: Callable[..., float] | None = None,
@@ -167,7 +171,7 @@ class HessianInverterCV(ChosenInverter):
         fit_whole(self, lambda fresh: fresh._search(X, y, sample_weight, groups, shifts))
         return self
 
-    def _search(self, X: object, y: object, sample_weight: object, groups: object, shifts: list[float]) -> None:
+    def _search(self, X: object, y: object, sample_weight: object, groups: object, shifts: list[float | str]) -> None:
         model, data = self._model_and_data(X, y)
         n, targets = count(data)
         weights = check_sample_weight(sample_weight, n)
@@ -201,7 +205,7 @@ class HessianInverterCV(ChosenInverter):
         adapted.settle(batches_of(adapted, data, batch_size=self.batch_size, sample_weight=weights))
         return adapted
 
-    def _inverter(self, shift: float) -> HessianInverter:
+    def _inverter(self, shift: float | str) -> HessianInverter:
         settings = {name: value for name, value in self.get_params(deep=False).items() if name not in OWN}
         return HessianInverter(hessian_perturbation=shift, **settings)
 
@@ -210,18 +214,18 @@ class HessianInverterCV(ChosenInverter):
         model: object,
         data: object,
         weights: np.ndarray | None,
-        shifts: list[float],
+        settings: list[float | str],
         train: np.ndarray,
         test: np.ndarray,
     ) -> list[float]:
-        # λ = 0 may want another factorisation than λ > 0, which is at hand then for every λ.
-        inverter = self._inverter(0.0 if 0.0 in shifts else max(shifts))
+        inverter = self._inverter(_first(settings))
         seen, held = take(data, train), take(data, test)
         part, rest = (None, None) if weights is None else (weights[train], weights[test])
         with warnings.catch_warnings():
             # Of a λ that is only where the path starts from; indefinite ones score -inf, and are warned of.
             warnings.simplefilter("ignore", scipy.linalg.LinAlgWarning)
             inverter.fit(*((model, seen) if model is not None else as_pair(seen)), sample_weight=part)
+        shifts = _resolved(settings, inverter)
         for shift in shifts:
             check_shift(shift, inverter._factorised("another λ").dtype)
         scoring = QuadraticScorer(None) if self.scoring is None else require_present(self.scoring, "scoring")
@@ -235,19 +239,21 @@ class HessianInverterCV(ChosenInverter):
             raise TypeError(must_be("scoring", must, repr(scoring), "Try `make_quadratic_scorer()`."))
         return [float(scoring(inverter._at(shift), *as_pair(held), **weighed)) for shift in shifts]
 
-    def _choose(self, shifts: list[float], scores: np.ndarray) -> None:
+    def _choose(self, shifts: list[float | str], scores: np.ndarray) -> None:
         scores = np.where(np.isnan(scores), -np.inf, scores)
         mean = scores.mean(1)
         if not np.isfinite(mean).any():
-            hint = f'Try λ > {max(shifts):.3g}, or curvature="ggn".'
-            got = f"a score of -inf in some fold for each of {', '.join(f'{shift:.3g}' for shift in shifts)}"
+            told = [shift if isinstance(shift, str) else f"{shift:.3g}" for shift in shifts]
+            largest = max([shift for shift in shifts if not isinstance(shift, str)], default=None)
+            hint = f'Try {"a larger λ" if largest is None else f"λ > {largest:.3g}"}, or curvature="ggn".'
+            got = f"a score of -inf in some fold for each of {', '.join(told)}"
             raise ValueError(must_be("hessian_perturbations", "such that one λ serves every fold", got, hint))
         with np.errstate(invalid="ignore"):
             std = scores.std(1)
         rank = scipy.stats.rankdata(-mean, method="min").astype(np.int32)
         self.cv_results_: State = {
             "params": [{"hessian_perturbation": shift} for shift in shifts],
-            "param_hessian_perturbation": np.ma.array(shifts),
+            COLUMN: _masked(shifts),
             **{f"split{i}_test_score": column for i, column in enumerate(scores.T)},
             "mean_test_score": mean,
             "std_test_score": std,
@@ -264,7 +270,9 @@ class HessianInverterCV(ChosenInverter):
         state["cv"] = int(self.cv) if isinstance(self.cv, numbers.Integral) else left_out(self.cv)
         state["scoring"] = left_out(self.scoring)
         state["hessian_perturbations"] = [entry["hessian_perturbation"] for entry in self.cv_results_["params"]]
-        return {**state, "inverter_": self.inverter_._file_state()}
+        # The same settings again, as an array of objects where strings are among them, which no file holds.
+        results = {name: value for name, value in self.cv_results_.items() if name != COLUMN}
+        return {**state, "cv_results_": results, "inverter_": self.inverter_._file_state()}
 
     @classmethod
     def _file_fields(cls) -> tuple[Mapping[str, str], frozenset[str]]:
@@ -279,19 +287,45 @@ class HessianInverterCV(ChosenInverter):
         check_container(state)
         state["inverter_"] = inverter = HessianInverter._restored(inner)
         chosen = results["params"][state["best_index_"]]["hessian_perturbation"]
-        if chosen != inverter.hessian_perturbation_:
-            raise ValueError(
-                must_be("The λ chosen", f"that of the inverse, {inverter.hessian_perturbation_:g}", chosen)
-            )
-        # Arrays of a file have no masks.
-        results["param_hessian_perturbation"] = np.ma.array(results["param_hessian_perturbation"])
+        # A share of the mean eigenvalue is known by its name alone: H is not in a file.
+        own = inverter.hessian_perturbation if isinstance(chosen, str) else inverter.hessian_perturbation_
+        if chosen != own:
+            raise ValueError(must_be("The λ chosen", f"that of the inverse, {own}", chosen))
+        settings = [entry["hessian_perturbation"] for entry in results["params"]]
+        state["cv_results_"] = {"params": results["params"], COLUMN: _masked(settings), **results}
         return super()._restored(state)
 
 
-def _check_shifts(values: object) -> list[float]:
+def _first(settings: list[float | str]) -> float | str:
+    """Return the setting to factorise a fold at: 0 where it is asked for, else the largest, a number if there is one.
+
+    λ = 0 may want another factorisation than λ > 0, which is at hand then for every λ.
+    """
+    numbers_of = [setting for setting in settings if not isinstance(setting, str)]
+    if numbers_of:
+        return 0.0 if 0.0 in numbers_of else max(numbers_of)
+    return max([setting for setting in settings if isinstance(setting, str)], key=share_of)
+
+
+def _resolved(settings: list[float | str], inverter: HessianInverter) -> list[float]:
+    """Return λ for each setting, over the H of a fitted inverter."""
+    first = inverter.hessian_perturbation
+    if not isinstance(first, str):
+        return resolve(settings, inverter.curvature_, inverter.random_state)
+    # It knows the mean eigenvalue already.
+    mean = inverter.hessian_perturbation_ / share_of(first)
+    return [share_of(setting) * mean if isinstance(setting, str) else setting for setting in settings]
+
+
+def _masked(settings: list[float | str]) -> np.ma.MaskedArray:
+    mixed = any(isinstance(setting, str) for setting in settings)
+    return np.ma.array(settings, dtype=object if mixed else np.float64)
+
+
+def _check_shifts(values: object) -> list[float | str]:
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(must_be("hessian_perturbations", "an iterable of λ ≥ 0", repr(values)))
-    shifts = [check_hessian_perturbation(value, "HessianInverterCV") for value in values]
+    shifts = [check_perturbation(value, "HessianInverterCV") for value in values]
     if not shifts:
         raise ValueError(must_be("hessian_perturbations", "at least one λ", "none"))
     return shifts

@@ -12,6 +12,7 @@ from sklearn.base import clone
 
 from .._check import must_be
 from ..methods.base import InverseOperator, Method
+from ..methods.quadratic import QuadraticForms
 from ..models import TwiceDifferentiable
 from ..reasons import Reason
 from ..registry import InversionRegistry
@@ -209,6 +210,33 @@ def check_rows_are_alone(method: Method) -> None:
         _same(problem, method, mixture, 2 * X[:1] - 3 * X[1:2], "x is linear in b")
 
 
+def check_bounds_hold(method: Method) -> None:
+    """Hold quadratic forms to their bounds, of pairs and of rows alone, on indefinite matrices too."""
+    for problem, inverse in _inverses(method):
+        G, B = rows(4, problem.A.size, problem.A.dtype), rows(5, problem.A.size, problem.A.dtype, seed=1)
+        pairs, own = inverse.quadratic(G, B), inverse.quadratic(B)
+        _within(problem, pairs, G.double() @ problem.solutions(B).mT, "gᵀx is within its bounds, or has none")
+        _within(problem, own, (B.double() * problem.solutions(B)).sum(1), "bᵀx is within its bounds, or has none")
+
+
+def check_root_is_of_the_inverse(method: Method) -> None:
+    """Hold ``log_det`` and ``root`` to the matrix that is inverted, where the method is ``gaussian``; else to raise."""
+    for problem, inverse in _inverses(method):
+        stated = type(method.choose(problem.A, problem.shift)).gaussian
+        _claim(inverse.gaussian == stated, f"`gaussian` is {stated}, as stated", inverse.gaussian, problem)
+        matrix = inverse.operator.to_dense().double().cpu().numpy()
+        if not stated or float(np.linalg.eigvalsh(matrix)[0]) <= 0:
+            _claim(_raises(inverse), "what has no root raises", "none", problem)
+            continue
+        expected, limit = float(np.linalg.slogdet(matrix)[1]), problem.condition * ROUNDING[inverse.dtype]
+        gap = abs(inverse.log_det() - expected)
+        _claim(gap <= limit * len(matrix), f"log_det() is {expected:.4g}", inverse.log_det(), problem)
+        identity = torch.eye(inverse.noise_size, dtype=inverse.dtype, device=inverse.device)
+        S = inverse.root(identity).double().cpu().numpy()
+        gap = float(np.linalg.norm(S.T @ S @ matrix - np.eye(len(matrix)), 2))
+        _claim(gap <= 10 * limit, "root times its transpose is the inverse", f"{gap:.3g} off", problem)
+
+
 def check_solves_alike_twice(method: Method) -> None:
     """Hold that two solves, and two inversions with one seed, agree, and leave the global generators alone."""
     seeded = clone(method)
@@ -250,6 +278,8 @@ METHOD_CHECKS: list[Callable[[Method], None]] = [
     check_another_shift_is_fresh,
     check_path_is_solve,
     check_rows_are_alone,
+    check_bounds_hold,
+    check_root_is_of_the_inverse,
     check_solves_alike_twice,
     check_state_survives_pickling,
 ]
@@ -296,6 +326,24 @@ def _truly(problem: Problem, B: torch.Tensor, X: torch.Tensor, received: torch.T
     error = float((received.double().cpu() - expected).abs().max())
     limit = ROUNDING[B.dtype] * max(1.0, float(expected.max()))
     _claim(error <= limit, f"{what} is the true {numbers(expected)}", numbers(received), problem)
+
+
+def _within(problem: Problem, forms: QuadraticForms, exact: torch.Tensor, what: str) -> None:
+    outside = torch.maximum(forms.lower.cpu() - exact, exact - forms.upper.cpu()).nan_to_num(-1.0)
+    # The dense solve has a rounding of its own.
+    limit = 1e-12 * problem.condition * float(exact.abs().max())
+    _claim(float(outside.max()) <= limit, what, f"{numbers(outside)} outside", problem)
+
+
+def _raises(inverse: InverseOperator) -> bool:
+    """Return whether both faces of a root raise, in words of what is in the way."""
+    expected, told = (ValueError if inverse.gaussian else TypeError), []
+    for face in (inverse.log_det, lambda: inverse.root(torch.eye(inverse.noise_size, dtype=inverse.dtype))):
+        try:
+            face()
+        except (TypeError, ValueError) as error:
+            told.append(type(error) is expected and "must be" in str(error))
+    return told == [True, True]
 
 
 def _claim(holds: bool, what: str, got: object, problem: Problem | None = None) -> None:

@@ -226,6 +226,49 @@ def test_memory_changes_nothing():
     assert max(map(relative, received, expected)) <= 1e-12
 
 
+@pytest.mark.parametrize("share", [16, 10**9])
+def test_what_was_seen_serves_the_refit_where_it_is_small(share, monkeypatch):
+    from skinvert.curvature.layers import passes
+
+    net, X, y = problem(mlp)
+    A, counted = fitted(net, X, y, "kfac", batch_size=4).curvature_, []
+    monkeypatch.setattr(passes, "SHARE", share)
+    monkeypatch.setattr(passes, "captured", lambda *given, own=passes.captured: counted.append(1) or own(*given))
+    factors = A.kronecker_factors()
+    bases, first = [block.decompose()[0] for block in factors.blocks], len(counted)
+    once = factors.refit(bases)
+    assert (first, len(counted)) == (3, 3 if share == 16 else 6)
+    # As often as it is asked, with whatever bases.
+    again = factors.refit(bases)
+    assert all(map(torch.equal, once, again))
+
+
+@pytest.mark.parametrize("width", [191, 192, 193, 401])
+def test_a_symmetric_product_by_its_blocks(width):
+    from skinvert.curvature.layers.kinds import symmetric_gram
+
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((7, 2, width)), rng.random(7)
+    received = symmetric_gram(torch.from_numpy(x * w[:, None, None]), torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(received, np.einsum("m,mti,mtj->ij", w, x, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+def test_a_layer_that_is_wider_than_a_block(method):
+    torch.manual_seed(0)
+    net, X = nn.Sequential(nn.Linear(200, 2)).double(), torch.randn(12, 200, dtype=torch.float64)
+    y = torch.randint(0, 2, (12,))
+    P, a = net(X).softmax(1).detach(), torch.cat([X, torch.ones(12, 1, dtype=torch.float64)], 1)
+    H = torch.diag_embed(P) - P[:, :, None] * P[:, None, :]
+    expected = torch.kron(H.mean(0), a.mT @ a / 12)
+    if method == "ekfac":
+        Q = torch.kron(torch.linalg.eigh(H.mean(0))[1], torch.linalg.eigh(a.mT @ a / 12)[1])
+        exact = torch.einsum("ncd,ni,nj->cidj", H, a, a).reshape(402, 402) / 12
+        expected = Q @ (Q.mT @ exact @ Q).diagonal().diag() @ Q.mT
+    order = torch.cat([torch.arange(402).reshape(2, 201)[:, :200].ravel(), torch.arange(2) * 201 + 200])
+    assert relative(dense(fitted(net, X, y, method)), expected[order[:, None], order].numpy()) <= 1e-10
+
+
 class Odd(nn.Module):
     """A network with one thing in it that has no Kronecker factors."""
 

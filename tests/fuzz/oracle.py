@@ -78,19 +78,22 @@ class Oracle:
     def ggn(self):
         G = torch.zeros(self.p, self.p, dtype=torch.float64)
         for i, w in enumerate(self.weights):
-            if not w:
-                continue
-            f = self.outputs(slice(i, i + 1))
-            J = torch.stack([self.derivative(e, retain_graph=True) for e in f.reshape(-1)]).detach()
-            free = f.detach().requires_grad_(True)
-            (r,) = torch.autograd.grad(self.loss.summed(free, self.y[i : i + 1]), free, create_graph=True)
-            columns = [
-                torch.autograd.grad(e, free, retain_graph=True, allow_unused=True)[0] if e.requires_grad else None
-                for e in r.reshape(-1)
-            ]
-            D = torch.stack([torch.zeros_like(free).reshape(-1) if c is None else c.reshape(-1) for c in columns])
-            G += w * J.mT @ D @ J
+            if w:
+                G += w * self.row_ggn(i)
         return G / self.mass() + self._penalty()
+
+    def row_ggn(self, i):
+        """JᵀDJ of a row's loss before the average."""
+        f = self.outputs(slice(i, i + 1))
+        J = torch.stack([self.derivative(e, retain_graph=True) for e in f.reshape(-1)]).detach()
+        free = f.detach().requires_grad_(True)
+        (r,) = torch.autograd.grad(self.loss.summed(free, self.y[i : i + 1]), free, create_graph=True)
+        columns = [
+            torch.autograd.grad(e, free, retain_graph=True, allow_unused=True)[0] if e.requires_grad else None
+            for e in r.reshape(-1)
+        ]
+        D = torch.stack([torch.zeros_like(free).reshape(-1) if c is None else c.reshape(-1) for c in columns])
+        return J.mT @ D @ J
 
     @once
     def empirical_fisher(self):
@@ -107,6 +110,20 @@ class Oracle:
             f = self.outputs(slice(i, i + 1))
             parts.append(scale * self.derivative(self.loss.summed(f, self.y[i : i + 1])).detach())
         return torch.stack(parts)
+
+    @property
+    def scale(self):
+        """κ."""
+        return float(self.weights.sum()) / self.mass()
+
+    def losses(self, step):
+        """The ℓᵢ at θ + step."""
+        theta = self.flat([t.detach() for t in self.theta])
+        self._put(theta + step)
+        rows = range(len(self.X))
+        found = [float(self.loss.summed(self.outputs(slice(i, i + 1)), self.y[i : i + 1])) for i in rows]
+        self._put(theta)
+        return self.scale * torch.tensor(found, dtype=torch.float64)
 
     def _penalty(self):
         return self.weight_decay * torch.eye(self.p, dtype=torch.float64)

@@ -40,6 +40,18 @@ def run(case, shared=None):
 
     ``shared`` is a dict in which the variants of one case keep their oracle.
     """
+    module, X, y, loss, weights, oracle = built(case, {} if shared is None else shared)
+    before = state_of(module, X)
+    outcome, facts = _in_ambient(case, lambda: _solve(case, module, X, y, loss, weights, oracle))
+    if not same(before, state_of(module, X)) or not module.training:
+        raise Changed(repr(case))
+    if outcome is None:
+        return facts
+    return _judge(case, oracle, loss, *outcome, facts)
+
+
+def built(case, shared):
+    """Return module, X, y, loss, weights and oracle of a case; ``shared`` keeps the oracle."""
     torch.manual_seed(case.seed)
     module, X = M.build(case)
     module.eval()
@@ -52,19 +64,13 @@ def run(case, shared=None):
     weights = np.random.default_rng(case.seed).integers(0, 3, case.n) if case.form == "weighted" else None
     if weights is not None and not weights.any():
         weights[0] = 1
-    shared = {} if shared is None else shared
     oracle = shared.setdefault("oracle", None) or Oracle(case, module, X, y, loss, weights)
     shared["oracle"] = oracle
-    before = _state(module, X)
-    outcome, facts = _in_ambient(case, lambda: _solve(case, module, X, y, loss, weights, oracle))
-    if not _same(before, _state(module, X)) or not module.training:
-        raise Changed(repr(case))
-    if outcome is None:
-        return facts
-    return _judge(case, oracle, loss, *outcome, facts)
+    return module, X, y, loss, weights, oracle
 
 
-def _state(module, X):
+def state_of(module, X):
+    """What must be as it was."""
     tensors = [*module.parameters(), *module.buffers(), X]
     return (
         [t.detach().clone() for t in tensors],
@@ -73,7 +79,8 @@ def _state(module, X):
     )
 
 
-def _same(one, other):
+def same(one, other):
+    """Whether two states are equal."""
     return all(torch.equal(a, b) for a, b in zip(one[0], other[0], strict=True)) and one[1:] == other[1:]
 
 
@@ -108,7 +115,7 @@ def _method(case):
     return case.method
 
 
-def _data(case, X, y):
+def data_of(case, X, y):
     if case.form == "arrays":
         return X.numpy(), y.numpy()
     if case.form == "dataset":
@@ -137,7 +144,7 @@ def _solve(case, module, X, y, loss, weights, oracle):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
-            inverter.fit(module, _data(case, X, y), weights)
+            inverter.fit(module, data_of(case, X, y), weights)
             gradients = _gradients(case, module, X, y, loss, weights, oracle) if case.rhs == "gradients" else None
             b = _as_given(case, right_hand_sides(case, oracle.p, gradients))
             x, info = inverter.solve(b)
@@ -153,7 +160,7 @@ def _solve(case, module, X, y, loss, weights, oracle):
     return (inverter, b, x, info, [str(one.message) for one in told if _is_of_rows(one.category)]), ""
 
 
-def _slope_of(case):
+def slope_of(case):
     """Return the rounding of torch's own hard sigmoid, whose slope of 1/6 is in float32 whatever the dtype."""
     return 1e-9 if {"hardsigmoid", "hardswish"} & set(case.activations) else 0.0
 
@@ -168,7 +175,7 @@ def _gradients(case, module, X, y, loss, weights, oracle):
         expected = oracle.gradient_rows()
     own = PerSampleGradient(module, loss=loss.given, batch_size=case.batch_size, dtype=case.dtype)
     received = own.fit_transform(X, y, **({} if weights is None else {"sample_weight": weights})).double()
-    eps = max(torch.finfo(case.dtype or case.model_dtype).eps, _slope_of(case))
+    eps = max(torch.finfo(case.dtype or case.model_dtype).eps, slope_of(case))
     # Rounding is relative to what is summed: at least the largest row.
     if not float((received - expected).abs().max()) <= 3e3 * eps * (float(expected.abs().max()) + case.input_scale):
         raise Silent(f"gradients off by {float((received - expected).abs().max()):.3g}\n{case!r}")
@@ -199,7 +206,7 @@ def _judge(case, oracle, loss, inverter, b, x, info, told, _):
         return "no oracle"
     # x comes back in b's dtype.
     given = torch.as_tensor(np.asarray(x)).dtype
-    eps = max(torch.finfo(dtype).eps, torch.finfo(given).eps, _slope_of(case))
+    eps = max(torch.finfo(dtype).eps, torch.finfo(given).eps, slope_of(case))
     size = float(gradient.norm())
     if abs(inverter.gradient_norm_ - size) > 1e3 * eps * max(size, float(oracle.gradient_rows().norm())) and not told:
         raise Silent(f"the gradient's norm {inverter.gradient_norm_} is {size}\n{case!r}")

@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections import Counter
 
+from fuzz import scores
 from fuzz.cases import VARIANTS, cases, variants_of
 from fuzz.runner import Changed, Raw, Silent, run
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -19,14 +20,14 @@ class Tally:
     def __init__(self):
         self.outcomes, self.refusals, self.failures = Counter(), Counter(), {}
 
-    def add(self, case, shared):
-        outcome = self._outcome(case, shared)
+    def add(self, case, shared, run=run):
+        outcome = self._outcome(case, shared, run)
         refused = outcome.startswith("refused")
         self.outcomes["refused" if refused else outcome] += 1
         if refused:
             self.refusals[outcome[9:90]] += 1
 
-    def _outcome(self, case, shared):
+    def _outcome(self, case, shared, run):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -69,6 +70,8 @@ def main(count, start, names):
         for name, variant in variants_of(case).items():
             if name in tallies:
                 tallies[name].add(variant, shared)
+        if "scores" in tallies:
+            tallies["scores"].add(case, shared, scores.run)
 
     one()
     for name, tally in tallies.items():
@@ -77,4 +80,4 @@ def main(count, start, names):
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] or list(VARIANTS))))
+    sys.exit(bool(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] or [*VARIANTS, "scores"])))

@@ -4,11 +4,12 @@ from collections import Counter
 
 from fuzz.cases import VARIANTS, cases, variants_of
 from fuzz.runner import run
+from fuzz.scores import run as run_scores
 from hypothesis import HealthCheck, Phase, given, settings
 
 
 def test_no_case_is_silently_wrong_in_any_variant():
-    outcomes = {name: Counter() for name in VARIANTS}
+    outcomes = {name: Counter() for name in [*VARIANTS, "scores"]}
 
     @settings(
         max_examples=50,
@@ -23,6 +24,7 @@ def test_no_case_is_silently_wrong_in_any_variant():
         shared = {}
         for name, variant in variants_of(case).items():
             outcomes[name][run(variant, shared).partition(":")[0]] += 1
+        outcomes["scores"][run_scores(case, shared).partition(":")[0]] += 1
 
     hold()
     for found in outcomes.values():

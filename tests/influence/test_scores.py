@@ -5,6 +5,8 @@ import pytest
 import torch
 from oracles import Oracle, oracle_matrix, perturbation_for, solution
 from problems import LOSSES, MODELS, problem, table
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression
 
 from skinvert import HessianInverter, InfluenceFunction
 
@@ -114,9 +116,9 @@ def test_groups_and_parameters(removal):
         named = influence.removed_parameters(group)
         flat = torch.cat([value.reshape(-1) for value in named.values()])
         np.testing.assert_allclose(flat, whole.theta + torch.as_tensor(step), rtol=1e-9, atol=1e-9)
-        outputs = influence.predict_without(group, case.data)
         expected = once.outputs(whole.theta + torch.as_tensor(step), case.X)
-        np.testing.assert_allclose(outputs, expected, rtol=1e-8, atol=1e-9)
+        for data in (case.data, case.X):
+            np.testing.assert_allclose(influence.predict_without(group, data), expected, rtol=1e-8, atol=1e-9)
 
 
 def test_labels_are_groups_in_sorted_order():
@@ -190,3 +192,15 @@ def test_an_ensemble_is_the_mean_of_its_members():
     np.testing.assert_array_equal(both.top(data, k=3).rows, torch.topk(expected, 3).indices)
     with pytest.raises(TypeError, match="members_"):
         both.removed_parameters(0)
+
+
+def test_predictions_of_a_scikit_learn_model_are_its_decision_function():
+    X, y = load_iris(return_X_y=True)
+    model = LogisticRegression(C=0.5, tol=1e-12, max_iter=5_000).fit(X, y)
+    influence = InfluenceFunction(removal="newton").fit(model, (X, y))
+    received = influence.predict_without([0, 60, 130], X[:20])
+    kept = np.delete(np.arange(150), [0, 60, 130])
+    refit = LogisticRegression(C=0.5, tol=1e-12, max_iter=5_000).fit(X[kept], y[kept])
+    change = refit.decision_function(X[:20]) - model.decision_function(X[:20])
+    assert np.linalg.norm(received - model.decision_function(X[:20]) - change) <= 0.1 * np.linalg.norm(change)
+    np.testing.assert_allclose(influence.predict_without([], X), model.decision_function(X), atol=1e-12)

@@ -254,6 +254,28 @@ def test_a_basis_is_its_columns(name):
     assert pickle.loads(pickle.dumps(A)).apply(torch.from_numpy(v)).equal(A.apply(torch.from_numpy(v)))
 
 
+@pytest.mark.parametrize("name", ["kronecker", "kronecker, groups", "kronecker blocks", "dense"])
+def test_rows_a_few_at_a_time(name, monkeypatch):
+    from skinvert.operators import bases as module
+
+    if name == "kronecker blocks":
+        (one, _), (other, _) = bases()["kronecker"], bases()["kronecker, diagonal"]
+        order = torch.from_numpy(np.random.default_rng(1).permutation(one.size + other.size + 2))
+        parts = [one, other, StandardBasis(2)]
+        basis = BlockBasis(parts, order.split([part.size for part in parts]))
+    else:
+        basis = bases()[name][0]
+    monkeypatch.setattr(module, "AT_ONCE", 1)
+    assert bases()["blocks"][0].rows_at_once is None
+    assert basis.rows_at_once == (None if name == "dense" else 8)
+    theta = torch.arange(1.0, basis.rank + 1, dtype=torch.float64)
+    inverse = SpectralInverse(basis, theta, 0.5, name="any")
+    B = torch.from_numpy(np.random.default_rng(2).standard_normal((21, basis.size)))
+    X = inverse.solve(B).x
+    torch.testing.assert_close(Spectral(basis, theta + 0.5).apply(X), B, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(torch.cat([inverse.solve(b[None]).x for b in B]), X, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["thin", "blocks"])
 def test_a_thin_basis_has_a_complement(name):
     basis, Q = bases()[name]

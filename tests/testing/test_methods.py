@@ -46,6 +46,17 @@ class PlainInverse(InverseOperator):
         self.positive_definite = bool(values[0] > 0) != (fault == "definite")
         self.calls = 0
 
+    @property
+    def gaussian(self):
+        return self.fault == "root"
+
+    def log_det(self):
+        return 0.0 if self.gaussian else super().log_det()
+
+    @property
+    def lower_bound(self):
+        return 1e9 if self.fault == "floor" else super().lower_bound
+
     def solve(self, B):
         shift = self.hessian_perturbation * (2 if self.fault == "twice" else 1)
         matrix = self.matrix + shift * torch.eye(self.size, dtype=self.dtype)
@@ -55,6 +66,8 @@ class PlainInverse(InverseOperator):
             X = torch.where(B.norm(dim=1, keepdim=True) == 0, torch.nan, X)
         if self.fault == "indefinite" and not self.positive_definite:
             X = 0.5 * X
+        if self.fault == "floor":
+            X = B / matrix.diagonal()
         if self.fault == "batch" and len(B) > 1:
             X = X + 1e-3 * X.mean(0)
         if self.fault == "draws":
@@ -124,6 +137,8 @@ def test_a_right_method_passes():
         ("pickle", "check_state_survives_pickling: a pickled inverse solves as before"),
         ("shift", "check_state_survives_pickling: a pickled inverse is at its λ"),
         ("batch", "check_rows_are_alone: row 0 alone is as among others"),
+        ("floor", "check_bounds_hold: gᵀx is within its bounds, or has none"),
+        ("root", "check_root_is_of_the_inverse: `gaussian` is False, as stated"),
         ("draws", "check_solves_alike_twice: two solves give the same x"),
         ("definite", "check_definite_is_definite: positive_definite is"),
         ("settings", "check_settings_are_kept: the settings stay"),

@@ -15,7 +15,17 @@ from torch.autograd.graph import GradientEdge
 from .attention import Key
 from .forms import Rows, Table
 
-__all__ = ["BIASES", "Call", "ElementwiseLayer", "Inputs", "KroneckerLayer", "Layer", "gram", "has_channels"]
+__all__ = [
+    "BIASES",
+    "Call",
+    "ElementwiseLayer",
+    "Inputs",
+    "KroneckerLayer",
+    "Layer",
+    "gram",
+    "has_channels",
+    "symmetric_gram",
+]
 
 BIASES = ("bias", "beta", "shift")
 # Their weights lie along the channels, the second axis; those of other norms along the last ones.
@@ -28,6 +38,9 @@ CHANNEL_NORMS = (
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
 )
+
+# Up to this width a symmetric product is made whole: its blocks would be too small for the rate of a GEMM.
+WHOLE = 192
 
 # What a layer sees over all its calls: a Kronecker layer's rows in one tensor, an elementwise one's of each call.
 Inputs: TypeAlias = list[torch.Tensor]
@@ -188,6 +201,24 @@ def gram(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     if x.ndim == 3:
         return x.flatten(0, 1).mT @ y.flatten(0, 1)
     return x.movedim(0, 1).flatten(1, 2).mT @ y.movedim(0, 1).flatten(1, 2)
+
+
+def symmetric_gram(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return ``gram(x, y)`` of two that make it symmetric, such as rows and the same rows weighted: 3/4 of the work."""
+    return _mirrored(x.flatten(0, 1), y.flatten(0, 1)) if x.ndim == 3 else gram(x, y)
+
+
+def _mirrored(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return xᵀy by the blocks on and above the diagonal."""
+    d, half = x.shape[1], x.shape[1] // 2
+    if d <= WHOLE:
+        return x.mT @ y
+    product = x.new_empty(d, d)
+    product[:half, :half] = _mirrored(x[:, :half], y[:, :half])
+    product[half:, half:] = _mirrored(x[:, half:], y[:, half:])
+    product[:half, half:] = x[:, :half].mT @ y[:, half:]
+    product[half:, :half] = product[:half, half:].mT
+    return product
 
 
 def _joined(parts: Sequence[torch.Tensor], m: int) -> torch.Tensor:

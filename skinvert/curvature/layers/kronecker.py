@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,8 @@ from ..._memory import check_memory, rows_within
 from ...operators import KroneckerBasis, KroneckerBlock, KroneckerFactors
 from ..objective import Objective
 from .found import refuse
-from .kinds import Inputs, KroneckerLayer, Layer, gram
-from .passes import Passes, UnexplainedError
+from .kinds import Inputs, KroneckerLayer, Layer, gram, symmetric_gram
+from .passes import Chunk, Kept, Passes, UnexplainedError
 from .probe import probe
 from .recording import PulledBack
 
@@ -74,11 +74,12 @@ def _summed(passes: Passes, approx: str) -> KroneckerFactors:
     sums = [
         _Factors(layer, objective, approx) if isinstance(layer, KroneckerLayer) else _Squares(layer) for layer in layers
     ]
+    kept = Kept([j for j, one in enumerate(sums) if isinstance(one, _Factors)])
     for seen, mass, inputs in passes.over(layers):
         for one, a in zip(sums, inputs, strict=True):
             if a is not None:
                 one.add_inputs(a, mass)
-        for parts in passes.signals(seen, inputs, check=True):
+        for parts in kept.taken(inputs, passes.signals(seen, inputs, check=True)):
             for one, g in zip(sums, parts, strict=True):
                 if g is not None:
                     one.add_signals(g)
@@ -88,7 +89,7 @@ def _summed(passes: Passes, approx: str) -> KroneckerFactors:
     while sums:
         if isinstance(one := sums.pop(0), _Factors):
             blocks.append(one.block(passes.curvature.penalty))
-    refit = _Refit(passes, [layer for layer in layers if isinstance(layer, KroneckerLayer)])
+    refit = _Refit(passes, [layer for layer in layers if isinstance(layer, KroneckerLayer)], kept)
     return KroneckerFactors(tuple(blocks), places, values, refit)
 
 
@@ -103,19 +104,20 @@ def _rest(passes: Passes, norms: Sequence[_Squares]) -> tuple[torch.Tensor, torc
 
 @dataclass
 class _Refit:
-    """The exact diagonal in other eigenbases, by one more pass."""
+    """The exact diagonal in other eigenbases, by one more pass, or from what was kept of the first."""
 
     passes: Passes
     layers: list[KroneckerLayer]
+    kept: Kept
 
     def __call__(self, bases: Sequence[KroneckerBasis]) -> list[torch.Tensor]:
         """Return Σ (U_Gᵀ (Σₜ gₜaₜᵀ) U_A)² of each layer: the exact diagonal of H, without the penalty, in its basis."""
         dtype = self.passes.curvature.objective.dtype
         sums = [torch.zeros(layer.index.shape, dtype=dtype, device=layer.index.device) for layer in self.layers]
-        for seen, _, inputs in self.passes.over(self.layers):
+        for inputs, signals in self._chunks():
             rotated = [None if a is None else basis.of_inputs(a[0]) for basis, a in zip(bases, inputs, strict=True)]
             squares: list[torch.Tensor | None] = [None] * len(sums)
-            for parts in self.passes.signals(seen, inputs):
+            for parts in signals:
                 for j, (basis, g, a) in enumerate(zip(bases, parts, rotated, strict=True)):
                     if g is not None and a is not None:
                         squares[j] = _add_squares(sums[j], squares[j], basis.of_signals(g), a)
@@ -123,6 +125,14 @@ class _Refit:
                 if square is not None and a is not None:
                     total += gram(square, a.square())
         return sums
+
+    def _chunks(self) -> Iterator[Chunk]:
+        """Yield each chunk's inputs, and its signals direction by direction."""
+        if self.kept.whole:
+            yield from self.kept.chunks
+            return
+        for seen, _, inputs in self.passes.over(self.layers):
+            yield inputs, self.passes.signals(seen, inputs)
 
 
 class _Factors:
@@ -141,7 +151,7 @@ class _Factors:
             if self.right.ndim == 1:
                 self._make_dense()
         weighted = a * mass.reshape(-1, *[1] * (a.ndim - 1))
-        self.right += (weighted * a).sum((0, 1)) if self.right.ndim == 1 else gram(weighted, a)
+        self.right += (weighted * a).sum((0, 1)) if self.right.ndim == 1 else symmetric_gram(weighted, a)
 
     def _make_dense(self) -> None:
         """Make room for a second moment of means of one-hot rows, which is not diagonal."""
@@ -152,7 +162,7 @@ class _Factors:
 
     def add_signals(self, g: torch.Tensor) -> None:
         rows = g.sum(-2, keepdim=True) if self.approx == "reduce" else g
-        self.left += gram(rows, rows) / rows.shape[-2]
+        self.left += symmetric_gram(rows, rows) / rows.shape[-2]
 
     def block(self, penalty: torch.Tensor | None) -> KroneckerBlock:
         own = None if penalty is None else penalty[self.layer.index]

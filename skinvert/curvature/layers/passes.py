@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 
-from ..._memory import rows_within
+from ..._memory import rows_within, working_memory
 from ..._progress import progress
 from ...models import map_tensors
 from .found import Layers
 from .kinds import Inputs, Layer
 from .recording import Captured, PulledBack, captured
 
-__all__ = ["Passes", "UnexplainedError"]
+__all__ = ["Chunk", "Kept", "Passes", "UnexplainedError"]
+
+# Each layer's inputs on some samples, and its signals direction by direction; None where it was not called.
+Chunk: TypeAlias = tuple[list[Inputs | None], Iterable[list[torch.Tensor | None]]]
+# What of the working memory the signals of a pass may take until the next one.
+SHARE = 16
 
 
 class UnexplainedError(Exception):
@@ -76,3 +82,48 @@ class Passes:
                     raise UnexplainedError(reasons)
                 yield seen, objective.scale * own * seen.mass, seen.inputs(objective.dtype)
                 self.chunks += 1
+
+
+@dataclass
+class Kept:
+    """The inputs and signals of a pass for the next one, as long as all of them are few.
+
+    Parameters
+    ----------
+    places : list of int
+        Which of the layers the next pass is over.
+
+    Attributes
+    ----------
+    chunks : list of Chunk
+        Of those layers; empty where they are too many, and then ``whole`` is False.
+    """
+
+    places: list[int]
+    chunks: list[Chunk] = field(default_factory=list)
+    whole: bool = True
+    left: int = field(default_factory=lambda: working_memory() // SHARE)
+
+    def taken(
+        self, inputs: list[Inputs | None], signals: Iterable[list[torch.Tensor | None]]
+    ) -> Iterator[list[torch.Tensor | None]]:
+        """Yield the signals as they come, and keep those of the next pass."""
+        seen = [inputs[j] for j in self.places]
+        self._pay(tensor for own in seen if own is not None for tensor in own)
+        held: list[list[torch.Tensor | None]] = []
+        if self.whole:
+            self.chunks.append((seen, held))
+        for parts in signals:
+            own = [parts[j] for j in self.places]
+            self._pay(g for g in own if g is not None)
+            if self.whole:
+                held.append(own)
+            else:
+                held.clear()
+            yield parts
+
+    def _pay(self, tensors: Iterable[torch.Tensor]) -> None:
+        self.left -= sum(tensor.nbytes for tensor in tensors)
+        if self.left < 0:
+            self.whole = False
+            self.chunks.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 import torch
 
@@ -30,17 +31,17 @@ def probe(curvature: PulledBack) -> tuple[Layers, int]:
     twice = map_tensors(lambda tensor: torch.cat((tensor[:1], tensor[:1])), batch)
     few = min(8, leading_length(batch))
     parts = [(one, 1), (twice, 2)] + ([(map_tensors(lambda tensor: tensor[:few], batch), few)] if few > 1 else [])
-    found = _with_axes(curvature, found, (one, unit), (twice, unit.repeat(2)))
+    found, *known = _with_axes(curvature, found, (one, unit), (twice, unit.repeat(2)))
     size = 1
-    for part, m in parts:
-        found, size = _verified(curvature, found, part, unit.repeat(m), size)
+    for (part, m), seen in zip_longest(parts, known):
+        found, size = _verified(curvature, found, part, unit.repeat(m), size, seen)
     return found, size
 
 
 def _with_axes(
     curvature: PulledBack, found: Layers, one: tuple[Batch, torch.Tensor], twice: tuple[Batch, torch.Tensor]
-) -> Layers:
-    """Return the layers with the axis of their samples: the one that is twice as long for twice the samples."""
+) -> tuple[Layers, Captured, Captured]:
+    """Return the layers with the axis of their samples, twice as long for twice the samples, and the calls on both."""
     first, second = (captured(curvature, found.layers, found.attentions, *part) for part in (one, twice))
     layers: list[Layer] = []
     reasons: dict[str, str] = {}
@@ -55,7 +56,8 @@ def _with_axes(
             reasons.update(dict.fromkeys(layer.names, why))
         else:
             layers.append(replace(layer, axis=max(0, axis), shared=axis < 0))
-    return found.without(reasons)._replace(layers=[layer for layer in layers if not set(layer.names) & set(reasons)])
+    left = [layer for layer in layers if not set(layer.names) & set(reasons)]
+    return found.without(reasons)._replace(layers=left), first, second
 
 
 def _axis(one: Sequence[int], two: Sequence[int]) -> int | None:
@@ -69,10 +71,13 @@ def _axis(one: Sequence[int], two: Sequence[int]) -> int | None:
 
 
 def _verified(
-    curvature: PulledBack, found: Layers, part: Batch, weights: torch.Tensor, size: int
+    curvature: PulledBack, found: Layers, part: Batch, weights: torch.Tensor, size: int, known: Captured | None = None
 ) -> tuple[Layers, int]:
-    """Return the layers whose calls on a part of the data explain their gradients, and the bytes of one sample."""
-    seen, reasons = _watched(curvature, found, part, weights)
+    """Return the layers whose calls on a part of the data explain their gradients, and the bytes of one sample.
+
+    Those calls are ``known`` where nothing was found out about the layers since.
+    """
+    seen, reasons = _watched(curvature, found, part, weights, known)
     if seen is None:
         return _verified(curvature, found.without(reasons)._replace(attentions=[]), part, weights, size)
     reasons = seen.reasons()
@@ -88,10 +93,14 @@ def _verified(
 
 
 def _watched(
-    curvature: PulledBack, found: Layers, part: Batch, weights: torch.Tensor
+    curvature: PulledBack, found: Layers, part: Batch, weights: torch.Tensor, known: Captured | None
 ) -> tuple[Captured | None, dict[str, str]]:
     """Return the calls on a part of the data; None, and why, where taking a layer apart changes the model's results."""
     touched = [layer for layer in found.layers if layer.shared or layer.key is not layer.module]
+    if known is not None and not found.attentions and known.is_of(found.layers):
+        return known.with_layers(found.layers), {}
+    if not touched and not found.attentions:
+        return captured(curvature, found.layers, [], part, weights), {}
     expected = captured(curvature, [], [], part, weights).value.detach()
     try:
         seen = captured(curvature, found.layers, found.attentions, part, weights)
@@ -108,6 +117,8 @@ def _watched(
 
 def _mixed(seen: Captured, direction: torch.Tensor, inputs: list[Inputs | None]) -> dict[str, str]:
     """Return the parameters of layers where the last sample's derivatives are not at the last sample's place."""
+    if len(direction) == 1:
+        return {}
     last = direction.clone()
     last[:-1] = 0
     reasons: dict[str, str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple, Protocol
@@ -72,6 +73,17 @@ class Captured:
         self.layers, self.m = layers, len(found.mass)
         self.calls = [[call for call in own if call.edge is not None] for own in calls]
         self.called = {layer.name for layer, own in zip(layers, calls, strict=True) if own}
+
+    def is_of(self, layers: Sequence[Layer]) -> bool:
+        """Whether these are the calls of just these layers, none of which they were to be expanded for."""
+        same = [one.key for one in layers] == [one.key for one in self.layers]
+        return same and not any(layer.shared for layer in layers)
+
+    def with_layers(self, layers: Sequence[Layer]) -> Captured:
+        """Return the same calls as those of layers with the same keys, of which more is known."""
+        other = copy.copy(self)
+        other.layers = list(layers)
+        return other
 
     def reasons(self) -> dict[str, str]:
         """Return why parameters of layers are not explained by these calls."""

@@ -8,6 +8,7 @@ from .margin import Margin
 from .module import ModuleLoss, TorchLoss
 from .nll import NLL, Probabilities
 from .output_hessians import DiagonalHessian, FactoredHessian, OutputHessian, SoftmaxHessian, explains
+from .outputs import OutputSum
 from .poisson import PoissonNLL
 from .predictive import IndependentLabels, Predictive
 from .registry import LOSSES, as_loss, is_torch_loss, names_with_predictive, register_loss, torch_loss
@@ -25,6 +26,7 @@ __all__ = [
     "Margin",
     "ModuleLoss",
     "OutputHessian",
+    "OutputSum",
     "Outputs",
     "PoissonNLL",
     "Predictive",

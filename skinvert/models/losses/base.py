@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -58,6 +58,9 @@ class Loss(ABC):
     >>> inverter.curvature_.to_dense().tolist()
     [[0.5, 0.0], [0.0, 0.5]]
     """
+
+    # Whether sᵢ is a multiple of the sum of squares of residuals f − y.
+    squares_residuals: ClassVar[bool] = False
 
     @abstractmethod
     def per_sample(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ class MSE(ModuleLoss):
     """``nn.MSELoss``: (f − y)² of each output."""
 
     name = "mse"
+    squares_residuals = True
     modules = (nn.MSELoss,)
     module: nn.MSELoss
 

@@ -115,14 +115,17 @@ class SoftmaxHessian(OutputHessian):
     def columns(self, start: int, stop: int) -> torch.Tensor:
         """Return √(w p_v) (e_v − p) of the classes v, at their positions."""
         K, T = self.p.shape[1:]
+        if T == 1:
+            size = (self.weight * self.p[:, start:stop, 0]).sqrt()
+            blocks = -self.p * size[:, None]
+            blocks.diagonal(-start, 1, 2).add_(size)
+            return blocks
         places = torch.arange(start, stop, device=self.p.device)
         v, t = places // T, places % T
         size = (self.weight[:, t] * self.p[:, v, t]).sqrt()
         blocks = -self.p[:, :, t] * size[:, None]
         own = torch.arange(len(places), device=self.p.device)
         blocks[:, v, own] += size
-        if T == 1:
-            return blocks
         part = self.p.new_zeros(self.rows, K, T, len(places))
         part[:, :, t, own] = blocks
         return part.flatten(1, 2)

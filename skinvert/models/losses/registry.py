@@ -44,7 +44,7 @@ _BUILT_IN: tuple[type[ModuleLoss], ...] = (
 LOSSES: dict[str, Callable[[], object]] = {kind.name: kind for kind in _BUILT_IN if kind.name is not None}
 _OF_TORCH: dict[type, type[ModuleLoss]] = {module: kind for kind in _BUILT_IN for module in kind.modules}
 # What `PerSampleGradient` takes by name.
-_RESERVED = ("margin",)
+_RESERVED = ("margin", "output")
 _HINT = "A torch loss module or a callable (output, target) is taken too."
 
 

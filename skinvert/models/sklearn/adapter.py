@@ -84,11 +84,12 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
             raise TypeError(must_be("data", must, f"a {type(data).__name__}"))
         X, y = map(_plain, data)
         X = validate_data(self.estimator, X, reset=False, dtype=np.float64, accept_sparse="csr")
-        return SparseRows(X) if scipy.sparse.issparse(X) else X, self.objective.targets(y)
+        targets = self.objective.targets(y) if self.reads_targets else np.zeros(X.shape[0])
+        return SparseRows(X) if scipy.sparse.issparse(X) else X, targets
 
     def settle(self, batches: Iterable[Batch]) -> None:
         """Take n, Σw and the class counts from encoded training data, unless they are known."""
-        if self.totals is None:
+        if self.totals is None and self.reads_targets:
             parts = [(batch[1], weights) for batch, weights in batches]
             targets, weights = (torch.cat(tensors).cpu().numpy() for tensors in zip(*parts, strict=True))
             self.adopt(self._totals_of(targets, weights.astype(np.float64)))
@@ -112,6 +113,8 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
 
     def penalty_diagonal(self) -> torch.Tensor | None:
         """Return the penalty's Hessian (p,), zero for intercepts; None where there is no penalty."""
+        if not self.reads_targets:
+            return None
         if self.totals is None:
             raise ValueError(must_be("The model's fit", "known for its penalty", "no data yet", "Call `settle`."))
         ridge = np.asarray(self.objective.ridge(self.totals), dtype=np.float64)

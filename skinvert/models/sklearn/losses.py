@@ -14,6 +14,8 @@ __all__ = ["HalfGamma", "HalfSquaredError", "WeightedLogits"]
 class HalfSquaredError(Loss):
     """s = ½ Σ (f − y)² over the outputs."""
 
+    squares_residuals = True
+
     def per_sample(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Return s (m,)."""
         return 0.5 * (output - target).square().sum(1)

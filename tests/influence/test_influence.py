@@ -1,0 +1,281 @@
+"""InfluenceFunction as an estimator: forms of data, frames, settings, files of scores, models left as they were."""
+
+import copy
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn
+import torch
+from facts import TIGHT
+from problems import problem
+from sklearn.base import clone
+from sklearn.datasets import load_iris
+from sklearn.exceptions import NotFittedError
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LinearRegression, LogisticRegression, PoissonRegressor, Ridge
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
+
+from skinvert import HessianInverter, HessianInverterCV, InfluenceFunction
+from skinvert.influence import Accuracy
+
+INVERTER = HessianInverter("direct", 50.0, loss="cross_entropy")
+
+
+@pytest.fixture
+def case():
+    return problem("mlp", "cross_entropy")
+
+
+@pytest.fixture
+def scores(case):
+    return InfluenceFunction(INVERTER).fit(case.module, case.data).transform(case.data)
+
+
+def test_forms_of_data(case, scores):
+    loader = DataLoader(TensorDataset(*case.data), 5, shuffle=True)
+    influence = InfluenceFunction(INVERTER).fit(case.module, loader)
+    torch.testing.assert_close(influence.transform(loader), scores)
+    torch.testing.assert_close(influence.transform(*case.data), scores)
+    torch.testing.assert_close(influence.transform([(case.X[:4], case.y[:4]), (case.X[4:], case.y[4:])]), scores)
+    arrays = influence.transform((case.X.numpy(), case.y.numpy()))
+    assert isinstance(arrays, np.ndarray)
+    np.testing.assert_allclose(arrays, scores)
+    bound = InfluenceFunction(clone(INVERTER).set_params(model=case.module)).fit(*case.data)
+    torch.testing.assert_close(bound.transform(case.data), scores)
+
+
+@pytest.mark.parametrize("of_test", [False, True])
+def test_a_sampler_hides_the_order_of_rows(case, of_test):
+    loader = DataLoader(TensorDataset(*case.data), 5, sampler=SubsetRandomSampler(range(12)))
+    influence = InfluenceFunction(INVERTER)
+    with pytest.raises(ValueError, match="sampler"):
+        influence.fit(case.module, case.data).transform(loader) if of_test else influence.fit(case.module, loader)
+
+
+def test_batches_that_are_mappings():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.out = nn.Embedding(10, 4), nn.Linear(4, 3)
+
+        def forward(self, input_ids, attention_mask):
+            return self.out((self.embedding(input_ids) * attention_mask[..., None]).mean(1))
+
+    torch.manual_seed(0)
+    ids, labels = torch.randint(10, (18, 5)), torch.randint(3, (18,))
+    batches = [{"input_ids": ids[i : i + 7], "attention_mask": torch.ones(len(ids[i : i + 7]), 5)} for i in (0, 7, 14)]
+    for i, batch in zip((0, 7, 14), batches, strict=True):
+        batch["labels"] = labels[i : i + 7]
+    net = Tokens()
+    plain = nn.Sequential(net.embedding, _Mean(), net.out)
+    expected = InfluenceFunction(INVERTER, removal="newton").fit(plain, (ids, labels)).transform((ids[:7], labels[:7]))
+    received = InfluenceFunction(INVERTER, removal="newton").fit(net, batches).transform(batches[:1])
+    torch.testing.assert_close(received, expected, rtol=1e-4, atol=1e-7)
+    with pytest.raises(TypeError, match="floats"):
+        InfluenceFunction(INVERTER).fit(net, batches).feature_influence([0], batches)
+
+
+class _Mean(nn.Module):
+    def forward(self, x):
+        return x.mean(1)
+
+
+def test_frames_give_both_indices():
+    X, y = load_iris(return_X_y=True)
+    train = pd.DataFrame(X, index=[f"flower {i}" for i in range(150)], columns=list("abcd"))
+    model = LogisticRegression(max_iter=1000).fit(train, y)
+    influence = InfluenceFunction().set_output(transform="pandas").fit(model, (train, y))
+    scores = influence.transform((train[40:60], y[40:60]))
+    assert list(scores.index) == list(train.index[40:60])
+    assert list(scores.columns) == list(train.index)
+    plain = InfluenceFunction().fit(model, (train, y)).transform((train[40:60], y[40:60]))
+    np.testing.assert_array_equal(scores.to_numpy(), plain)
+
+
+@pytest.mark.parametrize(
+    "model", [LogisticRegression(tol=1e-10), Ridge(), LinearRegression(), PoissonRegressor(alpha=0.1, tol=1e-10)]
+)
+def test_in_a_pipeline_of_scikit_learn(model):
+    X, y = load_iris(return_X_y=True)
+    pipe = make_pipeline(StandardScaler(), clone(model)).fit(X, y)
+    whole = InfluenceFunction().fit(pipe, (X, y)).transform((X[:5], y[:5]))
+    Z = StandardScaler().fit_transform(X)
+    np.testing.assert_allclose(whole, InfluenceFunction().fit(pipe[-1], (Z, y)).transform((Z[:5], y[:5])), atol=1e-12)
+
+
+def test_labels_that_are_words():
+    X, y = load_iris(return_X_y=True)
+    words = np.array(["a", "b", "c"])[y]
+    numbers = InfluenceFunction().fit(LogisticRegression(max_iter=500).fit(X, y), (X, y))
+    named = InfluenceFunction().fit(LogisticRegression(max_iter=500).fit(X, words), (X, words))
+    np.testing.assert_allclose(named.transform((X[:3], words[:3])), numbers.transform((X[:3], y[:3])), rtol=1e-9)
+
+
+def test_inverters(case, scores):
+    frozen = FrozenEstimator(clone(INVERTER).fit(case.module, case.data))
+    influence = InfluenceFunction(frozen).fit(case.module, case.data)
+    assert influence.inverter_ is frozen.estimator
+    torch.testing.assert_close(influence.transform(case.data), scores)
+    cv = HessianInverterCV([50.0], method="direct", loss="cross_entropy", cv=2)
+    torch.testing.assert_close(InfluenceFunction(cv).fit(case.module, case.data).transform(case.data), scores)
+    for given in (StandardScaler(), "cg", FrozenEstimator(StandardScaler())):
+        with pytest.raises(TypeError, match="HessianInverterCV"):
+            InfluenceFunction(given).fit(case.module, case.data)
+    with pytest.raises(NotFittedError):
+        InfluenceFunction(FrozenEstimator(INVERTER)).fit(case.module, case.data)
+    with pytest.raises(TypeError, match="of a model"):
+        InfluenceFunction(HessianInverter("direct", 1.0)).fit(np.eye(3))
+
+
+@pytest.mark.parametrize("name", sorted(TIGHT))
+def test_every_method(case, name):
+    """The scores are those of the inverter's own solutions."""
+    curvature = "auto" if name == "harmonic_mean" else "ggn"
+    inverter = HessianInverter(name, 50.0, loss="cross_entropy", curvature=curvature, random_state=0)
+    influence = InfluenceFunction(inverter).fit(case.module, case.data)
+    gradients = torch.cat([influence.inverter_.curvature_.objective.gradients(case.data)])
+    expected = influence.inverter_.transform(gradients[:3]) @ gradients.mT / 12
+    received = influence.transform((case.X[:3], case.y[:3]))
+    torch.testing.assert_close(received, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_settings_are_checked(case):
+    for settings, message in [
+        ({"removal": "second"}, "removal"),
+        ({"normalize": "l2"}, "normalize"),
+        ({"normalize": "cosine", "removal": "newton"}, "normalize"),
+        ({"memory": 0}, "memory"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"score_rtol": -1.0}, "score_rtol"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            InfluenceFunction(INVERTER, **settings).fit(case.module, case.data)
+
+
+def test_rows_are_checked(case):
+    influence = InfluenceFunction(INVERTER).fit(case.module, case.data)
+    for rows in ([12], [-13], [1, 1], [3, -9]):
+        with pytest.raises(ValueError, match="different places"):
+            influence.removed_parameters(rows)
+    for rows in (np.ones(12, bool), [0.5], [[1], [2]]):
+        with pytest.raises(TypeError, match="flatnonzero"):
+            influence.removed_parameters(rows)
+    for groups in ([0, 1], np.zeros((12, 2)).tolist()):
+        with pytest.raises((ValueError, TypeError), match="groups|rows"):
+            influence.group_effect(groups, case.data)
+    none = influence.removed_parameters([])
+    for name, value in case.module.named_parameters():
+        torch.testing.assert_close(none[name], value.detach())
+    last, same = influence.removed_parameters(-1), influence.removed_parameters(11)
+    assert all(torch.equal(last[name], same[name]) for name in same)
+    with pytest.raises(ValueError, match="'k'|k must"):
+        influence.top(case.data, k=0)
+    with pytest.raises(TypeError, match="Test data"):
+        influence.transform(case.module)
+    with pytest.raises(NotFittedError):
+        InfluenceFunction(INVERTER).self_influence()
+    with pytest.raises(ValueError, match="all rows together"):
+        InfluenceFunction(INVERTER, measurement=Accuracy()).fit(case.module, case.data).self_influence()
+
+
+def test_the_model_is_left_as_it_was(case):
+    net = copy.deepcopy(case.module).train()
+    before = copy.deepcopy(net.state_dict())
+    influence = InfluenceFunction(INVERTER, removal="newton").fit(net, case.data)
+    with torch.no_grad():
+        influence.transform(case.data)
+        influence.predict_without([1, 2], case.data)
+    assert net.training and all(child.training for child in net.modules())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in net.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    net.load_state_dict(influence.removed_parameters([3]), strict=False)
+    assert not torch.equal(net.state_dict()["0.weight"], before["0.weight"])
+
+
+@pytest.mark.parametrize("state", [torch.no_grad, torch.inference_mode])
+def test_under_any_state_of_autograd(case, scores, state):
+    with state():
+        received = InfluenceFunction(INVERTER).fit(case.module, case.data).transform(case.data)
+    torch.testing.assert_close(received, scores)
+
+
+def test_a_search_over_lambda(case):
+    influence = InfluenceFunction(HessianInverter("direct", model=case.module, loss="cross_entropy", curvature="ggn"))
+    search = GridSearchCV(influence, {"inverter__hessian_perturbation": [0.1, 10.0]}, cv=2)
+    alone = GridSearchCV(clone(influence.inverter), {"hessian_perturbation": [0.1, 10.0]}, cv=2)
+    X, y = case.X.numpy(), case.y.numpy()
+    received = search.fit(X, y).cv_results_["mean_test_score"]
+    np.testing.assert_allclose(received, alone.fit(X, y).cv_results_["mean_test_score"])
+
+
+def test_pickles(case, scores):
+    kept = InfluenceFunction(HessianInverter("cg", 50.0, loss="cross_entropy")).fit(case.module, case.data)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(kept)).transform(case.data), scores, rtol=1e-6, atol=1e-9)
+    dropped = pickle.loads(pickle.dumps(InfluenceFunction(INVERTER).fit(case.module, case.data)))
+    with pytest.raises(ValueError, match="call `fit` again"):
+        dropped.transform(case.data)
+
+
+# -- files of scores -----------------------------------------------------------------------------------------------
+
+
+def test_into_an_array(case, scores):
+    array = np.full((12, 12), np.nan)
+    received = InfluenceFunction(INVERTER).fit(case.module, case.data).transform(case.data, out=array)
+    assert received is array
+    np.testing.assert_allclose(array, scores)
+
+
+@pytest.mark.parametrize("n_test", [5, 12])
+@pytest.mark.parametrize("removal", ["first_order", "newton"])
+def test_a_file_is_resumed(case, tmp_path, removal, n_test, monkeypatch):
+    influence = InfluenceFunction(INVERTER, removal=removal, memory=1, batch_size=4).fit(case.module, case.data)
+    test, path = (case.X[:n_test], case.y[:n_test]), tmp_path / "scores.npy"
+    expected = influence.transform(test)
+    whole = influence.transform(test, out=path)
+    np.testing.assert_allclose(whole, expected)
+    # As an interruption leaves it.
+    whole[3:, :] = np.nan
+    whole.flush()
+    solved = []
+    solve = HessianInverter.solve
+    monkeypatch.setattr(HessianInverter, "solve", lambda self, b, x0=None: solved.append(len(b)) or solve(self, b, x0))
+    again = influence.transform(test, out=str(path))
+    np.testing.assert_allclose(again, expected)
+    np.testing.assert_allclose(np.load(path), expected)
+    if removal == "first_order":
+        assert sum(solved) == n_test - 3
+
+
+def test_a_file_of_others_is_refused(case, tmp_path):
+    path = tmp_path / "scores.npy"
+    influence = InfluenceFunction(INVERTER).fit(case.module, case.data)
+    influence.transform(case.data, out=path)
+    with pytest.raises(ValueError, match="of others"):
+        influence.transform((case.X[:5], case.y[:5]), out=path)
+    other = InfluenceFunction(clone(INVERTER).set_params(hessian_perturbation=60.0)).fit(case.module, case.data)
+    with pytest.raises(ValueError, match="of others"):
+        other.transform(case.data, out=path)
+    with pytest.raises(ValueError, match=r"\.npy"):
+        influence.transform(case.data, out=tmp_path / "scores.txt")
+    with pytest.raises(ValueError, match="of shape"):
+        influence.transform(case.data, out=np.empty((12, 13)))
+
+
+def test_too_large_a_matrix_is_told_before(case, monkeypatch):
+    influence = InfluenceFunction(INVERTER).fit(case.module, case.data)
+    monkeypatch.setattr("skinvert._memory.available_memory", lambda device: 1000)
+    with pytest.raises(MemoryError, match="`out`"):
+        influence.transform(case.data)
+
+
+def test_memory_changes_nothing(case, scores):
+    with sklearn.config_context(working_memory=1e-4):
+        received = InfluenceFunction(INVERTER).fit(case.module, case.data).transform(case.data)
+    torch.testing.assert_close(received, scores)
