@@ -136,7 +136,7 @@ class RowStatistics(ABC):
 
         References
         ----------
-        Barber, Candès, Ramdas & Tibshirani (2021), "Predictive inference with the jackknife+", eqs. 1.5 and 1.6.
+        Barber, Candès, Ramdas & Tibshirani (2021), "Predictive inference with the jackknife+".
 
         Examples
         --------
