@@ -88,7 +88,7 @@ def predicted(model: TorchTwiceDifferentiable, outputs: torch.Tensor, batch: Bat
 
     TypeError for classes and several outputs.
     """
-    kind, targets = _kind(model, outputs, batch), batch[1]
+    kind, targets = _kind(model, outputs, batch), batch[1] if isinstance(batch, tuple) else None
     real = isinstance(targets, torch.Tensor) and targets.is_floating_point() and targets.shape == outputs.shape
     if not real or outputs[0].numel() != 1 or issubclass(kind, OF_CLASSES):
         got = f"outputs of shape {tuple(outputs.shape)} with {_loss(model)}"

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from fractions import Fraction
 
-import scipy.sparse
 import torch
 
-from .._check import must_be
 from .._memory import check_memory
-from .._types import Batch
-from ..data import batches_of
+from ..data import batches_of, with_any_targets
+from ..models import map_tensors
 from .families import predicted
 from .fitted import Fitted
 from .left_out import own_outputs
@@ -22,21 +19,19 @@ from .sides import RowSide
 __all__ = ["jackknife_plus"]
 
 OUTPUT = RowMeasurement("output", lambda _, outputs, __: outputs.reshape(len(outputs)))
-CPU = torch.device("cpu")
 
 
-def jackknife_plus(fitted: Fitted, X: Batch, alpha: float) -> torch.Tensor:
+def jackknife_plus(fitted: Fitted, X: object, alpha: float) -> torch.Tensor:
     """Return the intervals (n_test, 2)."""
     first, _ = next(iter(fitted.objective.batches))
     # A loss without one real output is told of before the work.
     with torch.no_grad():
-        mean = predicted(fitted.model, fitted.model.forward(first).detach(), first)
-    test, n = _side(fitted, X, first), fitted.training.count
-    way_out = "Try fewer test rows at a time."
-    check_memory(3 * n * test.count * fitted.model.dtype.itemsize, f"{n:,} × {test.count:,} predictions", way_out, CPU)
-    outputs = torch.empty(test.count, n, dtype=fitted.model.dtype, device=fitted.model.device)
+        mean = predicted(fitted.model, fitted.model.forward(map_tensors(torch.clone, first)).detach(), first)
+    test, n = _side(fitted, X), fitted.training.count
+    now, way_out = test.values(), "Try fewer test rows at a time."
+    check_memory(3 * n * test.count * now.itemsize, f"{n:,} × {test.count:,} predictions", way_out, now.device)
+    outputs = now.new_empty(test.count, n)
     residuals, weighs = outputs.new_empty(n), torch.empty(n, dtype=torch.bool, device=outputs.device)
-    now = test.values()
     for place, batch, steps in fitted.remove().parts(fitted.most):
         residuals[place] = (batch[1] - mean(own_outputs(fitted, batch, steps))).abs().reshape(-1)
         for rows, along in test.along(steps):
@@ -59,14 +54,8 @@ def _interval(predictions: torch.Tensor, residuals: torch.Tensor, alpha: float) 
     return torch.stack([lower, upper], dim=1)
 
 
-def _side(fitted: Fitted, X: Batch, like: Batch) -> RowSide:
-    """Return test rows' outputs; targets, which no output depends on, are zeros of the training targets' shape."""
-    if isinstance(X, tuple):
-        must, got = "the inputs alone, without targets", f"a tuple of {len(X)}"
-        raise TypeError(must_be("X for jackknife_plus", must, got))
-    inputs = next(iter(X.values())) if isinstance(X, Mapping) else X
-    n = inputs.shape[0] if scipy.sparse.issparse(inputs) else len(inputs)
-    zeros = torch.zeros(n, *like[1].shape[1:], dtype=like[1].dtype, device="cpu")
-    data = (X, zeros if isinstance(inputs, torch.Tensor) else zeros.numpy())
-    rows = batches_of(fitted.model, data, batch_size=fitted.batch_size, needs_row_order=True)
-    return RowSide(fitted.model, rows, OUTPUT, verbose=fitted.verbose)
+def _side(fitted: Fitted, X: object) -> RowSide:
+    """Return test rows' outputs, which no target changes."""
+    model = fitted.model.of_outputs()
+    rows = batches_of(model, with_any_targets(X), batch_size=fitted.batch_size, needs_row_order=True)
+    return RowSide(model, rows, OUTPUT, verbose=fitted.verbose)

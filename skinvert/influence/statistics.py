@@ -11,7 +11,7 @@ import torch
 
 from .._autograd import ordinary
 from .._check import check_choice, check_number, must_be
-from .._types import Array, Batch
+from .._types import Array
 from .diagnostics import Diagnostics, diagnose, leverage
 from .fitted import Fitted
 from .jackknife import jackknife_plus
@@ -113,7 +113,7 @@ class RowStatistics(ABC):
         return found.cpu().numpy()
 
     @ordinary
-    def jackknife_plus(self, X: Batch, *, alpha: float = 0.1) -> Array:
+    def jackknife_plus(self, X: object, *, alpha: float = 0.1) -> Array:
         r"""Return jackknife+ prediction intervals (n_test, 2) of a regression with one real target, lower and upper.
 
         From the ⌊α(n + 1)⌋-th smallest of μ₍ᵢ₎(x) − Rᵢ to the ⌈(1 − α)(n + 1)⌉-th smallest of μ₍ᵢ₎(x) + Rᵢ, with μ₍ᵢ₎
@@ -124,8 +124,8 @@ class RowStatistics(ABC):
 
         Parameters
         ----------
-        X : array or tensor of shape (n_test, ...), frame or sparse matrix
-            Inputs alone.
+        X : array, tensor, frame or sparse matrix of shape (n_test, ...), or data
+            Inputs; targets beside them do not count.
         alpha : float, default=0.1
             In (0, 1).
 
@@ -136,7 +136,7 @@ class RowStatistics(ABC):
 
         References
         ----------
-        Barber, Candès, Ramdas & Tibshirani (2021), "Predictive inference with the jackknife+", eqs. 1.5 and 1.6.
+        Barber, Candès, Ramdas & Tibshirani (2021), "Predictive inference with the jackknife+".
 
         Examples
         --------
@@ -151,7 +151,7 @@ class RowStatistics(ABC):
         alpha = check_number(alpha, "alpha", low=0.0, high=1.0)
         if not 0 < alpha < 1:
             raise ValueError(must_be("alpha", "in (0, 1)", alpha))
-        return self._back(jackknife_plus(self._alone("jackknife_plus"), X, alpha), (X,))
+        return self._back(jackknife_plus(self._alone("jackknife_plus"), X, alpha), X)
 
     @abstractmethod
     def _members(self) -> list[Self]: ...
