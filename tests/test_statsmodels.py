@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
+import statsmodels.api as sm
 from test_covariance import N, design, fitted, twin
-
-sm = pytest.importorskip("statsmodels.api")
 
 
 def results(kind, **settings):
