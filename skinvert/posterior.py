@@ -262,8 +262,8 @@ class Posterior(ABC):
     def log_evidence(self, *, dispersion: float = 1.0) -> float:
         r"""Return the logarithm of the marginal likelihood by Laplace's approximation at θ̂.
 
-        .. math:: -	frac1φ Σ_i w_iℓ_i - 	frac12 Σ_j δ_jθ_j² + 	frac12 Σ_j \log δ_j - 	frac12 \log\det P,
-            \quad P = 	frac{Σw}{φ} (H + λI)
+        .. math:: -\tfrac1φ Σ_i w_iℓ_i - \tfrac12 Σ_j δ_jθ_j² + \tfrac12 Σ_j \log δ_j - \tfrac12 \log\det P,
+            \quad P = \tfrac{Σw}{φ} (H + λI)
 
         with the prior N(0, δ⁻¹) that λ and the penalty stand for, δⱼ = (Σw/φ)(λ + penaltyⱼ): ``weight_decay=δ / n``, or
         ``hessian_perturbation=δ / n`` with no weight decay, is a prior of precision δ. From log p(D) ≈ log p(D | θ̂) +

@@ -221,6 +221,15 @@ def test_is_afterwards_an_inverter_at_the_chosen_perturbation():
     assert received.score(X, y) == pytest.approx(expected.score(X, y), rel=1e-12)
     assert list(received.get_feature_names_out()) == list(expected.get_feature_names_out())
     assert received.n_samples_ == len(X)
+    np.testing.assert_allclose(received.quadratic(b).values, expected.quadratic(b).values, rtol=1e-12)
+    assert received.log_det() == pytest.approx(expected.log_det())
+    assert received.log_evidence() == pytest.approx(expected.log_evidence())
+    np.testing.assert_allclose(received.sample(2, 0), expected.sample(2, 0), rtol=1e-9)
+    np.testing.assert_allclose(received.covariance("sandwich"), expected.covariance("sandwich"), rtol=1e-9)
+    variances = [each.predictive_variance(X[:3], y[:3], outputs="joint") for each in (received, expected)]
+    np.testing.assert_allclose(*variances, rtol=1e-9)
+    spectra = [each.spectrum(of="inverse").eigenvalues for each in (received, expected)]
+    np.testing.assert_allclose(*spectra, rtol=1e-9)
 
 
 ATTRIBUTES = [

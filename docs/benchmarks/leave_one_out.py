@@ -126,6 +126,19 @@ def scikit_learn() -> None:
         for removal in ("first_order", "newton"):
             influence = InfluenceFunction(HessianInverter(hessian_perturbation=shift), removal=removal).fit(full, train)
             report(f"{name}, n = {len(train[0])}, {removal}", influence.transform(test)[:, rows], actual)
+        theirs = _pyinfluence(full, train, test)
+        if theirs is not None:
+            report(f"{name}, n = {len(train[0])}, pyinfluence", theirs[:, rows], actual)
+
+
+def _pyinfluence(model: Any, train: Any, test: Any) -> np.ndarray | None:
+    """Return pyinfluence's scores; None where it is not installed, or does not take the model."""
+    try:
+        from pyinfluence import InfluenceFunctions
+
+        return InfluenceFunctions(damping=0.0).fit(model, *train).explain(*test)
+    except (ImportError, TypeError, ValueError, NotImplementedError):
+        return None
 
 
 def _trainer(model: Any) -> Any:

@@ -12,10 +12,11 @@ from sklearn.utils.validation import check_is_fitted
 
 from .._arguments import check_fits_rows
 from .._fitting import SharesModel
-from .._types import Array, State
+from .._types import Array, RandomState, State
 from ..files import Saved
 from ..inverter import HessianInverter
 from ..methods.base import InverseOperator, Method
+from ..methods.quadratic import QuadraticForms
 from ..operators import LinearOperator
 from ..results import InverseHvpResult, Spectrum
 from ..system import Function
@@ -103,9 +104,35 @@ class ChosenInverter(SharesModel, TransformerMixin, Saved):
         """Return the solutions at many λ, as ``HessianInverter.path``."""
         return self._chosen().path(b, hessian_perturbations)
 
-    def spectrum(self, *, n_probes: int = 10, steps: int = 60) -> Spectrum:
+    def spectrum(self, *, of: str = "curvature", n_probes: int = 10, steps: int = 60) -> Spectrum:
         """Return the eigenvalues of H or their density, as ``HessianInverter.spectrum``."""
-        return self._chosen().spectrum(n_probes=n_probes, steps=steps)
+        return self._chosen().spectrum(of=of, n_probes=n_probes, steps=steps)
+
+    def quadratic(self, G: Array, B: Array | None = None, *, one_sided: bool = False) -> QuadraticForms:
+        """Return gᵀ(H + λI)⁻¹b with bounds, as ``HessianInverter.quadratic``."""
+        return self._chosen().quadratic(G, B, one_sided=one_sided)
+
+    def log_det(self) -> float:
+        """Return log det(H + λI), as ``HessianInverter.log_det``."""
+        return self._chosen().log_det()
+
+    def sample(self, n_samples: int = 1, random_state: RandomState = None) -> np.ndarray:
+        """Return draws from N(0, (H + λI)⁻¹), as ``HessianInverter.sample``."""
+        return self._chosen().sample(n_samples, random_state)
+
+    def covariance(self, kind: str = "hessian", *, dispersion: float | str = 1.0) -> np.ndarray:
+        """Return the covariance of the trained parameters, as ``HessianInverter.covariance``."""
+        return self._chosen().covariance(kind, dispersion=dispersion)
+
+    def predictive_variance(
+        self, X: object, y: object = None, *, outputs: str = "each", dispersion: float = 1.0
+    ) -> Array:
+        """Return the variance of the model's outputs, as ``HessianInverter.predictive_variance``."""
+        return self._chosen().predictive_variance(X, y, outputs=outputs, dispersion=dispersion)
+
+    def log_evidence(self, *, dispersion: float = 1.0) -> float:
+        """Return the log marginal likelihood by Laplace, as ``HessianInverter.log_evidence``."""
+        return self._chosen().log_evidence(dispersion=dispersion)
 
     def inverse_transform(self, X: Array) -> Array:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
