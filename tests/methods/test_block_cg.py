@@ -238,3 +238,18 @@ def test_a_preconditioner_that_rounding_makes_indefinite_is_left_aside():
         x, info = solved(np.diag([1.0, 2.0, 3.0, 4.0]), b, preconditioner=Indefinite(), block=block)
         assert info["converged"].all()
         np.testing.assert_allclose(x, b / [1, 2, 3, 4], rtol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_directions_of_long_rows_are_dropped_by_rounding_alone(dtype):
+    from skinvert.solvers.block_cg import orthonormal_rows
+
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal(100_000) + 5e-3 * rng.standard_normal((4, 100_000))
+    # Their smallest singular value is 5e-3 of the largest, below p·eps in float32: all are needed. A fifth is not.
+    Z = torch.from_numpy(np.concatenate([rows, rows[:1] - 2 * rows[1:2]])).to(dtype)
+    P = orthonormal_rows(Z).double()
+    assert P.shape == (4, 100_000)
+    torch.testing.assert_close(P @ P.mT, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-5)
+    left = Z.double() - (Z.double() @ P.mT) @ P
+    assert float(left.norm()) <= 1e-4 * float(Z.norm())
