@@ -137,7 +137,21 @@ class Oracle:
                 ends.append(self.derivative(self.total()).detach())
             columns.append((ends[0] - ends[1]) / (2 * h))
         self._put(theta)
-        return torch.stack(columns)
+        moves = ~self._padding()
+        return torch.stack(columns) * moves * moves[:, None]
+
+    def _padding(self):
+        """Which entries are rows of padding: constants to torch, though outputs depend on them."""
+        rows = {
+            id(child.weight): child.padding_idx
+            for child in self.module.modules()
+            if isinstance(child, torch.nn.Embedding | torch.nn.EmbeddingBag) and child.padding_idx is not None
+        }
+        parts = [torch.zeros(t.shape, dtype=torch.bool) for t in self.theta]
+        for t, part in zip(self.theta, parts, strict=True):
+            if id(t) in rows:
+                part[rows[id(t)]] = True
+        return torch.cat([part.reshape(-1) for part in parts])
 
     def _put(self, theta):
         start = 0

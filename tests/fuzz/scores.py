@@ -54,8 +54,9 @@ def _held(case, module, X, y, loss, weights, oracle, A, shift):
         rows = oracle.gradient_rows()
     solutions = torch.linalg.solve(A, rows.mT).mT
     expected = rows @ solutions.mT * shares
-    _check(case, "first order", received, expected, rows.norm(dim=1)[:, None] * solutions.norm(dim=1) * shares, A)
-    _check(case, "self", torch.as_tensor(influence.self_influence()).double(), expected.diagonal(), None, A)
+    allowed = _allowed(case, oracle, A, rows) * shares.max()
+    _check(case, "first order", received, expected, allowed)
+    _check(case, "self", torch.as_tensor(influence.self_influence()).double(), expected.diagonal(), allowed)
     if case.dtype is torch.float32 or case.model_dtype is torch.float32:
         return "solved"
     return _newton(case, InfluenceFunction(inverter, removal="newton"), module, X, y, weights, oracle, A)
@@ -70,16 +71,27 @@ def _newton(case, influence, module, X, y, weights, oracle, A):
             own, gradient = oracle.scale * shares[j] * oracle.row_ggn(j), shares[j] * oracle.gradient_rows()[j]
         step = torch.linalg.solve(A - own, gradient)
         expected = oracle.losses(step) - oracle.losses(0 * step)
-        _check(case, "newton", scores[:, j].double(), expected, oracle.losses(0 * step).abs() + expected.abs(), A - own)
+        allowed = (
+            _allowed(case, oracle, A - own, oracle.gradient_rows()) * shares[j] + 1e-12 * oracle.losses(step).max()
+        )
+        _check(case, "newton", scores[:, j].double(), expected, allowed)
     return "solved"
 
 
-def _check(case, what, received, expected, size, A):
-    """Raise Silent where scores are off by more than the rounding of their parts."""
+def _allowed(case, oracle, A, rows):
+    """What rounding makes of gᵀA⁻¹b: of the gradients, and of A, which an oracle by differences has to nine digits."""
     eps = max(torch.finfo(case.dtype or case.model_dtype).eps, runner.slope_of(case))
-    condition = float(torch.linalg.cond(A))
-    size = expected.abs().max() if size is None else size.max()
-    allowed = 1e3 * eps * condition * float(size) + 1e-12 * float(size)
+    size = float(rows.norm(dim=1).max())
+    # As for the gradients themselves: relative to what is summed in them.
+    gradient = 3e3 * eps * (float(rows.abs().max()) + case.input_scale) * len(A) ** 0.5
+    inverse = 1 / float(torch.linalg.eigvalsh(A).abs().min())
+    matrix = 1e3 * max(eps, 1e-9 if oracle.differenced else 0.0) * float(torch.linalg.cond(A))
+    return inverse * (matrix * size**2 + gradient * (2 * size + gradient))
+
+
+def _check(case, what, received, expected, allowed):
+    """Raise Silent where scores are off by more than is allowed."""
+    allowed = float(allowed)
     gap = float((received - expected).abs().max())
     if not gap <= allowed:
         raise runner.Silent(f"{what}: scores off by {gap:.3g}, allowed {allowed:.3g}\n{case!r}")
