@@ -78,19 +78,21 @@ def test_the_seed_decides_the_subsets():
     assert (a != c).any()
 
 
-def test_the_interval_covers_what_more_subsets_say():
-    truth = linear_datamodeling_score(*noisy(300, n_subsets=3000, noise=6.0), n_bootstraps=1).mean
-    covered = 0
+@pytest.mark.parametrize("noise", [0.5, 6.0])
+def test_the_interval_covers_the_mean_over_many_draws(noise):
+    scores, subsets, outcomes = noisy(300, n_subsets=3000, noise=noise)
+    found = []
     for seed in range(60):
-        scores, subsets, outcomes = noisy(300, n_subsets=3000, noise=6.0)
         rng = np.random.default_rng(seed)
         some, rows = rng.choice(3000, 50, replace=False), rng.choice(300, 40, replace=False)
-        found = linear_datamodeling_score(
-            scores[rows], subsets[some], outcomes[some][:, rows], n_bootstraps=200, random_state=seed
-        )
-        covered += found.interval[0] <= truth <= found.interval[1]
+        drawn = (scores[rows], subsets[some], outcomes[some][:, rows])
+        found.append(linear_datamodeling_score(*drawn, n_bootstraps=200, random_state=seed))
+    truth = np.mean([each.mean for each in found])
+    covered = sum(each.interval[0] <= truth <= each.interval[1] for each in found)
     # Of 60 at 95 %: at least 53 in all but one of some 1,000 runs.
     assert covered >= 53
+    # And no interval is without its own score.
+    assert all(each.interval[0] < each.mean < each.interval[1] for each in found)
 
 
 def test_subsets_are_resampled_and_rows_too():
