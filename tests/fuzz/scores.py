@@ -68,12 +68,11 @@ def _newton(case, influence, module, X, y, weights, oracle, A):
     shares, generator = oracle.weights / oracle.weights.sum(), np.random.default_rng(case.seed)
     for j in generator.choice(len(X), min(LEFT_OUT, len(X)), replace=False).tolist():
         with torch.enable_grad():
-            own, gradient = oracle.scale * shares[j] * oracle.row_ggn(j), shares[j] * oracle.gradient_rows()[j]
+            rows, own = oracle.gradient_rows(), oracle.scale * shares[j] * oracle.row_ggn(j)
+        gradient = shares[j] * rows[j]
         step = torch.linalg.solve(A - own, gradient)
         expected = oracle.losses(step) - oracle.losses(0 * step)
-        allowed = (
-            _allowed(case, oracle, A - own, oracle.gradient_rows()) * shares[j] + 1e-12 * oracle.losses(step).max()
-        )
+        allowed = _allowed(case, oracle, A - own, rows) * shares[j] + 1e-12 * oracle.losses(step).max()
         _check(case, "newton", scores[:, j].double(), expected, allowed)
     return "solved"
 

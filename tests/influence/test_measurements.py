@@ -73,7 +73,8 @@ def worst(f, y):
 @pytest.mark.parametrize("removal", ["first_order", "newton"])
 def test_a_number_of_all_rows(functional, measured, removal):
     case = problem("mlp", "cross_entropy")
-    influence, expected = scores_of(case, lambda f, y: measured(f, y)[None], measurement=functional, removal=removal)
+    settings = {"measurement": functional, "removal": removal, "batch_size": 5}
+    influence, expected = scores_of(case, lambda f, y: measured(f, y)[None], **settings)
     received = influence.transform(case.data)
     assert received.shape == (1, 12)
     if removal == "first_order":
