@@ -75,7 +75,8 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         ``"first_order"`` leaves H as it is: it underestimates rows that the model hangs on (high leverage), by half
         or more where n is not much larger than p. ``"newton"`` takes the row's own curvature out of H and measures at
         the parameters that result: nearly what retraining gives, at a solve for each output of each row, and a forward
-        pass over the test rows for each row.
+        pass over the test rows for each row. Give λ > 0 for a network: along what its data do not determine, the bias
+        of a dead unit say, steps are long at λ = 0, and the outputs there are nothing that retraining gives.
     measurement : str, callable or list of callables, default="loss"
         What is measured: ``"loss"`` is ℓ on the scale of L, without the penalty; ``"margin"`` log(p/(1 − p)) of the
         true class; ``"logit"`` its logit. A callable (outputs, targets) gives one value a row, or one number of all
