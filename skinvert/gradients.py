@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import scipy.sparse
 import torch
@@ -14,6 +16,7 @@ from ._fitting import SharesModel, fit_whole
 from ._frames import Frame, RowTransformer, check_inputs, columns_of, rows_of
 from ._memory import check_memory, rows_within
 from ._progress import progress
+from ._shown import Shown
 from ._types import Array, Batch, Device, Globs
 from .curvature import Objective, gradient_rows, jacobian_rows, split_batch, warn_of_unreached
 from .data import Batches, batches_of, holds_tensors, with_any_targets
@@ -22,7 +25,7 @@ from .models import TorchTwiceDifferentiable, as_margin, as_model, as_outputs, i
 __all__ = ["PerSampleGradient"]
 
 
-class PerSampleGradient(SharesModel, RowTransformer):
+class PerSampleGradient(Shown, SharesModel, RowTransformer):
     r"""Map rows (X, y) to their loss gradients gᵢ = ∇ℓᵢ(θ), one per row; the penalty is left out.
 
     ``fit`` records the scale κ = Σ w / Σ w m of the training loss (1/c for ``mse``, the mean class weight for weighted
@@ -182,6 +185,15 @@ class PerSampleGradient(SharesModel, RowTransformer):
         tags.target_tags.required = not self._is_of_outputs
         tags.no_validation = True
         return tags
+
+    def _facts(self) -> Mapping[str, object]:
+        if "loss_scale_" not in vars(self):
+            return {}
+        return {
+            "parameters p": f"{self.n_features_out_:,}",
+            "rows are gradients of": "outputs" if self._is_of_outputs else "losses",
+            "scale κ of the training loss": f"{self.loss_scale_:.4g}",
+        }
 
     @property
     def _is_of_outputs(self) -> bool:

@@ -44,13 +44,14 @@ from .registry import find_method
 from .results import InverseHvpResult, Spectrum
 from .scores import HeldOut, held_out, held_out_rows, quadratic_score
 from .solvers.extremes import spectrum
+from .summary import Summary
 from .system import Function, System, assemble, random_seed
 
 __all__ = ["HessianInverter"]
 
 
 @savable
-class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerMixin, Saved):
+class HessianInverter(Summary, SharesModel, Posterior, OneToOneFeatureMixin, TransformerMixin, Saved):
     r"""Solve (H + λI) x = b for a trained model's curvature H, one right-hand side per row.
 
     ``fit(model, data)``, ``fit(X, y)`` with ``model`` set, or ``fit(X)`` on plain rows, whose curvature is that of
@@ -98,7 +99,7 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
         Whether an approximate method spends one product with the exact curvature per solve to report its true
         ``residual`` and to warn where x = 0 would be better. False leaves ``residual`` NaN and ``converged`` False.
     verbose : int, default=0
-        1 shows progress bars on long work.
+        1 says on stderr what was chosen and why, and shows progress bars on long work.
 
     Attributes
     ----------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,9 @@ from .._autograd import ordinary
 from .._check import check_choice, check_number, must_be
 from .._fitting import fit_whole
 from .._frames import Frame, RowTransformer, rows_of
-from .._memory import check_memory
+from .._memory import check_memory, readable
+from .._progress import say
+from .._shown import Shown
 from .._types import Array, State
 from ..data import as_data, check_row_order, holds_tensors
 from ..inverter import HessianInverter
@@ -55,7 +57,7 @@ class Top(NamedTuple):
     scores: Array
 
 
-class InfluenceFunction(RowStatistics, RowTransformer):
+class InfluenceFunction(Shown, RowStatistics, RowTransformer):
     r"""Predict what removing each training row does to what is measured on test rows.
 
     ``fit(model, data)``, or ``fit(X, y)`` with the inverter's ``model`` set; ``transform((X_test, y_test))`` is the
@@ -92,7 +94,7 @@ class InfluenceFunction(RowStatistics, RowTransformer):
     memory : int, default=None
         Bytes for the solutions that are held at once; None is scikit-learn's ``working_memory``.
     verbose : int, default=0
-        1 shows progress bars.
+        1 says on stderr what is computed, and shows progress bars.
 
     Attributes
     ----------
@@ -249,12 +251,19 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         if out is None:
             needed, way_out = 2 * test.count * n * fitted.model.dtype.itemsize, "Try `top`, which holds none, or `out`."
             check_memory(needed, f"{test.count:,} × {n:,} scores", way_out, fitted.model.device)
+        self._say(fitted, test.count)
         known_by = "" if out is None else self._fingerprint(fitted, test)
         dtype = fitted.model.dtype if self.score_rtol is None else torch.float64
         scores = destination(out, (test.count, n), dtype, fitted.model.device, known_by)
         for rows, cols, block in self._blocks(fitted, test, scores.has):
             scores.write(rows, cols, block)
         return scores.close()
+
+    def _say(self, fitted: Fitted, n_test: int) -> None:
+        n, size = self.n_samples_, fitted.model.dtype.itemsize
+        solved = "training" if self.removal == "newton" or n_test > n else "test"
+        chunk = f"{min(fitted.most, n if solved == 'training' else n_test):,} {solved} rows are solved at once"
+        say(f"scores: {n_test:,} × {n:,}, {readable(n_test * n * size)}; {chunk}", self.verbose)
 
     def _fingerprint(self, fitted: Fitted, test: Side) -> str:
         inverter = self.inverter_
@@ -411,6 +420,13 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         return tags
 
     # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _facts(self) -> Mapping[str, object]:
+        if "n_samples_" not in vars(self):
+            return {}
+        first = self._members()[0]
+        own = {"removal": self.removal, "measurement": self.measurement, "models": len(self._members())}
+        return {**first.inverter_._facts(), **own}
 
     def _members(self) -> list[InfluenceFunction]:
         check_is_fitted(self, "n_samples_")
