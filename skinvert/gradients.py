@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 from ._autograd import ordinary
 from ._check import check_number, must_be
 from ._fitting import SharesModel, fit_whole
-from ._frames import Frame, RowTransformer, check_inputs, columns_of, rows_of
+from ._frames import Columned, Frame, RowTransformer, check_inputs, columns_of, rows_of
 from ._memory import check_memory, rows_within
 from ._progress import progress
 from ._shown import Shown
@@ -251,7 +251,7 @@ def _check_no_model(X: object, y: object) -> None:
 
 def _check_pair(X: Array, y: object) -> None:
     """Raise where rows came without their targets, as ``Pipeline.score`` passes them."""
-    if y is None and (isinstance(X, np.ndarray | torch.Tensor | Frame) or scipy.sparse.issparse(X)):
+    if y is None and (isinstance(X, np.ndarray | torch.Tensor | Frame | Columned) or scipy.sparse.issparse(X)):
         hint = (
             "A gradient needs the target: try `transform((X, y))`. `Pipeline.transform` and `Pipeline.score` pass X "
             "alone: try `pipe.transform((X, y))`, and `make_quadratic_scorer()` to score, in a search as `scoring=`."

@@ -53,11 +53,11 @@ class Summary(Shown):
     def _method_name(self) -> str:
         if not isinstance(self.method_, Method):
             return str(self.method)
-        name = repr(self.method_)
+        chosen = self.method == "auto"
         if isinstance(self.inverse_, BlockInverse):
-            names = sorted({inverse.name or type(inverse).__name__ for inverse in self.inverse_.inverses})
-            name = f"{', '.join(names)} in {len(self.inverse_.inverses):,} blocks"
-        return f"{name}, chosen by auto" if self.method == "auto" else name
+            blocks = f"each of {len(self.inverse_.inverses):,} blocks"
+            return f"chosen by auto in {blocks}" if chosen else f"{self.method_!r} in {blocks}"
+        return f"{self.method_!r}, chosen by auto" if chosen else repr(self.method_)
 
 
 def _of_inverse(inverse: InverseOperator) -> dict[str, object]:
