@@ -27,6 +27,7 @@ PACKAGE = Path(__file__).parents[1] / "skinvert"
 
 FLOORS = {
     "_types": 0,
+    "_namespaces": 0,
     "_autograd": 0,
     "_check": 0,
     "_memory": 0,
