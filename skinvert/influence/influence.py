@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +15,19 @@ from sklearn.utils.validation import check_is_fitted
 from .._autograd import ordinary
 from .._check import check_choice, check_number, must_be
 from .._fitting import fit_whole
-from .._frames import Frame, RowTransformer, rows_of
-from .._memory import check_memory
+from .._frames import (
+    Columned,
+    Frame,
+    RowTransformer,
+    check_inputs,
+    columns_of,
+    framed,
+    rows_of,
+    with_labels,
+)
+from .._memory import check_memory, readable
+from .._progress import say
+from .._shown import Shown
 from .._types import Array, State
 from ..data import as_data, check_row_order, holds_tensors
 from ..inverter import HessianInverter
@@ -24,7 +35,7 @@ from ..methods.quadratic import Certificate
 from ..models import is_model
 from ..selection import HessianInverterCV
 from .certified import Bounded, certified_blocks
-from .effects import check_groups, check_indices, group_effect, outputs_without, self_influence
+from .effects import check_groups, check_indices, group_effect, group_labels, outputs_without, self_influence
 from .features import feature_influence
 from .fitted import Fitted
 from .largest import largest
@@ -55,7 +66,7 @@ class Top(NamedTuple):
     scores: Array
 
 
-class InfluenceFunction(RowStatistics, RowTransformer):
+class InfluenceFunction(Shown, RowStatistics, RowTransformer):
     r"""Predict what removing each training row does to what is measured on test rows.
 
     ``fit(model, data)``, or ``fit(X, y)`` with the inverter's ``model`` set; ``transform((X_test, y_test))`` is the
@@ -93,7 +104,7 @@ class InfluenceFunction(RowStatistics, RowTransformer):
     memory : int, default=None
         Bytes for the solutions that are held at once; None is scikit-learn's ``working_memory``.
     verbose : int, default=0
-        1 shows progress bars.
+        1 says on stderr what is computed, and shows progress bars.
 
     Attributes
     ----------
@@ -229,8 +240,8 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         array or tensor of shape (n_test, n_train)
             Entry (i, j): the predicted change of measurement i when training row j is removed. An array for arrays, a
             tensor on the model's device for tensors. A frame, where ``set_output`` asks for one, has the index of X and
-            the training rows' as its columns. Of a measurement of all rows together, one row. With ``out`` this, or
-            the file's memmap.
+            the training rows' as its columns (as strings in polars). Of a measurement of all rows together, one row.
+            With ``out`` this, or the file's memmap.
         """
         data = self._test_data(X, y)
         if len(self._members()) == 1:
@@ -242,7 +253,8 @@ class InfluenceFunction(RowStatistics, RowTransformer):
                 target = destination(out, (len(scores), self.n_samples_), scores.dtype, scores.device, known_by)
                 target.write(slice(None), slice(None), scores)
                 scores = target.close()
-        return super().transform(rows_of(data), scores if out is not None else self._back(scores, data))
+        found = super().transform(rows_of(data), scores if out is not None else self._back(scores, data))
+        return with_labels(found, self.index_)
 
     def _matrix(self, data: object, out: Out = None) -> Array:
         fitted = self._fitted()
@@ -250,12 +262,19 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         if out is None:
             needed, way_out = 2 * test.count * n * fitted.model.dtype.itemsize, "Try `top`, which holds none, or `out`."
             check_memory(needed, f"{test.count:,} × {n:,} scores", way_out, fitted.model.device)
+        self._say(fitted, test.count)
         known_by = "" if out is None else self._fingerprint(fitted, test)
         dtype = fitted.model.dtype if self.score_rtol is None else torch.float64
         scores = destination(out, (test.count, n), dtype, fitted.model.device, known_by)
         for rows, cols, block in self._blocks(fitted, test, scores.has):
             scores.write(rows, cols, block)
         return scores.close()
+
+    def _say(self, fitted: Fitted, n_test: int) -> None:
+        n, size = self.n_samples_, fitted.model.dtype.itemsize
+        solved = "training" if self.removal == "newton" or n_test > n else "test"
+        chunk = f"{min(fitted.most, n if solved == 'training' else n_test):,} {solved} rows are solved at once"
+        say(f"scores: {n_test:,} × {n:,}, {readable(n_test * n * size)}; {chunk}", self.verbose)
 
     def _fingerprint(self, fitted: Fitted, test: Side) -> str:
         inverter = self.inverter_
@@ -312,12 +331,15 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         Returns
         -------
         Top
-            ``rows`` (n_test, k) and ``scores`` (n_test, k), the most first.
+            ``rows`` (n_test, k) and ``scores`` (n_test, k), the most first. Two frames, where ``set_output`` asks for
+            them, with the index of X: ``rows`` are then labels of training rows, of ``index_``, not places.
         """
         data = self._test_data(X, y)
         k = min(check_number(k, "k", low=1, integer=True), self.n_samples_)
         scores, rows = largest(self._all_blocks(data), k, -1 if harmful else 1)
-        return Top(self._back(rows, data), self._back(scores, data))
+        labels = self._framed(self._labels_at(rows), data, range(k))
+        found = self._framed(self._back(scores, data), data, range(k))
+        return Top(labels if isinstance(labels, Columned) else self._back(rows, data), found)
 
     def _all_blocks(self, data: object) -> Iterator[Block]:
         """Yield the blocks of the matrix; of an ensemble, which are the mean of its members, as one."""
@@ -343,11 +365,13 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         -------
         array or tensor of shape (n_test, n_groups)
             To first order the sums of the rows' scores; by ``removal="newton"`` each group's own curvature is taken
-            out of H as a whole.
+            out of H as a whole. A frame, where ``set_output`` asks for one, has the index of X, and the groups' labels,
+            or 0 to n_groups − 1, as its columns.
         """
         data = self._test_data(X, y)
         members = check_groups(groups, self.n_samples_)
-        return self._back(self._mean(lambda member: _group_effect(member, members, data)), data)
+        effects = self._back(self._mean(lambda member: _group_effect(member, members, data)), data)
+        return self._framed(effects, data, group_labels(groups, members))
 
     # -- parameters ------------------------------------------------------------------------------------------------
 
@@ -400,9 +424,9 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         return float(np.mean([member.inverter_.score(X, y, sample_weight) for member in self._members()]))
 
     def get_feature_names_out(self, input_features: object = None) -> np.ndarray:
-        """Return the names of the columns: the training rows' index where they came in a frame, else 0 to n − 1."""
+        """Return the names of the columns: the training rows' labels, ``index_``, as strings."""
         check_is_fitted(self, "n_samples_")
-        return self.index_
+        return np.array([str(label) for label in self.index_], dtype=object)
 
     def __sklearn_tags__(self) -> Tags:
         """Say that a target is needed."""
@@ -412,6 +436,13 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         return tags
 
     # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _facts(self) -> Mapping[str, object]:
+        if "n_samples_" not in vars(self):
+            return {}
+        first = self._members()[0]
+        own = {"removal": self.removal, "measurement": self.measurement, "models": len(self._members())}
+        return {**first.inverter_._facts(), **own}
 
     def _members(self) -> list[InfluenceFunction]:
         check_is_fitted(self, "n_samples_")
@@ -429,7 +460,19 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         check_is_fitted(self, "n_samples_")
         if is_model(X):
             raise TypeError(must_be("Test data", "data", f"a {type(X).__name__}", "The model is that of `fit`."))
-        return X if y is None else (X, y)
+        data = X if y is None else (X, y)
+        known = columns_of(vars(self._members()[0].inverter_).get("_data"))
+        check_inputs((data,) if isinstance(data, Columned) else data, known)
+        return data
+
+    def _framed(self, found: Array, data: object, labels: Iterable[object]) -> Array:
+        return framed(self, rows_of(data), found, labels)
+
+    def _labels_at(self, places: torch.Tensor) -> np.ndarray:
+        """Return the labels of training rows: whole numbers where all are."""
+        whole = all(isinstance(label, int | np.integer) for label in self.index_)
+        labels: np.ndarray = self.index_[places.cpu().numpy()]
+        return labels.astype(np.int64) if whole else labels
 
     def _back(self, found: torch.Tensor, data: object) -> Array:
         tensors = data is not None and holds_tensors(data)
