@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from ..data import as_data, check_row_order, holds_tensors
 from ..inverter import HessianInverter
 from ..methods.quadratic import Certificate
 from ..models import is_model
+from ..plotting import report
 from ..selection import HessianInverterCV
 from .certified import Bounded, certified_blocks
 from .effects import check_groups, check_indices, group_effect, group_labels, outputs_without, self_influence
@@ -45,6 +46,9 @@ from .output import Out, destination, fingerprint
 from .scoring import Block, Done, blocks, shifted_blocks
 from .sides import Side, moved
 from .statistics import RowStatistics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["InfluenceFunction", "Top"]
 
@@ -417,6 +421,37 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
         data = self._test_data(X, y)
         chosen = check_indices(rows, self.n_samples_)
         return self._back(self._mean(lambda member: _feature_influence(member, chosen, data)), data)
+
+    def report(
+        self,
+        X: object,
+        y: object = None,
+        *,
+        n_rows: int = 3,
+        k: int = 5,
+        train: tuple[Array, Array] | None = None,
+        image_shape: tuple[int, ...] | None = None,
+    ) -> Figure:
+        """Return one figure: self-influence, the spectrum up to 1,000 parameters, what helps and harms some test rows.
+
+        Parameters
+        ----------
+        X, y : data
+            Test rows.
+        n_rows, k : int, default=3 and 5
+            How many of them, the first, are shown, and how many helpful and harmful training rows of each.
+        train : tuple (X, y), default=None
+            The training rows, for pictures of them.
+        image_shape : tuple of int, default=None
+            Of a row of X as a picture: (8, 8), say. Without it scores are bars, named by the training rows' index.
+
+        Returns
+        -------
+        matplotlib Figure
+            Needs matplotlib, ``pip install "skinvert[plot]"``.
+        """
+        self._alone("report")
+        return report(self, X, y, n_rows=n_rows, k=k, train=train, image_shape=image_shape)
 
     def score(self, X: object, y: object = None, sample_weight: object = None) -> float:
         """Return ``HessianInverter.score``, the held-out quadratic: for searches over λ; of an ensemble the mean."""
