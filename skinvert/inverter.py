@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 import scipy.sparse.linalg
 import torch
-from sklearn.base import OneToOneFeatureMixin, TransformerMixin
+from sklearn.base import TransformerMixin
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -31,13 +31,13 @@ from ._rows import InFloat64, Rows
 from ._scaling import times_powers
 from ._types import Array, Decay, Device, Globs, Partition, RandomState, State
 from .answers import OPTIONAL, answer, check_answer, file_fields
+from .columns import NamedColumns
 from .curvature import SampledFisher
 from .data import as_data
 from .files import UNSAVED, Saved, savable
 from .methods.base import InverseOperator, Method, relative_residual
 from .models import TwiceDifferentiable, as_model, is_model
 from .operators import LinearOperator, Shifted, as_scipy
-from .parameters import ParameterLayout
 from .persistence import require_present
 from .perturbation import check_perturbation, resolve
 from .posterior import Posterior, own_spectrum
@@ -52,7 +52,7 @@ __all__ = ["HessianInverter"]
 
 
 @savable
-class HessianInverter(Summary, SharesModel, Posterior, OneToOneFeatureMixin, TransformerMixin, Saved):
+class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, TransformerMixin, Saved):
     r"""Solve (H + λI) x = b for a trained model's curvature H, one right-hand side per row.
 
     ``fit(model, data)``, ``fit(X, y)`` with ``model`` set, or ``fit(X)`` on plain rows, whose curvature is that of
@@ -489,28 +489,7 @@ class HessianInverter(Summary, SharesModel, Posterior, OneToOneFeatureMixin, Tra
         other.__dict__.update(self.__dict__, hessian_perturbation=shift, hessian_perturbation_=shift, inverse_=inverse)
         return other
 
-    # -- names, shapes, faces --------------------------------------------------------------------------------------
-
-    def get_feature_names_out(self, input_features: object = None) -> np.ndarray:
-        """Return the p names of the columns: ``"fc1.weight[0,3]"``, or the input's own for plain rows."""
-        check_is_fitted(self, "n_features_in_")
-        if self._layout is not None:
-            return np.asarray(self._layout.feature_names(), dtype=object)
-        names: np.ndarray = super().get_feature_names_out(input_features)
-        return names
-
-    def flatten(self, mapping: Mapping[str, Array] | Iterable[Array]) -> Array:
-        """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row; of (n, c, *shape), n c.
-
-        A sequence, such as ``torch.autograd.grad`` returns, is taken in the order of ``parameter_names_``.
-        """
-        return self._named().flatten(mapping)
-
-    def unflatten(self, x: Array) -> State:
-        """Return named tensors or arrays (k, *shape) of rows (k, p)."""
-        layout = self._named()
-        check_columns(x, layout.feature_names())
-        return layout.unflatten(x)
+    # -- faces -----------------------------------------------------------------------------------------------------
 
     def aslinearoperator(self) -> scipy.sparse.linalg.LinearOperator:
         """Return (H + λI)⁻¹ as a ``scipy.sparse.linalg.LinearOperator``."""
@@ -584,9 +563,3 @@ class HessianInverter(Summary, SharesModel, Posterior, OneToOneFeatureMixin, Tra
             hint = "A saved or pickled factorisation leaves out model and data: call `fit` again."
             raise ValueError(must_be(f"{what}'s model and data", "at hand", "a loaded inverter", hint))
         return found
-
-    def _named(self) -> ParameterLayout:
-        check_is_fitted(self, "n_features_in_")
-        if self._layout is None:
-            raise TypeError(must_be("flatten and unflatten", "called after a fit on a model", "a fit on plain rows"))
-        return self._layout

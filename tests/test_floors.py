@@ -63,6 +63,7 @@ FLOORS = {
     "persistence": 3.3,
     "files": 3.3,
     "checkpoint": 3.3,
+    "columns": 3.3,
     "covariance": 3.3,
     "posterior": 3.3,
     "summary": 3.3,
