@@ -85,6 +85,10 @@ def all_outputs(model: TorchTwiceDifferentiable, rows: Batches) -> tuple[torch.T
     """Return outputs and targets of all rows, without a graph."""
     with torch.no_grad():
         found = [(model.forward(map_tensors(torch.clone, batch)).detach(), batch[1]) for batch, _ in rows]
+    odd = [part for pair in found for part in pair if not isinstance(part, torch.Tensor)]
+    if odd:
+        got = f"a {type(odd[0]).__name__}"
+        raise TypeError(must_be("Outputs and targets for a callable measurement", "a tensor each", got))
     outputs, targets = zip(*found, strict=True)
     return torch.cat(outputs), torch.cat(targets)
 
