@@ -90,7 +90,9 @@ def compare(problem, train, test, retrained, args):
 def our_scores(name, net, train, test, shift):
     if name == "TRAK pipeline":
         return trak(net, train, test)
-    return by_method(name, shift, {"loss": "cross_entropy"}).fit(net, train).transform(test).numpy()
+    method, _, hessian = name.partition(", ")
+    settings = {"loss": "cross_entropy", **({"curvature": "hessian"} if hessian else {})}
+    return by_method(method, shift, settings).fit(net, train).transform(test).numpy()
 
 
 def line(name, theirs, seconds, mine, scores, our_seconds, retrained):
@@ -215,9 +217,9 @@ PEERS = {
     "pyDVL KFAC": (pydvl(EkfacInfluence), "kfac"),
     "dattri EKFAC": (dattri(IFAttributorEKFAC, 100, "damping"), "ekfac"),
     WITHOUT_BIAS: (dattri_ekfac_without_bias, "ekfac"),
-    "pyDVL Arnoldi": (pydvl(ArnoldiInfluence, rank=RANKS["arnoldi"]), "arnoldi"),
-    "pyDVL Arnoldi, Woodbury": (pydvl(ArnoldiInfluence, rank=RANKS["arnoldi"], use_woodbury=True), "arnoldi"),
-    "dattri Arnoldi": (dattri(IFAttributorArnoldi, 200, proj_dim=RANKS["arnoldi"], max_iter=200), "arnoldi"),
+    "pyDVL Arnoldi": (pydvl(ArnoldiInfluence, rank=RANKS["arnoldi"]), "arnoldi, Hessian"),
+    "pyDVL Arnoldi, Woodbury": (pydvl(ArnoldiInfluence, rank=RANKS["arnoldi"], use_woodbury=True), "arnoldi, Hessian"),
+    "dattri Arnoldi": (dattri(IFAttributorArnoldi, 200, proj_dim=RANKS["arnoldi"], max_iter=200), "arnoldi, Hessian"),
     "pyDVL Nyström": (pydvl(NystroemSketchInfluence, rank=RANKS["nystroem"]), "nystroem"),
     "pyDVL harmonic mean": (pydvl(InverseHarmonicMeanInfluence), "harmonic_mean"),
     "dattri DataInf": (dattri(IFAttributorDataInf, 20), "harmonic_mean"),
