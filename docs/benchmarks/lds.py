@@ -31,7 +31,6 @@ METHODS = {
     "direct": ("direct", "ggn"),
     "cg": (CG(rtol=1e-3), "ggn"),
     "arnoldi": (Arnoldi(rank=100), "ggn"),
-    "arnoldi, trace": (Arnoldi(rank=100, complement="trace"), "ggn"),
     "nystroem": (Nystroem(rank=200), "ggn"),
     "kfac": ("kfac", "ggn"),
     "ekfac": ("ekfac", "ggn"),

@@ -1,17 +1,17 @@
 """Whose scores foretell retraining better, method by method: skinvert's, or those of pyDVL and dattri?
 
-All on the retrainings of ``lds.py``, by its linear datamodeling score. The peers' scores come from their own calls,
-which ``lds_peers_check.py`` holds against their formulas; the model is the same in float32, their λ is skinvert's plus
-the weight decay that its curvature holds (scikit-learn's intercepts have none: there they differ). dattri's arrays are
-transposed; TRAK's are of the margin, which falls as the loss rises. The interval is of ours less theirs, paired.
+All on the retrainings of ``lds.py``, by its linear datamodeling score. Everyone is given the same module in float32 and
+the same λ, that of ``lds.py`` plus the weight decay, which here is part of nobody's curvature. The peers' scores come
+from their own calls, which ``lds_peers_check.py`` holds against their formulas. dattri's arrays are transposed; TRAK's
+are of the margin, which falls as the loss rises. The interval is of ours less theirs, paired.
 
     OMP_NUM_THREADS=1 .venv-bench/bin/python docs/benchmarks/lds_peers.py --model softmax --retrainings softmax.npz
 """
 
 import argparse
 import logging
-import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from dattri.algorithm.influence_function import (
 )
 from dattri.algorithm.trak import TRAKAttributor
 from dattri.task import AttributionTask
-from lds import WEIGHT_DECAY, as_rows, by_method, digits, mlp, n_parameters, retrainings, softmax, trak
+from lds import WEIGHT_DECAY, as_rows, by_method, digits, mlp, n_parameters, retrainings, softmax, timed, trak
 from pydvl.influence.torch import (
     ArnoldiInfluence,
     CgInfluence,
@@ -64,37 +64,35 @@ def main():
 
 
 def compare(problem, train, test, retrained, args):
-    """Print a line for each peer's method, beside ours."""
-    model, settings, ours = problem["scored"], problem["settings"], {}
-    net, large = as_net(model), n_parameters(model) > LARGEST_DIRECT
-    rows = [(X.float(), y) for X, y in (train, test)]
-    shift = by_method("ekfac", args.perturbation, settings).fit(model, as_rows(model, train)).inverter_
-    shift = shift.hessian_perturbation_
+    """Print a line for each peer's method, beside ours: of one module, at one λ."""
+    net, ours = as_net(problem["scored"]), {}
+    rows = [as_rows(net, part) for part in (train, test)]
+    large = n_parameters(net) > LARGEST_DIRECT
+    ekfac = by_method("ekfac", args.perturbation, problem["settings"])
+    inverter = ekfac.fit(problem["scored"], as_rows(problem["scored"], train)).inverter_
+    shift = inverter.hessian_perturbation_ + WEIGHT_DECAY
     print(f"{args.model}, {len(retrained.subsets)} subsets, {args.test_rows} test rows, λ = {shift:.3g}", flush=True)
     print("| peer | LDS | 95 % | skinvert | LDS | skinvert less peer | 95 % | s | s |\n" + 9 * "|---" + "|")
     for name in args.peers:
         peer, mine = PEERS[name]
         if (large and name in DENSE) or (len(net) > 1 and name == WITHOUT_BIAS):
             continue
-        start = time.perf_counter()
+        if mine not in ours:
+            ours[mine] = timed(partial(our_scores, mine, net, *rows, shift))
         try:
-            theirs = peer(net, *rows, shift + WEIGHT_DECAY)
+            theirs = timed(partial(peer, net, *rows, shift))
         except (RuntimeError, ValueError) as failure:  # Out of memory, too, is a RuntimeError of torch.
             print(f"| {name} | {type(failure).__name__}: {str(failure).splitlines()[0][:80]} |", flush=True)
             continue
-        seconds = time.perf_counter() - start
-        if mine not in ours:
-            ours[mine] = our_scores(mine, model, settings, train, test, args)
-        print(line(name, theirs, seconds, mine, *ours[mine], retrained), flush=True)
+        print(line(name, *theirs, mine, *ours[mine], retrained), flush=True)
 
 
-def our_scores(name, model, settings, train, test, args):
-    train, test = as_rows(model, train), as_rows(model, test)
-    start = time.perf_counter()
+def our_scores(name, net, train, test, shift):
     if name == "TRAK pipeline":
-        return trak(model, train, test), time.perf_counter() - start
-    found = by_method(name, args.perturbation, settings).fit(model, train).transform(test)
-    return np.asarray(found), time.perf_counter() - start
+        return trak(net, train, test)
+    method, _, hessian = name.partition(", ")
+    settings = {"loss": "cross_entropy", **({"curvature": "hessian"} if hessian else {})}
+    return by_method(method, shift, settings).fit(net, train).transform(test).numpy()
 
 
 def line(name, theirs, seconds, mine, scores, our_seconds, retrained):
@@ -219,9 +217,9 @@ PEERS = {
     "pyDVL KFAC": (pydvl(EkfacInfluence), "kfac"),
     "dattri EKFAC": (dattri(IFAttributorEKFAC, 100, "damping"), "ekfac"),
     WITHOUT_BIAS: (dattri_ekfac_without_bias, "ekfac"),
-    "pyDVL Arnoldi": (pydvl(ArnoldiInfluence, rank=RANKS["arnoldi"]), "arnoldi"),
-    "pyDVL Arnoldi, Woodbury": (pydvl(ArnoldiInfluence, rank=RANKS["arnoldi"], use_woodbury=True), "arnoldi, trace"),
-    "dattri Arnoldi": (dattri(IFAttributorArnoldi, 200, proj_dim=RANKS["arnoldi"], max_iter=200), "arnoldi"),
+    "pyDVL Arnoldi": (pydvl(ArnoldiInfluence, rank=RANKS["arnoldi"]), "arnoldi, Hessian"),
+    "pyDVL Arnoldi, Woodbury": (pydvl(ArnoldiInfluence, rank=RANKS["arnoldi"], use_woodbury=True), "arnoldi, Hessian"),
+    "dattri Arnoldi": (dattri(IFAttributorArnoldi, 200, proj_dim=RANKS["arnoldi"], max_iter=200), "arnoldi, Hessian"),
     "pyDVL Nyström": (pydvl(NystroemSketchInfluence, rank=RANKS["nystroem"]), "nystroem"),
     "pyDVL harmonic mean": (pydvl(InverseHarmonicMeanInfluence), "harmonic_mean"),
     "dattri DataInf": (dattri(IFAttributorDataInf, 20), "harmonic_mean"),
