@@ -7,7 +7,7 @@ PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(1)/bin/pyt
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: bench bench-scaling demo dist fuzz test test-slow test-cuda test-oldest lint clean
+.PHONY: bench bench-scaling demo dist docs fuzz test test-slow test-cuda test-oldest lint clean
 
 demo: .venv/.installed
 	.venv/bin/python examples/plot_mislabelled_digits.py
@@ -22,6 +22,10 @@ lint: .venv/.installed
 
 test-slow: .venv/.installed
 	$(call PYTEST,.venv) -m slow $(ARGS)
+
+# The pages, with the examples run, in docs/_build/html: whatever is amiss, a broken reference among it, ends in an error.
+docs: .venv/.docs
+	OMP_NUM_THREADS=1 .venv/bin/python -m sphinx -n -W --keep-going docs docs/_build/html $(ARGS)
 
 # Random cases, each of four ways; what fails is listed once a kind, with the case to build again.
 FUZZ ?= 1250
@@ -50,6 +54,10 @@ test-oldest: .venv-oldest/.installed
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install "$$(grep '^torch==' constraints.txt)"
 	.venv/bin/python -m pip install -c constraints.txt -e '.[test]'
+	touch $@
+
+.venv/.docs: .venv/.installed
+	.venv/bin/python -m pip install -c constraints.txt -e '.[docs]'
 	touch $@
 
 # Wheel and sdist, each installed alone into an environment of its own; the smoke test sees none of the sources.
@@ -88,3 +96,4 @@ dist: .venv-build/.installed
 
 clean:
 	rm -rf .venv .venv-bench .venv-build .venv-dist .venv-oldest .mypy_cache .pytest_cache .ruff_cache dist examples/output
+	rm -rf docs/_build docs/auto_examples docs/generated docs/sg_execution_times.rst

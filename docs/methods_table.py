@@ -23,6 +23,15 @@ def table(text):
     return text[: found[0].start()] + "".join(rows[name] for name in order) + text[found[-1].end() :]
 
 
+def table_of_methods():
+    """Return the whole table, as the pages show it."""
+    head = (
+        "name | `skinvert.methods` | work, in products with A | numbers held | the solution | curvatures | choose for"
+    )
+    kinds = [(name, getattr(methods, name)) for name in methods.__all__]
+    return f"| {head} |\n{'|---' * 7}|\n" + "".join(row(name, kind) for name, kind in kinds)
+
+
 def row(name, kind):
     """Return a method's row."""
     stated = (kind.cost, kind.memory, kind.exactness, kind.choose_it_for)

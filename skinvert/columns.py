@@ -30,14 +30,14 @@ class NamedColumns(OneToOneFeatureMixin):
         return names
 
     def flatten(self, mapping: Mapping[str, Array] | Iterable[Array]) -> Array:
-        """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row; of (n, c, *shape), n c.
+        """Return rows (k, p) of named tensors or arrays ``(k, *shape)``; one row without k; n c of ``(n, c, *shape)``.
 
         A sequence, such as ``torch.autograd.grad`` returns, is taken in the order of ``parameter_names_``.
         """
         return self._named().flatten(mapping)
 
     def unflatten(self, x: Array) -> State:
-        """Return named tensors or arrays (k, *shape) of rows (k, p)."""
+        """Return named tensors or arrays ``(k, *shape)`` of rows (k, p)."""
         layout = self._named()
         check_columns(x, layout.feature_names())
         return layout.unflatten(x)

@@ -66,8 +66,8 @@ def register_curvature(name: str, curvature: type[Curvature] | Builder, *, overw
 
     See Also
     --------
-    skinvert.curvature.Curvature : By its products.
-    skinvert.curvature.Factored : By the factors of the rows.
+    skinvert.Curvature : By its products.
+    skinvert.Factored : By the factors of the rows.
 
     Examples
     --------

@@ -59,7 +59,7 @@ class SampledFisher(TensorState, BaseEstimator):
 
 
 class Fisher(GGN):
-    r"""F = Σᵢ wᵢ s·E_{y∼p(·|xᵢ)}[∇log p ∇log pᵀ] / Σᵢ wᵢ + penalty, for a loss ℓ = −s·log p + const.
+    r"""F = Σᵢ wᵢ s·E_{y∼p(·;xᵢ)}[∇log p ∇log pᵀ] / Σᵢ wᵢ + penalty, for a loss ℓ = −s·log p + const.
 
     s is 1 for ``cross_entropy``, ``nll`` and ``poisson_nll``, 2/c for ``mse`` over c outputs (unit variance), 1/c for
     ``bce_with_logits``. The expectation is over the labels that the model itself predicts; class weights and ignored

@@ -300,8 +300,8 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
     def score_error_(self) -> np.ndarray:
         """Bounds (n_test, n_train) of the errors of the last ``transform``'s scores, where ``score_rtol`` is given.
 
-        |score − gᵢᵀA⁻¹bⱼ| ≤ this, of the exact A in float64 and of the gradients as they were computed. NaN where A has
-        no positive lower bound that is known (see ``HessianInverter.quadratic``), and where a file had the scores.
+        ``|score − gᵢᵀA⁻¹bⱼ|`` ≤ this, of the exact A in float64 and of the gradients as they were computed. NaN where A
+        has no positive lower bound that is known (see ``HessianInverter.quadratic``), and where a file had the scores.
         """
         found = [vars(member).get("_bounds") for member in self._members()]
         known = [bounds.matrix() for bounds in found if bounds is not None]
@@ -409,7 +409,7 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
 
     @ordinary
     def feature_influence(self, rows: object, X: object, y: object = None) -> Array:
-        """Return the derivatives (n_test, m, *shape) of each test measurement by the inputs of m training ``rows``.
+        """Return the derivatives ``(n_test, m, *shape)`` of each test measurement by the inputs of m training ``rows``.
 
         −(wⱼ/Σw) ∂/∂xⱼ (gⱼ(xⱼ)ᵀ A⁻¹ ∇vᵢ): how the measurement changes as the features of a training row do, the model
         trained anew and A held. Inputs must be one tensor of floats.

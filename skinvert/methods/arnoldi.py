@@ -32,7 +32,7 @@ class Arnoldi(Method):
     krylov_dimension : int, default=None
         Rows of the Krylov space, more than ``rank``: a larger one restarts less. None is 2 ``rank`` + 20.
     tol : float, default=None
-        A pair has converged when ‖Hu − θu‖ ≤ ``tol`` |θ|. None is 1e-4 in float32, 1e-8 in float64.
+        A pair has converged when ‖Hu − θu‖ ≤ ``tol`` \|θ\|. None is 1e-4 in float32, 1e-8 in float64.
     maxiter : int, default=100
         Most times that the Krylov space is filled.
     complement : {"shift", "trace", "drop"}, default="shift"

@@ -156,7 +156,7 @@ class ChosenInverter(Shown, SharesModel, TransformerMixin, Saved):
         return self._chosen().flatten(mapping)
 
     def unflatten(self, x: Array) -> State:
-        """Return named tensors or arrays (k, *shape) of rows (k, p)."""
+        """Return named tensors or arrays ``(k, *shape)`` of rows (k, p)."""
         return self._chosen().unflatten(x)
 
     def aslinearoperator(self) -> scipy.sparse.linalg.LinearOperator:
