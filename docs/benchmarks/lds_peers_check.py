@@ -4,6 +4,7 @@ Softmax regression with p = 250 on 300 random rows, at random parameters. Figure
 scores, ‖theirs − formula‖ / ‖formula‖, and the correlation of its entries with the formula's. dattri's EKFAC departs
 from its formula, as 0.3.0 has it: it takes rows for eigenvectors where ``eigh`` returns columns, and a layer's weights
 and bias in a row as if the bias were the weights' last column. ", as coded" is the formula with both.
+pyDVL's harmonic mean is 1/n of its formula: a correlation of 1 is what ranks need.
 
     OMP_NUM_THREADS=1 .venv-bench/bin/python docs/benchmarks/lds_peers_check.py
 """
