@@ -7,7 +7,7 @@ PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(1)/bin/pyt
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: bench bench-scaling demo docs fuzz test test-slow test-cuda test-oldest lint clean
+.PHONY: bench bench-scaling demo dist docs fuzz test test-slow test-cuda test-oldest lint clean
 
 demo: .venv/.installed
 	.venv/bin/python examples/plot_mislabelled_digits.py
@@ -60,6 +60,23 @@ test-oldest: .venv-oldest/.installed
 	.venv/bin/python -m pip install -c constraints.txt -e '.[docs]'
 	touch $@
 
+# Wheel and sdist, each installed alone into an environment of its own; the smoke test sees none of the sources.
+dist: .venv-build/.installed
+	rm -rf dist .venv-dist
+	.venv-build/bin/python -m build
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install "$$(grep '^torch==' constraints.txt)"
+	for file in dist/*.whl dist/*.tar.gz; do \
+		.venv-dist/bin/python -m pip uninstall -y skinvert && \
+		.venv-dist/bin/python -m pip install -c constraints.txt "$$file[persistence]" && \
+		.venv-dist/bin/python -I tests/smoke.py || exit 1; \
+	done
+
+.venv-build/.installed:
+	$(PYTHON) -m venv .venv-build
+	.venv-build/bin/python -m pip install build
+	touch $@
+
 # The floors of pyproject.toml, made exact, are the constraints; torch and pytest stay as pinned, pip finds the rest.
 .venv-oldest/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-oldest
@@ -78,5 +95,5 @@ test-oldest: .venv-oldest/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench .venv-oldest .mypy_cache .pytest_cache .ruff_cache dist examples/output
+	rm -rf .venv .venv-bench .venv-build .venv-dist .venv-oldest .mypy_cache .pytest_cache .ruff_cache dist examples/output
 	rm -rf docs/_build docs/auto_examples docs/generated docs/sg_execution_times.rst

@@ -11,6 +11,8 @@ import numpy as np
 import scipy.sparse
 import torch
 
+from ._namespaces import to_numpy
+
 __all__ = [
     "all_finite",
     "check_choice",
@@ -84,8 +86,7 @@ def check_sample_weight(sample_weight: Any, n_samples: int | None) -> np.ndarray
     """Return the weights as a float64 array (n,): finite, none negative, not all zero."""
     if sample_weight is None:
         return None
-    if isinstance(sample_weight, torch.Tensor):
-        sample_weight = sample_weight.detach().cpu().numpy()
+    sample_weight = to_numpy(sample_weight)
     if isinstance(sample_weight, numbers.Number):
         raise ValueError(must_be("sample_weight", "an array of one weight per row", repr(sample_weight)))
     weights = np.array(to_plain_array(sample_weight, "sample_weight"), dtype=np.float64)

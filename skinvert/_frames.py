@@ -11,7 +11,7 @@ import torch
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import check_array
 
-from ._check import must_be
+from ._check import check_choice, must_be
 from ._types import Array
 
 __all__ = [
@@ -21,10 +21,13 @@ __all__ = [
     "check_columns",
     "check_inputs",
     "columns_of",
+    "frame_of",
+    "framed",
     "has_columns",
     "refuse_inputs",
     "refuse_parameters",
     "rows_of",
+    "with_labels",
     "without_names",
 ]
 
@@ -45,21 +48,79 @@ class Frame(Protocol):
 
 @runtime_checkable
 class Columned(Protocol):
-    """What frames of any library have: columns."""
+    """What frames of any library have: columns, and rows."""
 
     columns: Sequence[object]
+
+    def __len__(self) -> int: ...
 
 
 class RowTransformer(TransformerMixin, BaseEstimator):
     """A transformer whose output belongs to the rows of a part of its input, ``(X, y)`` say.
 
     scikit-learn's ``set_output`` gives an output frame the index of the input where that is a frame: ``transform`` here
-    is wrapped by it as if the rows alone had been the input.
+    is wrapped by it as if the rows alone had been the input, and that of subclasses, which call it, is not.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Leave the subclass's own ``transform`` as it is: wrapped again, its frame would be named anew."""
+        own = vars(cls).get("transform")
+        super().__init_subclass__(**kwargs)
+        if own is not None:
+            setattr(cls, "transform", own)  # noqa: B010 (to mypy a method is no attribute to set)
 
     def transform(self, rows: Array, output: Array) -> Array:
         """Return ``output``, in a container where one is set, with the index of ``rows``."""
         return output
+
+
+class _Named(RowTransformer):
+    """Stands in for a transformer where an output has columns of another number."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
+    def get_feature_names_out(self, input_features: object = None) -> np.ndarray:
+        """Return the names of the columns."""
+        return np.asarray(self.names, dtype=object)
+
+
+def framed(owner: RowTransformer, rows: Array, output: Array, labels: Iterable[object]) -> Array:
+    """Return ``output`` (m, c) in the container that ``owner`` or scikit-learn is set to, if any.
+
+    With the index of ``rows``, and ``labels`` as its columns.
+    """
+    labels = list(labels)
+    named = _Named([str(label) for label in labels])
+    # What `set_output` has set.
+    named.__dict__.update({key: value for key, value in vars(owner).items() if key == "_sklearn_output_config"})
+    return with_labels(named.transform(rows, output), labels)
+
+
+def with_labels(found: Array, labels: Iterable[object]) -> Array:
+    """Return a frame that is ours with labels of any kind as its columns, where its library allows that; or ``found``.
+
+    scikit-learn's names are strings, and so must polars' be.
+    """
+    if isinstance(found, Columned) and isinstance(found, Frame):
+        found.columns = list(labels)
+    return found
+
+
+def frame_of(columns: Mapping[str, np.ndarray], index: np.ndarray | None, library: str) -> Array:
+    """Return columns (n,) as a data frame of pandas, with an index, or of polars, with a column ``index`` for it."""
+    check_choice(library, "library", ["pandas", "polars"])
+    try:
+        if library == "pandas":
+            import pandas
+
+            return pandas.DataFrame(dict(columns), index=None if index is None else list(index))
+        import polars
+
+        return polars.DataFrame({**({} if index is None else {"index": list(index)}), **columns})
+    except ImportError as error:
+        message = must_be(library, "installed for its frames", "no such package", f"Try `pip install {library}`.")
+        raise ImportError(message) from error
 
 
 def rows_of(data: object) -> object:
@@ -110,7 +171,7 @@ def columns_of(data: object, place: str = "") -> dict[str, list[object]]:
     if isinstance(data, Mapping | tuple):
         parts = data.items() if isinstance(data, Mapping) else enumerate(data)
         return {where: found for key, part in parts for where, found in columns_of(part, f"{place}[{key!r}]").items()}
-    columns = list(data.columns) if isinstance(data, Frame) and has_columns(data) else []
+    columns = list(data.columns) if has_columns(data) else []
     return {place: columns} if len(columns) > 1 else {}
 
 

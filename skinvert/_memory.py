@@ -10,7 +10,7 @@ import psutil
 import sklearn
 import torch
 
-__all__ = ["available_memory", "check_memory", "naming_memory", "rows_within", "working_memory"]
+__all__ = ["available_memory", "check_memory", "naming_memory", "readable", "rows_within", "working_memory"]
 
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -108,12 +108,13 @@ def check_memory(needed: int, what: str, way_out: str, device: torch.device) -> 
     """Raise MemoryError, with the estimate, the limit and the way out, where ``needed`` bytes are not there."""
     limit = available_memory(device)
     if needed > limit:
-        found = f"{_readable(limit)} are available on {device}"
-        message = f"{what} needs about {_readable(needed)}, but {found}. {way_out}"
+        found = f"{readable(limit)} are available on {device}"
+        message = f"{what} needs about {readable(needed)}, but {found}. {way_out}"
         raise MemoryError(message)
 
 
-def _readable(size: float) -> str:
+def readable(size: float) -> str:
+    """Return a number of bytes as one reads it: "1.5 MiB"."""
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.3g} {unit}"

@@ -12,7 +12,7 @@ import torch
 from ._check import must_be
 from ._types import Array, State
 
-__all__ = ["DTYPES", "Packed", "TensorState", "pack", "unpack", "within"]
+__all__ = ["DTYPES", "Packed", "TensorState", "held_bytes", "pack", "unpack", "within"]
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,34 @@ class TensorState:
     def __setstate__(self, state: State) -> None:
         """Restore the attributes; tensors are on the CPU."""
         self.__dict__.update({name: unpack(value) for name, value in state.items()})
+
+
+def held_bytes(value: object) -> int:
+    """Return the bytes of the tensors that an object keeps, each memory once, without what can be rebuilt.
+
+    Examples
+    --------
+    >>> rows = torch.zeros(2, 3)
+    >>> held_bytes([rows, rows[:1]])
+    24
+    """
+    found: dict[int, int] = {}
+    _gather(value, found)
+    return sum(found.values())
+
+
+def _gather(value: object, found: dict[int, int]) -> None:
+    """Note the memory of each tensor within ``value``, by its address."""
+    if isinstance(value, torch.Tensor):
+        storage = value.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+    elif isinstance(value, TensorState):
+        for name, part in vars(value).items():
+            if name not in value._transient:
+                _gather(part, found)
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            _gather(part, found)
 
 
 def within(function: Callable[[object], object], value: Array) -> Array:

@@ -21,8 +21,8 @@ __all__ = ["UNSAVED", "Saved", "load", "savable"]
 # The classes that a file may be of, by their names: a closed list.
 KINDS: dict[str, type[Saved]] = {}
 
-# What a file leaves out: requests of metadata, and callbacks.
-UNSAVED = ("_metadata_request", "_skl_callbacks")
+# What a file leaves out: requests of metadata, callbacks, and the library of the rows that were fitted.
+UNSAVED = ("_metadata_request", "_skl_callbacks", "_namespace")
 
 
 def savable(cls: type[Saved]) -> type[Saved]:

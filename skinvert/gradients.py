@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import scipy.sparse
 import torch
@@ -11,9 +13,10 @@ from sklearn.utils.validation import check_is_fitted
 from ._autograd import ordinary
 from ._check import check_number, must_be
 from ._fitting import SharesModel, fit_whole
-from ._frames import Frame, RowTransformer, check_inputs, columns_of, rows_of
+from ._frames import Columned, Frame, RowTransformer, check_inputs, columns_of, rows_of
 from ._memory import check_memory, rows_within
 from ._progress import progress
+from ._shown import Shown
 from ._types import Array, Batch, Device, Globs
 from .curvature import Objective, gradient_rows, jacobian_rows, split_batch, warn_of_unreached
 from .data import Batches, batches_of, holds_tensors, with_any_targets
@@ -22,7 +25,7 @@ from .models import TorchTwiceDifferentiable, as_margin, as_model, as_outputs, i
 __all__ = ["PerSampleGradient"]
 
 
-class PerSampleGradient(SharesModel, RowTransformer):
+class PerSampleGradient(Shown, SharesModel, RowTransformer):
     r"""Map rows (X, y) to their loss gradients gᵢ = ∇ℓᵢ(θ), one per row; the penalty is left out.
 
     ``fit`` records the scale κ = Σ w / Σ w m of the training loss (1/c for ``mse``, the mean class weight for weighted
@@ -183,6 +186,15 @@ class PerSampleGradient(SharesModel, RowTransformer):
         tags.no_validation = True
         return tags
 
+    def _facts(self) -> Mapping[str, object]:
+        if "loss_scale_" not in vars(self):
+            return {}
+        return {
+            "parameters p": f"{self.n_features_out_:,}",
+            "rows are gradients of": "outputs" if self._is_of_outputs else "losses",
+            "scale κ of the training loss": f"{self.loss_scale_:.4g}",
+        }
+
     @property
     def _is_of_outputs(self) -> bool:
         return isinstance(self.loss, str) and self.loss == "output"
@@ -239,7 +251,7 @@ def _check_no_model(X: object, y: object) -> None:
 
 def _check_pair(X: Array, y: object) -> None:
     """Raise where rows came without their targets, as ``Pipeline.score`` passes them."""
-    if y is None and (isinstance(X, np.ndarray | torch.Tensor | Frame) or scipy.sparse.issparse(X)):
+    if y is None and (isinstance(X, np.ndarray | torch.Tensor | Frame | Columned) or scipy.sparse.issparse(X)):
         hint = (
             "A gradient needs the target: try `transform((X, y))`. `Pipeline.transform` and `Pipeline.score` pass X "
             "alone: try `pipe.transform((X, y))`, and `make_quadratic_scorer()` to score, in a search as `scoring=`."

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 import scipy.sparse.linalg
 import torch
-from sklearn.base import OneToOneFeatureMixin, TransformerMixin
+from sklearn.base import TransformerMixin
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -26,17 +26,18 @@ from ._frames import (
     without_names,
 )
 from ._linear_map import apply_linear, solve_linear
+from ._namespaces import as_tensor, dispatches, in_kind_of, is_foreign, like_rows, namespace_of, of_kind, to_numpy
 from ._rows import InFloat64, Rows
 from ._scaling import times_powers
 from ._types import Array, Decay, Device, Globs, Partition, RandomState, State
 from .answers import OPTIONAL, answer, check_answer, file_fields
+from .columns import NamedColumns
 from .curvature import SampledFisher
 from .data import as_data
 from .files import UNSAVED, Saved, savable
 from .methods.base import InverseOperator, Method, relative_residual
 from .models import TwiceDifferentiable, as_model, is_model
 from .operators import LinearOperator, Shifted, as_scipy
-from .parameters import ParameterLayout
 from .persistence import require_present
 from .perturbation import check_perturbation, resolve
 from .posterior import Posterior, own_spectrum
@@ -44,13 +45,14 @@ from .registry import find_method
 from .results import InverseHvpResult, Spectrum
 from .scores import HeldOut, held_out, held_out_rows, quadratic_score
 from .solvers.extremes import spectrum
+from .summary import Summary
 from .system import Function, System, assemble, random_seed
 
 __all__ = ["HessianInverter"]
 
 
 @savable
-class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerMixin, Saved):
+class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, TransformerMixin, Saved):
     r"""Solve (H + λI) x = b for a trained model's curvature H, one right-hand side per row.
 
     ``fit(model, data)``, ``fit(X, y)`` with ``model`` set, or ``fit(X)`` on plain rows, whose curvature is that of
@@ -98,7 +100,7 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
         Whether an approximate method spends one product with the exact curvature per solve to report its true
         ``residual`` and to warn where x = 0 would be better. False leaves ``residual`` NaN and ``converged`` False.
     verbose : int, default=0
-        1 shows progress bars on long work.
+        1 says on stderr what was chosen and why, and shows progress bars on long work.
 
     Attributes
     ----------
@@ -121,7 +123,8 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
     gradient_norm_ : float
         ‖∇L(θ)‖, small at a minimum; model-based fits only.
     eigenvalues_ : ndarray of shape (p,)
-        Of H, ascending, where the method computed a spectrum.
+        Of H, ascending, where the method computed a spectrum; of plain rows, under scikit-learn's
+        ``array_api_dispatch``, an array of their own library.
 
     Examples
     --------
@@ -216,6 +219,8 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
         else:
             system = self._rows_system(X, y, sample_weight)
         self._keep(system, shift)
+        if system.layout is None and "eigenvalues_" in vars(self):
+            self.eigenvalues_ = like_rows(X, self.eigenvalues_)
 
     def _keep(self, system: System, setting: float | str) -> None:
         """Invert a system at the λ that is set, and keep both."""
@@ -242,9 +247,8 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
 
     def _rows_system(self, X: object, y: object, sample_weight: object) -> System:
         home = X.device if isinstance(X, torch.Tensor) else torch.device("cpu")
-        if isinstance(X, torch.Tensor):
-            X = X.detach().cpu().numpy()
-        X = validate_data(self, X, dtype=[np.float64, np.float32])
+        self._namespace = namespace_of(X)
+        X = validate_data(self, to_numpy(X), dtype=[np.float64, np.float32])
         self.method_, self._data = find_method(self.method, None, self.random_state), None
         if y is not None:
             refuse_model_settings(self.loss, self.weight_decay, self.params)
@@ -289,6 +293,7 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
             differentiable by b, as often as wanted: H + λI is symmetric, and the backward pass is ``transform`` itself.
             The model, its data and λ are constants. Columns with names must be those of ``get_feature_names_out()``.
         """
+        self._check_namespace(X, "transform")
         return self.solve(X).x
 
     @ordinary
@@ -317,7 +322,12 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
             ``x`` as ``transform`` returns it; ``info["residual"]`` (k,), ‖(H + λI)x − b‖ / ‖b‖ against the exact
             curvature, ``info["converged"]`` (k,), which judges it, and more: see ``InverseHvpResult``.
         """
-        return solve_linear(b, self._solve, x0)
+        x0 = as_tensor(x0) if is_foreign(x0) else x0
+        if not is_foreign(b):
+            return solve_linear(b, self._solve, x0)
+        x, info = solve_linear(as_tensor(b), self._solve, x0)
+        told = {key: of_kind(b, part) if isinstance(part, torch.Tensor) else part for key, part in info.items()}
+        return InverseHvpResult(of_kind(b, x), told)
 
     @ordinary
     def _solve(self, b: Array, x0: Array | None = None) -> InverseHvpResult:
@@ -359,7 +369,7 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
             parts = [self._path(rows, [shift])[0] for rows, shift in zip(gradients, shifts, strict=True)]
             return sum(parts, start=gradients.new_zeros(gradients.shape[1:]))
 
-        return apply_linear(b, lambda rows: self._path(rows, shifts), adjoint)
+        return in_kind_of(b, lambda b: apply_linear(b, lambda rows: self._path(rows, shifts), adjoint))
 
     @ordinary
     def _path(self, b: Array, shifts: list[float]) -> Array:
@@ -396,7 +406,8 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
 
     def inverse_transform(self, X: Array) -> Array:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
-        return apply_linear(X, self._inverse_transform)
+        self._check_namespace(X, "inverse_transform")
+        return in_kind_of(X, lambda X: apply_linear(X, self._inverse_transform))
 
     @ordinary
     def _inverse_transform(self, X: Array) -> Array:
@@ -449,7 +460,7 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
         """Return what a score needs of rows that were not fitted."""
         check_is_fitted(self, "n_features_in_")
         if self._layout is None:
-            X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+            X = validate_data(self, to_numpy(X), dtype=[np.float64, np.float32], reset=False)
             return held_out_rows(Rows.of(X, self._factorised("score"), scale=False).tensor, sample_weight)
         # fit(model, data) knows batches in a list; a search over `model=` passes samples in one.
         data = X if self.model is None and y is None else as_data(X, y)
@@ -478,36 +489,17 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
         other.__dict__.update(self.__dict__, hessian_perturbation=shift, hessian_perturbation_=shift, inverse_=inverse)
         return other
 
-    # -- names, shapes, faces --------------------------------------------------------------------------------------
-
-    def get_feature_names_out(self, input_features: object = None) -> np.ndarray:
-        """Return the p names of the columns: ``"fc1.weight[0,3]"``, or the input's own for plain rows."""
-        check_is_fitted(self, "n_features_in_")
-        if self._layout is not None:
-            return np.asarray(self._layout.feature_names(), dtype=object)
-        names: np.ndarray = super().get_feature_names_out(input_features)
-        return names
-
-    def flatten(self, mapping: Mapping[str, Array] | Iterable[Array]) -> Array:
-        """Return rows (k, p) of named tensors or arrays ``(k, *shape)``; one row without k; n c of ``(n, c, *shape)``.
-
-        A sequence, such as ``torch.autograd.grad`` returns, is taken in the order of ``parameter_names_``.
-        """
-        return self._named().flatten(mapping)
-
-    def unflatten(self, x: Array) -> State:
-        """Return named tensors or arrays ``(k, *shape)`` of rows (k, p)."""
-        layout = self._named()
-        check_columns(x, layout.feature_names())
-        return layout.unflatten(x)
+    # -- faces -----------------------------------------------------------------------------------------------------
 
     def aslinearoperator(self) -> scipy.sparse.linalg.LinearOperator:
         """Return (H + λI)⁻¹ as a ``scipy.sparse.linalg.LinearOperator``."""
         return as_scipy(self._factorised("aslinearoperator", "Use `transform`."))
 
     def __sklearn_tags__(self) -> Tags:
-        """Say that float32 stays float32 and that no target is needed."""
+        """Say that float32 stays float32, that no target is needed, and that arrays stay of their library."""
         tags = super().__sklearn_tags__()
+        # Of plain rows and right-hand sides; what a model is given is its own.
+        tags.array_api_support = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         tags.target_tags.required = False
         return tags
@@ -523,6 +515,8 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
             hint = "It solves with model and data, which a file of arrays cannot hold. Try pickle or joblib."
             raise ValueError(must_be("method for save", "one that factorises, such as 'direct'", self.method_, hint))
         state = {name: value for name, value in self.__getstate__().items() if name not in UNSAVED}
+        if "eigenvalues_" in state:
+            state["eigenvalues_"] = to_numpy(state["eigenvalues_"])
         return {**state, "answer": answer(self._factorised("save"))}
 
     @classmethod
@@ -551,6 +545,14 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
             b = validate_data(self, b, dtype=[np.float64, np.float32], reset=False)
         return Rows.of(b, InFloat64(target.size, target.device) if double else target)
 
+    def _check_namespace(self, X: object, method: str) -> None:
+        """Raise, where scikit-learn's dispatch is on, for rows of another library than those that were fitted."""
+        fitted, given = vars(self).get("_namespace"), namespace_of(X)
+        if dispatches() and fitted not in (None, given):
+            what = f"Inputs passed to {type(self).__name__}.{method}()"
+            message = f"{what} must use the same namespace as those passed to fit(), {fitted}. Got {given} instead."
+            raise ValueError(message)
+
     def _exact(self) -> LinearOperator:
         return Shifted(self._at_hand("curvature_", "residual"), self.hessian_perturbation_)
 
@@ -561,9 +563,3 @@ class HessianInverter(SharesModel, Posterior, OneToOneFeatureMixin, TransformerM
             hint = "A saved or pickled factorisation leaves out model and data: call `fit` again."
             raise ValueError(must_be(f"{what}'s model and data", "at hand", "a loaded inverter", hint))
         return found
-
-    def _named(self) -> ParameterLayout:
-        check_is_fitted(self, "n_features_in_")
-        if self._layout is None:
-            raise TypeError(must_be("flatten and unflatten", "called after a fit on a model", "a fit on plain rows"))
-        return self._layout

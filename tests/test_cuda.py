@@ -9,7 +9,7 @@ import torch
 from oracles import oracle_matrix, perturbation_for, relative_error, solution
 from problems import MODELS, problem
 
-from skinvert import HessianInverter, PerSampleGradient
+from skinvert import HessianInverter, InfluenceFunction, PerSampleGradient
 from skinvert.methods import CG
 
 pytestmark = pytest.mark.cuda
@@ -137,3 +137,26 @@ def test_the_gaussian_is_that_of_the_cpu():
     np.testing.assert_allclose(there.sample(5, random_state=0), here.sample(5, random_state=0), rtol=1e-6, atol=1e-9)
     received = there.predictive_variance(case.X.cuda()).cpu()
     torch.testing.assert_close(received, here.predictive_variance(case.X), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("settings", [{}, {"removal": "newton"}, {"score_rtol": 1e-6}, {"normalize": "cosine"}])
+@pytest.mark.parametrize("n_test", [3, 12])
+def test_scores_are_the_cpu_s(n_test, settings):
+    case = problem("mlp", "cross_entropy")
+    module, data = on_gpu(case)
+    inverter = HessianInverter("direct", 5.0, curvature="ggn", **case.settings())
+    test = tuple(part[:n_test] for part in data)
+    influence = InfluenceFunction(inverter, **settings).fit(module, data)
+    received = influence.transform(test)
+    expected = InfluenceFunction(inverter, **settings).fit(case.module, case.data)
+    assert received.is_cuda
+    torch.testing.assert_close(received.cpu(), expected.transform(tuple(part.cpu() for part in test)))
+    torch.testing.assert_close(influence.top(test, k=2).rows.cpu(), expected.top(test, k=2).rows)
+    np.testing.assert_allclose(influence.self_influence(), expected.self_influence(), rtol=1e-9)
+    groups = np.arange(12) % 3
+    torch.testing.assert_close(
+        influence.group_effect(groups, test).cpu(), expected.group_effect(groups, case.data)[:n_test]
+    )
+    near, known = influence.removed_parameters([1]), expected.removed_parameters([1])
+    assert all(near[name].is_cuda for name in near)
+    torch.testing.assert_close({name: value.cpu() for name, value in near.items()}, known)

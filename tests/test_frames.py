@@ -7,7 +7,7 @@ import pytest
 import sklearn
 import torch
 from sklearn.base import clone
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from skinvert import (
     HessianInverter,
     HessianInverterCV,
+    InfluenceFunction,
     PerSampleGradient,
     TorchTwiceDifferentiable,
     make_quadratic_scorer,
@@ -129,6 +130,68 @@ def test_solutions_have_the_index_of_their_right_hand_sides():
     received = inverter.transform(frame)
     pd.testing.assert_index_equal(received.index, frame.index)
     np.testing.assert_array_equal(received.to_numpy(), fitted().transform(array))
+
+
+# -- scores --------------------------------------------------------------------------------------------------------
+
+
+def influence_of(labels=None):
+    clf, X, y = split()
+    if labels is not None:
+        X.index = y.index = labels(len(X))
+    return InfluenceFunction(HessianInverter("direct", 0.1)).fit(clf, (X, y)), X, y
+
+
+def test_group_effects_have_the_index_of_the_test_rows_and_the_labels_of_the_groups():
+    influence, X, y = influence_of()
+    groups = pd.Series(np.where(X["a"] > 0, "up", "down"), index=X.index)
+    plain = influence.group_effect(groups, X[:4], y[:4])
+    listed = [np.flatnonzero(groups == "up"), [0, 1]]
+    influence.set_output(transform="pandas")
+    received = influence.group_effect(groups, X[:4], y[:4])
+    pd.testing.assert_frame_equal(received, pd.DataFrame(plain, index=X.index[:4], columns=["down", "up"]))
+    assert list(influence.group_effect(listed, X[:4], y[:4]).columns) == [0, 1]
+
+
+@pytest.mark.parametrize("labels", [None, lambda n: [f"row {i}" for i in range(n)]])
+def test_the_largest_scores_are_named_by_the_labels_of_their_rows(labels):
+    influence, X, y = influence_of(labels)
+    plain = influence.top(X[:4], y[:4], k=2)
+    with sklearn.config_context(transform_output="pandas"):
+        received = influence.top(X[:4], y[:4], k=2)
+    expected = pd.DataFrame(X.index.to_numpy()[plain.rows], index=X.index[:4])
+    pd.testing.assert_frame_equal(received.rows, expected)
+    pd.testing.assert_frame_equal(received.scores, pd.DataFrame(plain.scores, index=X.index[:4]))
+
+
+def test_scores_are_found_by_the_labels_of_both_rows_and_their_names_are_strings():
+    influence, X, y = influence_of()
+    plain = influence.transform((X, y))
+    frame = influence.set_output(transform="pandas").transform((X, y))
+    one, other = X.index[3], X.index[7]
+    assert frame.loc[one, other] == plain[3, 7]
+    assert list(influence.get_feature_names_out()) == [str(label) for label in X.index]
+
+
+def test_influence_refuses_inputs_in_another_order_of_columns():
+    net, X, y = named_data()
+    influence = InfluenceFunction(HessianInverter("direct", 0.1, loss="cross_entropy")).fit(net, (X, y))
+    for call in (influence.transform, influence.top, lambda X, y: influence.predict_without([0], X)):
+        with pytest.raises(ValueError, match=r"\['a', 'b', 'c'\], in this order"):
+            call(X[["c", "a", "b"]], y)
+
+
+def test_diagnostics_have_the_index_of_the_rows_and_the_names_of_the_parameters():
+    _, X, _ = split()
+    y = X["a"] + np.random.default_rng(3).normal(size=len(X))
+    found = InfluenceFunction().fit(LinearRegression().fit(X, y), (X, y)).diagnostics()
+    frame = found.to_frame()
+    pd.testing.assert_index_equal(frame.index, X.index)
+    np.testing.assert_array_equal(frame["cooks_distance"], found.cooks_distance)
+    np.testing.assert_array_equal(frame["dfbetas[coef[0,1]]"], found.dfbetas[:, 1])
+    assert list(frame.columns)[-1] == "dfbetas[intercept[0]]"
+    with pytest.raises(ValueError, match="library must be one of 'pandas', 'polars'"):
+        found.to_frame("dask")
 
 
 # -- the columns ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.random_projection import SparseRandomProjection
 from torch import nn
 
-from skinvert import HessianInverter, PerSampleGradient
+from skinvert import HessianInverter, InfluenceFunction, PerSampleGradient
 from skinvert.methods import CG, Arnoldi, Nystroem
 from skinvert.metrics import Retrainings, baselines, linear_datamodeling_score, retrain_subsets
 
@@ -130,32 +130,42 @@ def mean_loss(networks, X, y):
 def all_scores(model, settings, train, test, args):
     """Return name -> (scores, seconds) of every method and baseline."""
     loss, found = settings.get("loss"), {}
-    if isinstance(model, nn.Module):
-        train, test = ((X.float(), y) for X, y in (train, test))
-    else:
-        train, test = (tuple(part.numpy() for part in rows) for rows in (train, test))
-    gradient = PerSampleGradient(model, loss=loss).fit(*train)
-    g_train, g_test = (np.asarray(gradient.transform(rows)) for rows in (train, test))
+    train, test = as_rows(model, train), as_rows(model, test)
     for name in args.methods:
-        if name == "direct" and g_train.shape[1] > LARGEST_DIRECT:
+        if name == "direct" and n_parameters(model) > LARGEST_DIRECT:
             continue
         start = time.perf_counter()
-        method, curvature = METHODS[name]
-        inverter = HessianInverter(
-            method, args.perturbation, curvature=curvature, random_state=0, check_residual=False, **settings
-        )
-        solved = inverter.fit(model, train).transform(g_test)
-        found[name] = (solved @ g_train.T / len(g_train), time.perf_counter() - start)
-        print(f"{name}: {found[name][1]:.1f} s, λ = {inverter.hessian_perturbation_:.2g}", flush=True)
+        influence = by_method(name, args.perturbation, settings).fit(model, train)
+        found[name] = (np.asarray(influence.transform(test)), time.perf_counter() - start)
+        print(f"{name}: {found[name][1]:.1f} s, λ = {influence.inverter_.hessian_perturbation_:.2g}", flush=True)
     found["TRAK pipeline"] = timed(lambda: trak(model, train, test))
-    found["gradient dot product"] = timed(lambda: g_test @ g_train.T / len(g_train))
+    found["gradient dot product"] = timed(lambda: baselines.gradient_dot(model, train, test, loss=loss))
     found["gradient cosine"] = timed(lambda: baselines.gradient_cosine(model, train, test, loss=loss))
     found["loss"] = timed(lambda: baselines.row_loss(model, *train, loss=loss))
     found["gradient norm"] = timed(lambda: baselines.gradient_norm(model, *train, loss=loss))
     same = {"y": train[1], "y_test": test[1]}
     found["cosine of inputs, by label"] = timed(lambda: baselines.feature_cosine(train[0], test[0], **same))
-    found["random"] = timed(lambda: baselines.random_scores(len(g_test), len(g_train), random_state=0))
+    found["random"] = timed(lambda: baselines.random_scores(len(test[1]), len(train[1]), random_state=0))
     return found
+
+
+def as_rows(model, rows):
+    """Return rows (X, y) as the model takes them: tensors in float32, or arrays."""
+    X, y = rows
+    return (X.float(), y) if isinstance(model, nn.Module) else (X.numpy(), y.numpy())
+
+
+def by_method(name, perturbation, settings):
+    """Return the influence function of one of ``METHODS``, unfitted."""
+    method, curvature = METHODS[name]
+    settings = {"curvature": curvature, "random_state": 0, "check_residual": False, **settings}
+    return InfluenceFunction(HessianInverter(method, perturbation, **settings))
+
+
+def n_parameters(model):
+    if isinstance(model, nn.Module):
+        return sum(parameter.numel() for parameter in model.parameters())
+    return model.coef_.size + model.intercept_.size
 
 
 def trak(model, train, test):

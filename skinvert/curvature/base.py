@@ -102,6 +102,11 @@ class Curvature(LinearOperator):
         return batch
 
     @property
+    def of_data(self) -> MeanLoss:
+        """The objective over the data as they were given: ``objective``, whose batches may carry more."""
+        return self.objective
+
+    @property
     def gradient_norm(self) -> float:
         """‖∇L(θ)‖."""
         return self.objective.gradient_norm

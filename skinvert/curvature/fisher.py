@@ -87,7 +87,7 @@ class Fisher(GGN):
     def __init__(self, objective: Objective, n_labels: int | None = None, seed: int = 0) -> None:
         batch, _ = next(iter(objective.batches))
         predictive = predictive_of(objective.model, objective.model.forward(batch), batch)
-        self.n_labels = n_labels
+        self.n_labels, self._of_data = n_labels, objective
         if n_labels is not None:
             objective = _with_draws(objective, (n_labels, predictive.labels), seed)
         super().__init__(objective)
@@ -95,6 +95,11 @@ class Fisher(GGN):
     def in_float64(self) -> Curvature | None:
         """Return the Fisher in float64; None where labels are sampled: others may be, of probabilities in float64."""
         return super().in_float64() if self.n_labels is None or self.dtype == torch.float64 else None
+
+    @property
+    def of_data(self) -> Objective:
+        """The objective over batches without draws."""
+        return self._of_data
 
     def data_of(self, batch: Batch) -> Batch:
         """Return the model's part of a batch, which may carry its draws."""

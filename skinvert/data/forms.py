@@ -11,7 +11,7 @@ from sklearn.utils import check_consistent_length
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from .._check import must_be
-from .._frames import Frame
+from .._frames import Columned, Frame
 from .._types import Array, Batch
 from ..models import labels_key, map_tensors
 from .loaders import loader_source
@@ -81,7 +81,7 @@ def _rows_within(inputs: object) -> int | None:
         return next((rows for rows in found if rows is not None), None)
     if isinstance(inputs, np.ndarray | torch.Tensor):
         return len(inputs) if inputs.ndim else None
-    if isinstance(inputs, Frame):
+    if isinstance(inputs, Frame | Columned):
         return len(inputs)
     return inputs.shape[0] if isinstance(inputs, scipy.sparse.sparray | scipy.sparse.spmatrix) else None
 
@@ -89,13 +89,13 @@ def _rows_within(inputs: object) -> int | None:
 def is_data(value: object) -> bool:
     """Return whether ``value`` is data for a model, which no plain rows or targets could be."""
     if isinstance(value, tuple):
-        return any(isinstance(part, np.ndarray | torch.Tensor | Mapping | Frame) for part in value)
+        return any(isinstance(part, np.ndarray | torch.Tensor | Mapping | Frame | Columned) for part in value)
     return isinstance(value, DataLoader | Dataset | Iterator)
 
 
 def count(data: object) -> tuple[int, Array]:
     """Return how many rows there are to split, and the targets where they are at hand."""
-    if isinstance(data, np.ndarray | Frame):
+    if isinstance(data, np.ndarray | Frame | Columned):
         return len(data), None
     if isinstance(data, tuple) and len(data) == 2 and data[1] is not None:
         X, y = data

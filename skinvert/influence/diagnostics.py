@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from .._check import must_be
+from .._frames import frame_of
 from .._memory import check_memory, rows_within
-from .._types import Batch
+from .._types import Array, Batch
 from ..curvature import GGN, Objective
 from ..curvature.per_sample import jacobian_rows
 from ..models import TorchTwiceDifferentiable, map_tensors
@@ -19,6 +20,8 @@ from .families import Family, family_of
 from .fitted import Fitted
 
 __all__ = ["Diagnostics", "diagnose", "leverage"]
+
+OF_A_ROW = ("leverage", "residuals", "studentized_internal", "studentized_external", "cooks_distance", "dffits")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class Diagnostics:
         φ.
     df_model, df_residual : float
         Σh and n − Σh.
+    index : ndarray of shape (n,), default=None
+        Labels of the rows, as ``InfluenceFunction.index_``.
+    parameter_names : ndarray of shape (p,), default=None
+        The columns of ``dfbetas``.
 
     References
     ----------
@@ -70,6 +77,37 @@ class Diagnostics:
     dispersion: float
     df_model: float
     df_residual: float
+    index: np.ndarray | None = None
+    parameter_names: np.ndarray | None = None
+
+    def to_frame(self, library: str = "pandas") -> Array:
+        """Return the diagnostics as a data frame of n rows, with ``dfbetas[name]`` for each parameter.
+
+        Parameters
+        ----------
+        library : {"pandas", "polars"}, default="pandas"
+            Whose frame, if it is installed. The rows' labels are its index, or in polars the column ``index``.
+
+        Returns
+        -------
+        DataFrame
+            The six statistics of a row, in the order above, then p columns of DFBETAS.
+
+        Examples
+        --------
+        >>> import pandas as pd
+        >>> from sklearn.linear_model import LinearRegression
+        >>> from skinvert import InfluenceFunction
+        >>> X, y = pd.DataFrame({"one": [1.0, 1.0, 1.0]}, index=list("abc")), np.array([1.0, 1.0, 4.0])
+        >>> model = LinearRegression(fit_intercept=False).fit(X, y)
+        >>> frame = InfluenceFunction().fit(model, (X, y)).diagnostics().to_frame()
+        >>> frame.cooks_distance.round(6).to_dict()
+        {'a': 0.25, 'b': 0.25, 'c': 1.0}
+        """
+        names = range(self.dfbetas.shape[1]) if self.parameter_names is None else self.parameter_names
+        columns = {name: vars(self)[name] for name in OF_A_ROW}
+        columns |= {f"dfbetas[{name}]": column for name, column in zip(names, self.dfbetas.T, strict=True)}
+        return frame_of(columns, self.index, library)
 
 
 def leverage(fitted: Fitted) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from .removal import Removal
 from .scoring import blocks
 from .sides import FixedSide, RowSide, Side, moved
 
-__all__ = ["check_groups", "check_indices", "group_effect", "outputs_without", "self_influence"]
+__all__ = ["check_groups", "check_indices", "group_effect", "group_labels", "outputs_without", "self_influence"]
 
 
 def self_influence(fitted: Fitted) -> torch.Tensor:
@@ -103,11 +104,23 @@ def check_indices(rows: object, n: int) -> torch.Tensor:
 
 def check_groups(groups: object, n: int) -> list[torch.Tensor]:
     """Return the rows of each group: of labels (n,) in their sorted order, or as listed."""
-    several = isinstance(groups, list | tuple) and any(np.ndim(rows) for rows in groups)
-    if several and isinstance(groups, Sequence):
+    if _are_rows(groups):
         return [check_indices(rows, n) for rows in groups]
-    labels = groups.detach().cpu().numpy() if isinstance(groups, torch.Tensor) else np.asarray(groups)
+    labels = _as_labels(groups)
     if labels.shape != (n,):
         hint = "Or a list of the rows of each group."
         raise ValueError(must_be("groups", f"a label for each of the {n} training rows", f"shape {labels.shape}", hint))
     return [torch.from_numpy(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+
+
+def group_labels(groups: object, members: Sequence[torch.Tensor]) -> list[object]:
+    """Return a label for each group of ``check_groups``: its own, or its place in the list."""
+    return list(range(len(members))) if _are_rows(groups) else np.unique(_as_labels(groups)).tolist()
+
+
+def _are_rows(groups: object) -> TypeGuard[Sequence[object]]:
+    return isinstance(groups, list | tuple) and any(np.ndim(rows) for rows in groups)
+
+
+def _as_labels(groups: object) -> np.ndarray:
+    return groups.detach().cpu().numpy() if isinstance(groups, torch.Tensor) else np.asarray(groups)

@@ -53,7 +53,7 @@ class Fitted:
         if self.inverter.curvature_name_ == "gram":
             hint = "Fit it on a model and data: `fit(model, (X, y))`."
             raise TypeError(must_be("InfluenceFunction's inverter", "of a model", "one of plain rows", hint))
-        found: object = self.inverter._at_hand("curvature_", "InfluenceFunction").objective
+        found: object = self.inverter._at_hand("curvature_", "InfluenceFunction").of_data
         if not isinstance(found, Objective):
             hint = "Its rows need losses of their own."
             raise TypeError(must_be("InfluenceFunction's model", "a TorchTwiceDifferentiable", "another", hint))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -15,16 +15,28 @@ from sklearn.utils.validation import check_is_fitted
 from .._autograd import ordinary
 from .._check import check_choice, check_number, must_be
 from .._fitting import fit_whole
-from .._frames import Frame, RowTransformer, rows_of
-from .._memory import check_memory
+from .._frames import (
+    Columned,
+    Frame,
+    RowTransformer,
+    check_inputs,
+    columns_of,
+    framed,
+    rows_of,
+    with_labels,
+)
+from .._memory import check_memory, readable
+from .._progress import say
+from .._shown import Shown
 from .._types import Array, State
 from ..data import as_data, check_row_order, holds_tensors
 from ..inverter import HessianInverter
 from ..methods.quadratic import Certificate
 from ..models import is_model
+from ..plotting import report
 from ..selection import HessianInverterCV
 from .certified import Bounded, certified_blocks
-from .effects import check_groups, check_indices, group_effect, outputs_without, self_influence
+from .effects import check_groups, check_indices, group_effect, group_labels, outputs_without, self_influence
 from .features import feature_influence
 from .fitted import Fitted
 from .largest import largest
@@ -34,6 +46,9 @@ from .output import Out, destination, fingerprint
 from .scoring import Block, Done, blocks, shifted_blocks
 from .sides import Side, moved
 from .statistics import RowStatistics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["InfluenceFunction", "Top"]
 
@@ -55,7 +70,7 @@ class Top(NamedTuple):
     scores: Array
 
 
-class InfluenceFunction(RowStatistics, RowTransformer):
+class InfluenceFunction(Shown, RowStatistics, RowTransformer):
     r"""Predict what removing each training row does to what is measured on test rows.
 
     ``fit(model, data)``, or ``fit(X, y)`` with the inverter's ``model`` set; ``transform((X_test, y_test))`` is the
@@ -75,7 +90,8 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         ``"first_order"`` leaves H as it is: it underestimates rows that the model hangs on (high leverage), by half
         or more where n is not much larger than p. ``"newton"`` takes the row's own curvature out of H and measures at
         the parameters that result: nearly what retraining gives, at a solve for each output of each row, and a forward
-        pass over the test rows for each row.
+        pass over the test rows for each row. Give λ > 0 for a network: along what its data do not determine, the bias
+        of a dead unit say, steps are long at λ = 0, and the outputs there are nothing that retraining gives.
     measurement : str, callable or list of callables, default="loss"
         What is measured: ``"loss"`` is ℓ on the scale of L, without the penalty; ``"margin"`` log(p/(1 − p)) of the
         true class; ``"logit"`` its logit. A callable (outputs, targets) gives one value a row, or one number of all
@@ -92,7 +108,7 @@ class InfluenceFunction(RowStatistics, RowTransformer):
     memory : int, default=None
         Bytes for the solutions that are held at once; None is scikit-learn's ``working_memory``.
     verbose : int, default=0
-        1 shows progress bars.
+        1 says on stderr what is computed, and shows progress bars.
 
     Attributes
     ----------
@@ -228,8 +244,8 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         array or tensor of shape (n_test, n_train)
             Entry (i, j): the predicted change of measurement i when training row j is removed. An array for arrays, a
             tensor on the model's device for tensors. A frame, where ``set_output`` asks for one, has the index of X and
-            the training rows' as its columns. Of a measurement of all rows together, one row. With ``out`` this, or
-            the file's memmap.
+            the training rows' as its columns (as strings in polars). Of a measurement of all rows together, one row.
+            With ``out`` this, or the file's memmap.
         """
         data = self._test_data(X, y)
         if len(self._members()) == 1:
@@ -241,7 +257,8 @@ class InfluenceFunction(RowStatistics, RowTransformer):
                 target = destination(out, (len(scores), self.n_samples_), scores.dtype, scores.device, known_by)
                 target.write(slice(None), slice(None), scores)
                 scores = target.close()
-        return super().transform(rows_of(data), scores if out is not None else self._back(scores, data))
+        found = super().transform(rows_of(data), scores if out is not None else self._back(scores, data))
+        return with_labels(found, self.index_)
 
     def _matrix(self, data: object, out: Out = None) -> Array:
         fitted = self._fitted()
@@ -249,12 +266,19 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         if out is None:
             needed, way_out = 2 * test.count * n * fitted.model.dtype.itemsize, "Try `top`, which holds none, or `out`."
             check_memory(needed, f"{test.count:,} × {n:,} scores", way_out, fitted.model.device)
+        self._say(fitted, test.count)
         known_by = "" if out is None else self._fingerprint(fitted, test)
         dtype = fitted.model.dtype if self.score_rtol is None else torch.float64
         scores = destination(out, (test.count, n), dtype, fitted.model.device, known_by)
         for rows, cols, block in self._blocks(fitted, test, scores.has):
             scores.write(rows, cols, block)
         return scores.close()
+
+    def _say(self, fitted: Fitted, n_test: int) -> None:
+        n, size = self.n_samples_, fitted.model.dtype.itemsize
+        solved = "training" if self.removal == "newton" or n_test > n else "test"
+        chunk = f"{min(fitted.most, n if solved == 'training' else n_test):,} {solved} rows are solved at once"
+        say(f"scores: {n_test:,} × {n:,}, {readable(n_test * n * size)}; {chunk}", self.verbose)
 
     def _fingerprint(self, fitted: Fitted, test: Side) -> str:
         inverter = self.inverter_
@@ -311,12 +335,15 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         Returns
         -------
         Top
-            ``rows`` (n_test, k) and ``scores`` (n_test, k), the most first.
+            ``rows`` (n_test, k) and ``scores`` (n_test, k), the most first. Two frames, where ``set_output`` asks for
+            them, with the index of X: ``rows`` are then labels of training rows, of ``index_``, not places.
         """
         data = self._test_data(X, y)
         k = min(check_number(k, "k", low=1, integer=True), self.n_samples_)
         scores, rows = largest(self._all_blocks(data), k, -1 if harmful else 1)
-        return Top(self._back(rows, data), self._back(scores, data))
+        labels = self._framed(self._labels_at(rows), data, range(k))
+        found = self._framed(self._back(scores, data), data, range(k))
+        return Top(labels if isinstance(labels, Columned) else self._back(rows, data), found)
 
     def _all_blocks(self, data: object) -> Iterator[Block]:
         """Yield the blocks of the matrix; of an ensemble, which are the mean of its members, as one."""
@@ -342,11 +369,13 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         -------
         array or tensor of shape (n_test, n_groups)
             To first order the sums of the rows' scores; by ``removal="newton"`` each group's own curvature is taken
-            out of H as a whole.
+            out of H as a whole. A frame, where ``set_output`` asks for one, has the index of X, and the groups' labels,
+            or 0 to n_groups − 1, as its columns.
         """
         data = self._test_data(X, y)
         members = check_groups(groups, self.n_samples_)
-        return self._back(self._mean(lambda member: _group_effect(member, members, data)), data)
+        effects = self._back(self._mean(lambda member: _group_effect(member, members, data)), data)
+        return self._framed(effects, data, group_labels(groups, members))
 
     # -- parameters ------------------------------------------------------------------------------------------------
 
@@ -393,15 +422,46 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         chosen = check_indices(rows, self.n_samples_)
         return self._back(self._mean(lambda member: _feature_influence(member, chosen, data)), data)
 
+    def report(
+        self,
+        X: object,
+        y: object = None,
+        *,
+        n_rows: int = 3,
+        k: int = 5,
+        train: tuple[Array, Array] | None = None,
+        image_shape: tuple[int, ...] | None = None,
+    ) -> Figure:
+        """Return one figure: self-influence, the spectrum up to 1,000 parameters, what helps and harms some test rows.
+
+        Parameters
+        ----------
+        X, y : data
+            Test rows.
+        n_rows, k : int, default=3 and 5
+            How many of them, the first, are shown, and how many helpful and harmful training rows of each.
+        train : tuple (X, y), default=None
+            The training rows, for pictures of them.
+        image_shape : tuple of int, default=None
+            Of a row of X as a picture: (8, 8), say. Without it scores are bars, named by the training rows' index.
+
+        Returns
+        -------
+        matplotlib Figure
+            Needs matplotlib, ``pip install "skinvert[plot]"``.
+        """
+        self._alone("report")
+        return report(self, X, y, n_rows=n_rows, k=k, train=train, image_shape=image_shape)
+
     def score(self, X: object, y: object = None, sample_weight: object = None) -> float:
         """Return ``HessianInverter.score``, the held-out quadratic: for searches over λ; of an ensemble the mean."""
         check_is_fitted(self, "n_samples_")
         return float(np.mean([member.inverter_.score(X, y, sample_weight) for member in self._members()]))
 
     def get_feature_names_out(self, input_features: object = None) -> np.ndarray:
-        """Return the names of the columns: the training rows' index where they came in a frame, else 0 to n − 1."""
+        """Return the names of the columns: the training rows' labels, ``index_``, as strings."""
         check_is_fitted(self, "n_samples_")
-        return self.index_
+        return np.array([str(label) for label in self.index_], dtype=object)
 
     def __sklearn_tags__(self) -> Tags:
         """Say that a target is needed."""
@@ -411,6 +471,13 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         return tags
 
     # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _facts(self) -> Mapping[str, object]:
+        if "n_samples_" not in vars(self):
+            return {}
+        first = self._members()[0]
+        own = {"removal": self.removal, "measurement": self.measurement, "models": len(self._members())}
+        return {**first.inverter_._facts(), **own}
 
     def _members(self) -> list[InfluenceFunction]:
         check_is_fitted(self, "n_samples_")
@@ -428,7 +495,19 @@ class InfluenceFunction(RowStatistics, RowTransformer):
         check_is_fitted(self, "n_samples_")
         if is_model(X):
             raise TypeError(must_be("Test data", "data", f"a {type(X).__name__}", "The model is that of `fit`."))
-        return X if y is None else (X, y)
+        data = X if y is None else (X, y)
+        known = columns_of(vars(self._members()[0].inverter_).get("_data"))
+        check_inputs((data,) if isinstance(data, Columned) else data, known)
+        return data
+
+    def _framed(self, found: Array, data: object, labels: Iterable[object]) -> Array:
+        return framed(self, rows_of(data), found, labels)
+
+    def _labels_at(self, places: torch.Tensor) -> np.ndarray:
+        """Return the labels of training rows: whole numbers where all are."""
+        whole = all(isinstance(label, int | np.integer) for label in self.index_)
+        labels: np.ndarray = self.index_[places.cpu().numpy()]
+        return labels.astype(np.int64) if whole else labels
 
     def _back(self, found: torch.Tensor, data: object) -> Array:
         tensors = data is not None and holds_tensors(data)

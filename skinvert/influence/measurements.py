@@ -15,7 +15,7 @@ from ..curvature import RowValues
 from ..data import Batches
 from ..models import Margin, TorchTwiceDifferentiable, map_tensors
 
-__all__ = ["Measurement", "RowMeasurement", "SetMeasurement", "measurement_of"]
+__all__ = ["Measurement", "RowMeasurement", "SetMeasurement", "all_outputs", "measurement_of"]
 
 NAMES = ("loss", "margin", "logit")
 
@@ -81,6 +81,18 @@ def measurement_of(
     return SetMeasurement(listed)
 
 
+def all_outputs(model: TorchTwiceDifferentiable, rows: Batches) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return outputs and targets of all rows, without a graph."""
+    with torch.no_grad():
+        found = [(model.forward(map_tensors(torch.clone, batch)).detach(), batch[1]) for batch, _ in rows]
+    odd = [part for pair in found for part in pair if not isinstance(part, torch.Tensor)]
+    if odd:
+        got = f"a {type(odd[0]).__name__}"
+        raise TypeError(must_be("Outputs and targets for a callable measurement", "a tensor each", got))
+    outputs, targets = zip(*found, strict=True)
+    return torch.cat(outputs), torch.cat(targets)
+
+
 def _named(name: str, model: TorchTwiceDifferentiable, scale: float) -> RowMeasurement:
     if name == "loss":
         return RowMeasurement("loss", lambda at, outputs, batch: scale * at.per_sample_loss(outputs, batch))
@@ -105,10 +117,9 @@ def _logit(margin: Margin, outputs: torch.Tensor, target: torch.Tensor) -> torch
 
 
 def _told(measurement: Measurement, model: TorchTwiceDifferentiable, rows: Batches) -> Chosen:
-    """Return which measurement a callable is, by its values on the first batch."""
-    batch, _ = next(iter(rows))
-    outputs = model.forward(map_tensors(torch.clone, batch))
-    found = measurement(outputs, batch[1])
+    """Return which measurement a callable is, by its values on all the rows: it may know how many they are."""
+    outputs, targets = all_outputs(model, rows)
+    found = measurement(outputs.requires_grad_(True), targets)
     if not isinstance(found, torch.Tensor):
         raise TypeError(must_be("What measurement returns", "a tensor", type(found).__name__))
     if found.ndim == 0:
@@ -116,7 +127,7 @@ def _told(measurement: Measurement, model: TorchTwiceDifferentiable, rows: Batch
     if found.shape != outputs.shape[:1]:
         must, got = f"a number, or one value a row, of shape ({len(outputs)},)", f"shape {tuple(found.shape)}"
         raise ValueError(must_be("What measurement returns", must, got))
-    alone = measurement(outputs[:1], map_tensors(lambda tensor: tensor[:1], batch[1]))
+    alone = measurement(outputs[:1], targets[:1])
     if not torch.allclose(alone, found[:1], rtol=1e-3):
         hint = "For one number of all rows return a number."
         raise ValueError(must_be("A row's measurement", "of this row alone", "one that other rows change", hint))

@@ -17,7 +17,7 @@ from ..curvature import derivatives_along, gradient_rows, most_directions, split
 from ..data import Batches
 from ..models import TorchTwiceDifferentiable, leading_length, map_tensors
 from ..models.structural_copy import structural_copy
-from .measurements import Chosen, Measurement, RowMeasurement, SetMeasurement
+from .measurements import Chosen, Measurement, RowMeasurement, SetMeasurement, all_outputs
 
 __all__ = ["RowSide", "SetSide", "Side", "moved", "side_of"]
 
@@ -201,7 +201,7 @@ class SetSide(Side):
 
     def gradients(self, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield the gradient of each number, by one backward pass over the rows."""
-        outputs, targets = self._outputs()
+        outputs, targets = all_outputs(self.model, self.batches)
         free = outputs.requires_grad_(True)
         for j, function in enumerate(self.measurement.functions):
             (signal,) = torch.autograd.grad(_number(function, free, targets), free)
@@ -214,18 +214,12 @@ class SetSide(Side):
 
     def values(self) -> torch.Tensor:
         """Return the numbers."""
-        outputs, targets = self._outputs()
+        outputs, targets = all_outputs(self.model, self.batches)
         return torch.stack([_number(function, outputs, targets).detach() for function in self.measurement.functions])
 
     def at(self, step: torch.Tensor) -> SetSide:
         """Return the same of θ + ``step``."""
         return replace(self, model=moved(self.model, step))
-
-    def _outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.no_grad():
-            found = [(self.model.forward(map_tensors(torch.clone, b)).detach(), b[1]) for b, _ in self.batches]
-        outputs, targets = zip(*found, strict=True)
-        return torch.cat(outputs), torch.cat(targets)
 
     def _pulled(self, signal: torch.Tensor) -> torch.Tensor:
         total, start = torch.zeros(self.model.num_params, dtype=self.model.dtype, device=self.model.device), 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -24,6 +25,8 @@ SCALES = ("link", "response")
 
 class RowStatistics(ABC):
     """The statistics of training rows that users of linear models know, from a fitted inverter."""
+
+    index_: np.ndarray
 
     @ordinary
     def leverage(self) -> np.ndarray:
@@ -55,7 +58,7 @@ class RowStatistics(ABC):
         Returns
         -------
         Diagnostics
-            Arrays (n_train,), DFBETAS (n_train, p).
+            Arrays (n_train,), DFBETAS (n_train, p); ``to_frame()`` has them with the training rows' labels.
 
         Raises
         ------
@@ -74,7 +77,9 @@ class RowStatistics(ABC):
         >>> found.dispersion, found.cooks_distance.round(6).tolist()
         (3.0, [0.25, 0.25, 1.0])
         """
-        return diagnose(self._alone("diagnostics"))
+        fitted = self._alone("diagnostics")
+        names = fitted.inverter.get_feature_names_out()
+        return replace(diagnose(fitted), index=self.index_, parameter_names=names)
 
     @ordinary
     def loo_predict(self, *, scale: str = "link") -> np.ndarray:

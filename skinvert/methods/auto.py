@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from .._memory import available_memory
+from .._memory import available_memory, readable
 from ..operators import LinearOperator
 from .base import InverseOperator, Method
 from .cg import CG
@@ -47,13 +47,23 @@ class Auto(Method):
 
     def choose(self, A: LinearOperator, hessian_perturbation: float) -> Method:
         """Return the method for A."""
-        free = available_memory(A.device) // A.dtype.itemsize
-        if A.size <= SIDE and 4 * A.size**2 < free:
-            return Direct()
-        most = min(A.size - 1, SIDE, free // (3 * A.size) - 1)
+        method, _ = self.explain(A, hessian_perturbation)
+        return method
+
+    def explain(self, A: LinearOperator, hessian_perturbation: float) -> tuple[Method, str]:
+        """Return the method for A, and which row of the table it is."""
+        available, p = available_memory(A.device), A.size
+        free = available // A.dtype.itemsize
+        room = f"{readable(4 * p**2 * A.dtype.itemsize)} for 4 p² numbers"
+        if p <= SIDE and 4 * p**2 < free:
+            return Direct(), f"p = {p:,} is at most {SIDE:,}, and there is {room}"
+        most = min(p - 1, SIDE, free // (3 * p) - 1)
         if hessian_perturbation > 0 and few_rows(A, most):
-            return Direct()
-        return CG() if A.is_psd else MINRES()
+            return Direct(), f"λ > 0, and H has a factor of few rows beside p = {p:,}"
+        large = f"p = {p:,} is above {SIDE:,}" if p > SIDE else f"{readable(available)} is less than {room}"
+        if A.is_psd:
+            return CG(), f"{large}, and H is positive semi-definite by construction"
+        return MINRES(), f"{large}, and H may be indefinite"
 
     def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> InverseOperator:
         """Invert with the chosen method."""

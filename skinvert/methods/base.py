@@ -73,6 +73,10 @@ class Method(TensorState, BaseEstimator, ABC):
         """Return the method that inverts A: this one, save for ``Auto``."""
         return self
 
+    def explain(self, A: LinearOperator, hessian_perturbation: float) -> tuple[Method, str]:
+        """Return what ``choose`` returns, and why, in a few words."""
+        return self.choose(A, hessian_perturbation), "as asked"
+
     @abstractmethod
     def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> InverseOperator:
         """Do all the work that does not depend on the right-hand sides, and return the inverse."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from sklearn.base import clone
 
+from .._progress import say
 from ..operators import BlockDiagonal, LinearOperator
 from ..reasons import Reason
 from ..results import InverseHvpResult
@@ -29,8 +30,10 @@ FAILURES = (
 def invert_blocks(method: Method, A: BlockDiagonal, hessian_perturbation: float, verbose: int = 0) -> BlockInverse:
     """Return the inverse of each block by ``method`` (or what it chooses for the block)."""
     inverses = []
-    for operator in A.operators:
-        own = clone(method).choose(operator, hessian_perturbation)
+    for number, operator in enumerate(A.operators, start=1):
+        own, why = clone(method).explain(operator, hessian_perturbation)
+        place = f"block {number} of {len(A.operators)}, {operator.size:,} parameters"
+        say(f"{place}: method {own.name or type(own).__name__}, {why}", verbose)
         inverses.append(own.invert(operator, hessian_perturbation, verbose))
     return BlockInverse(inverses, A, hessian_perturbation)
 

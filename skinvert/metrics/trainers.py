@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -29,6 +28,7 @@ from sklearn.utils.parallel import Parallel, delayed
 
 from .._check import check_sample_weight, must_be
 from .._progress import progress
+from .._telling import warn
 from .._types import Array
 from ..data import as_pair, count, take
 from ..models import is_model
@@ -195,7 +195,7 @@ def warn_of_no_change(changes: np.ndarray, retraining: Retraining) -> None:
             "estimator's tolerance is above what a row changes. Try a smaller `tol`, 1e-10 say, and a larger "
             "`max_iter`."
         )
-        warnings.warn(message, ConvergenceWarning, stacklevel=3)
+        warn(message, ConvergenceWarning)
 
 
 def _outcome(

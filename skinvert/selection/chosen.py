@@ -12,6 +12,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from .._arguments import check_fits_rows
 from .._fitting import SharesModel
+from .._shown import Shown
 from .._types import Array, RandomState, State
 from ..files import Saved
 from ..inverter import HessianInverter
@@ -24,7 +25,7 @@ from ..system import Function
 __all__ = ["ChosenInverter"]
 
 
-class ChosenInverter(SharesModel, TransformerMixin, Saved):
+class ChosenInverter(Shown, SharesModel, TransformerMixin, Saved):
     """Has the fitted attributes and the methods of ``inverter_``, where they say what they do.
 
     An attribute that the inverter lacks (``eigenvalues_`` of a method without a spectrum) is lacking here too.

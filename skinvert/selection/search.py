@@ -19,8 +19,8 @@ from .._arguments import check_fit_arguments, check_method
 from .._autograd import ordinary
 from .._check import check_sample_weight, check_shift, must_be
 from .._fitting import fit_whole
-from .._frames import Frame
-from .._progress import progress
+from .._frames import Columned, Frame
+from .._progress import progress, say
 from .._schema import check_fields
 from .._types import Decay, Device, Globs, Partition, RandomState, State
 from ..answers import check_container, setting_fields
@@ -192,7 +192,7 @@ class HessianInverterCV(ChosenInverter):
         rows = X.detach().cpu().numpy() if isinstance(X, torch.Tensor) else X
         checked = check_array(rows, dtype=[np.float64, np.float32], estimator=self, input_name="X")
         # The folds of a frame are frames, and know its columns.
-        return None, rows if isinstance(rows, Frame) else checked
+        return None, rows if isinstance(rows, Frame | Columned) else checked
 
     def _settled(self, model: object, data: object, weights: np.ndarray | None) -> object:
         """Return the model of the folds: scikit-learn's penalties are divided by the rows of the fit, not of a fold."""
@@ -261,6 +261,14 @@ class HessianInverterCV(ChosenInverter):
         }
         self.best_index_, self.n_splits_ = int(rank.argmin()), scores.shape[1]
         self.best_score_ = float(mean[self.best_index_])
+        spread = f"{self.best_score_:.4g} ± {std[self.best_index_]:.2g} over {self.n_splits_} folds"
+        say(f"λ = {shifts[self.best_index_]} of {len(shifts)}: the highest mean score, {spread}", self.verbose)
+
+    def _facts(self) -> Mapping[str, object]:
+        if "inverter_" not in vars(self):
+            return {}
+        chosen = f"{len(self.cv_results_['params'])} values by {self.n_splits_} folds, score {self.best_score_:.4g}"
+        return {**self.inverter_._facts(), "λ chosen from": chosen}
 
     # -- files -----------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
-from skinvert import HessianInverter, HessianInverterCV, InfluenceFunction
+from skinvert import HessianInverter, HessianInverterCV, InfluenceFunction, PerSampleGradient
 from skinvert.influence import Accuracy
 
 INVERTER = HessianInverter("direct", 50.0, loss="cross_entropy")
@@ -143,6 +143,19 @@ def test_every_method(case, name):
     expected = influence.inverter_.transform(gradients[:3]) @ gradients.mT / 12
     received = influence.transform((case.X[:3], case.y[:3]))
     torch.testing.assert_close(received, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "sampled_fisher", "empirical_fisher"])
+def test_every_curvature(case, curvature):
+    """Batches that carry sampled labels too give the rows' own gradients."""
+    inverter = HessianInverter("direct", 1.0, loss="cross_entropy", curvature=curvature, random_state=0)
+    influence = InfluenceFunction(inverter).fit(case.module, case.data)
+    gradients = PerSampleGradient(case.module, loss="cross_entropy").fit_transform(*case.data)
+    expected = gradients @ influence.inverter_.transform(gradients).mT / 12
+    torch.testing.assert_close(influence.transform(case.data), expected)
+    np.testing.assert_allclose(influence.self_influence(), expected.diagonal())
+    newton = InfluenceFunction(inverter, removal="newton").fit(case.module, case.data).transform(case.data)
+    assert np.corrcoef(newton.numpy().ravel(), expected.numpy().ravel())[0, 1] > 0.99
 
 
 def test_settings_are_checked(case):

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, roc_auc_score
 from torch import nn
 
-from skinvert import HessianInverter, InfluenceFunction
+from skinvert import HessianInverter, InfluenceFunction, TorchTwiceDifferentiable
 from skinvert.influence import AUROC, Accuracy, FairnessGap, WorstGroupLoss
 
 
@@ -153,6 +153,20 @@ def test_what_is_no_measurement(measurement, error, message):
     influence = InfluenceFunction(HessianInverter("direct", 5.0, **case.settings()), measurement=measurement)
     with pytest.raises(error, match=message):
         influence.fit(case.module, case.data).transform(case.data)
+
+
+def test_targets_of_a_callable_are_a_tensor():
+    class TwoTargets(TorchTwiceDifferentiable):
+        def per_sample_loss(self, outputs, batch):
+            return (outputs - batch[1]["a"] - batch[1]["b"]).square().sum(1)
+
+    torch.manual_seed(0)
+    rows = [(torch.randn(6, 4), {"a": torch.randn(6, 2), "b": torch.randn(6, 2)})]
+    model = TwoTargets(nn.Linear(4, 2), None)
+    assert InfluenceFunction(HessianInverter("direct", 1.0)).fit(model, rows).transform(rows).shape == (6, 6)
+    influence = InfluenceFunction(HessianInverter("direct", 1.0), measurement=lambda f, y: f[:, 0]).fit(model, rows)
+    with pytest.raises(TypeError, match="a tensor each"):
+        influence.transform(rows)
 
 
 def test_margins_are_of_classifiers():

@@ -96,14 +96,16 @@ def _losses(oracle, step, scale):
     return scale * np.array([float(value) for value in each])
 
 
+@pytest.mark.parametrize("model", ["mlp", "softmax"])
 @pytest.mark.parametrize("removal", ["first_order", "newton"])
-def test_groups_and_parameters(removal):
-    case = problem("mlp", "class_weights", 0.1, True)
+def test_groups_and_parameters(removal, model):
+    """The last group has more rows of the GGN's factor than the softmax regression has parameters."""
+    case = problem(model, "class_weights", 0.1, True)
     whole, once = Oracle(case), Oracle(_unweighted(case))
     rows, shares, H = parts_of(case)
     own = once.ggn_rows() * whole.scale / once.scale
     influence = fitted(case, removal=removal)
-    groups = [[0, 1, 5], [2], [5, 7, 11, 3]]
+    groups = [[0, 1, 5], [2], [0, 1, 2, 3, 4, 5, 7, 9, 11]]
     received = influence.group_effect(groups, case.data)
     now = _losses(once, np.zeros(whole.p), whole.scale)
     for j, group in enumerate(groups):
