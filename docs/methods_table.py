@@ -11,6 +11,8 @@ from skinvert import methods
 from skinvert.curvature import CURVATURES, Gram, faces_of
 
 README = Path(__file__).parents[1] / "README.md"
+# From what is tried first to baselines; methods that are not named here stand below.
+ORDER = (*"auto direct cg minres lissa arnoldi nystroem kfac ekfac harmonic_mean diagonal".split(),)
 ROW = re.compile(r'^\| `"(\w+)"` \|.*\|\n', flags=re.MULTILINE)
 
 
@@ -28,8 +30,10 @@ def table_of_methods():
     head = (
         "name | `skinvert.methods` | work, in products with A | numbers held | the solution | curvatures | choose for"
     )
-    kinds = [(name, getattr(methods, name)) for name in methods.__all__]
-    return f"| {head} |\n{'|---' * 7}|\n" + "".join(row(name, kind) for name, kind in kinds)
+    kinds = {getattr(methods, name).name: name for name in methods.__all__}
+    names = [name for name in ORDER if name in kinds] + [name for name in kinds if name not in ORDER]
+    rows = (row(kinds[name], getattr(methods, kinds[name])) for name in names)
+    return f"| {head} |\n{'|---' * 7}|\n" + "".join(rows)
 
 
 def row(name, kind):

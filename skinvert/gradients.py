@@ -54,7 +54,7 @@ class PerSampleGradient(Shown, SharesModel, RowTransformer):
     Attributes
     ----------
     n_features_out_ : int
-        p.
+        p, the number of selected parameters.
     loss_scale_ : float
         κ.
     parameter_names_ : list of str

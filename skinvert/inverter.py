@@ -125,7 +125,7 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
     inverse_ : InverseOperator
         The fitted inverse.
     curvature_ : LinearOperator
-        H. Neither pickled nor saved, as ``model``, ``loss`` and data, where the factorisation serves without it.
+        H itself; neither pickled nor saved, as ``model``, ``loss`` and data, where the factorisation serves without it.
     curvature_name_ : str
         Which curvature; ``"gram"`` for plain rows.
     hessian_perturbation_ : float

@@ -79,6 +79,10 @@ def lines() -> dict[str, Callable[[], float]]:
             theirs(ArnoldiInfluence(*model, SHIFT, rank=20)),
             N * ours(Arnoldi(rank=20, complement="drop")).transform(test),
         ),
+        "ArnoldiInfluence, rank 20, Woodbury": lambda: difference(
+            theirs(ArnoldiInfluence(*model, SHIFT, rank=20, use_woodbury=True)),
+            N * ours(Arnoldi(rank=20)).transform(test),
+        ),
         "gauss_newton, its scale mended": lambda: difference(
             # It divides by p for each batch but the first, in place of n.
             gauss_newton(*model, BATCHES) * p * (len(BATCHES) - 1) / N,

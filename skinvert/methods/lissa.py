@@ -55,7 +55,7 @@ class LiSSA(Method):
         Most products with minibatches, full-data looks counted as what they cost, in each repetition; at least one
         epoch is made.
     scale : float, default=None
-        s. None is twice the largest eigenvalue that 12 Lanczos steps find on 8 minibatches, plus λ.
+        s > 0; None is twice the largest eigenvalue that 12 Lanczos steps find on 8 minibatches, plus λ.
     batch_size : int, default=256
         Samples of a minibatch, drawn anew for each step; n/batch_size steps are an epoch.
     h0 : array or tensor of shape (k, p) or (1, p), default=None

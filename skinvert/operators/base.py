@@ -39,7 +39,7 @@ class LinearOperator(TensorState, ABC):
     Parameters
     ----------
     size : int
-        p.
+        p, the width of a row.
     dtype : torch.dtype
         Of rows and products.
     device : torch.device

@@ -143,7 +143,7 @@ class FactoredHessian(OutputHessian):
     Parameters
     ----------
     factor : tensor of shape (m, c, r)
-        S.
+        S itself.
     """
 
     def __init__(self, factor: torch.Tensor) -> None:
