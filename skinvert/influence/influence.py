@@ -339,11 +339,17 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
             them, with the index of X: ``rows`` are then labels of training rows, of ``index_``, not places.
         """
         data = self._test_data(X, y)
+        rows, scores = self._largest(data, k, harmful)
+        columns = range(rows.shape[1])
+        labels = self._framed(self._labels_at(rows), data, columns)
+        found = self._framed(self._back(scores, data), data, columns)
+        return Top(labels if isinstance(labels, Columned) else self._back(rows, data), found)
+
+    def _largest(self, data: object, k: int, harmful: bool) -> Top:
+        """Return what ``top`` does, by places, as tensors, whatever ``set_output`` asks for."""
         k = min(check_number(k, "k", low=1, integer=True), self.n_samples_)
         scores, rows = largest(self._all_blocks(data), k, -1 if harmful else 1)
-        labels = self._framed(self._labels_at(rows), data, range(k))
-        found = self._framed(self._back(scores, data), data, range(k))
-        return Top(labels if isinstance(labels, Columned) else self._back(rows, data), found)
+        return Top(rows, scores)
 
     def _all_blocks(self, data: object) -> Iterator[Block]:
         """Yield the blocks of the matrix; of an ensemble, which are the mean of its members, as one."""

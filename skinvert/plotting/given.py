@@ -44,8 +44,8 @@ class Influence(Protocol):
     def self_influence(self) -> Array:
         """Return the diagonal (n_train,) of the training rows' scores."""
 
-    def top(self, X: object, y: object = None, *, k: int = 10, harmful: bool = False) -> TopRows:
-        """Return the k rows that help or harm most."""
+    def _largest(self, data: object, k: int, harmful: bool) -> TopRows:
+        """Return the k rows that help or harm most, by their places."""
 
 
 def plain(values: Array) -> Array:

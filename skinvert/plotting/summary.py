@@ -71,7 +71,7 @@ def report(
     above, below = np.asarray(figure.subfigures(2, 1, height_ratios=[1, 1.2]))
     figure.suptitle(_facts(influence.inverter_, influence.n_samples_), fontsize=10)
     _draw_rows(above, influence)
-    helpful, harmful = (influence.top(shown, k=k, harmful=sign) for sign in (False, True))
+    helpful, harmful = (influence._largest(shown, k, sign) for sign in (False, True))
     if train is None or image_shape is None:
         _draw_bars(below, helpful, harmful, influence.index_)
         return figure

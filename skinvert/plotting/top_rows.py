@@ -163,7 +163,7 @@ class TopRowsDisplay:
         if _length(_pair(train, "train")[1]) != influence.n_samples_:
             must = f"the {influence.n_samples_} rows that the influence was fitted on"
             raise ValueError(must_be("train", must, f"{_length(train[1])} rows"))
-        top = influence.top((X, y), k=k, harmful=harmful)
+        top = influence._largest((X, y), k, harmful)
         return cls(
             top.rows,
             top.scores,

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import auc
 
@@ -317,3 +318,16 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"skinvert\[plot\]"):
         LeaveOneOutDisplay.from_predictions([1.0], [1.0])
+
+
+def test_rows_are_places_whatever_set_output_asks_for():
+    X, y = load_iris(return_X_y=True)
+    frame = pd.DataFrame(X, index=[f"flower {i}" for i in range(150)], columns=list("abcd"))
+    model = LogisticRegression(max_iter=1000).fit(frame, y)
+    influence = InfluenceFunction().fit(model, (frame, y))
+    expected = influence.top((frame[:3], y[:3]), k=4)
+    influence.set_output(transform="pandas")
+    display = TopRowsDisplay.from_estimator(influence, frame[:3], y[:3], train=(frame, y), k=4)
+    np.testing.assert_array_equal(display.rows, expected.rows)
+    figure = influence.report(frame[:3], y[:3], k=2)
+    assert any("flower" in text.get_text() for ax in figure.findobj(plt.Axes) for text in ax.get_yticklabels())
