@@ -8,7 +8,20 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-__all__ = ["Array", "Batch", "Decay", "Device", "Globs", "Partition", "RandomState", "State"]
+__all__ = [
+    "Array",
+    "Batch",
+    "DType",
+    "Data",
+    "Decay",
+    "Device",
+    "Globs",
+    "LossLike",
+    "Partition",
+    "RandomState",
+    "State",
+    "TrainedModel",
+]
 
 # An array, tensor or frame; what is returned is of the kind that was given.
 Array: TypeAlias = Any
@@ -17,6 +30,15 @@ Batch: TypeAlias = Any
 # An object's attributes by name, as pickles and files have them: each is checked where it is read.
 State: TypeAlias = dict[str, Any]
 
+# What each of them may be no class says, so to mypy they are objects: `models` and `data` read and refuse them. A torch
+# module, a skorch net, a fitted scikit-learn model or pipeline, a TwiceDifferentiable:
+TrainedModel: TypeAlias = object
+# (X, y), arrays, frames, mappings, a data set, a loader, batches:
+Data: TypeAlias = object
+# A name, a torch loss module, a Loss, a callable (output, target):
+LossLike: TypeAlias = object
+
+DType: TypeAlias = torch.dtype | np.dtype[Any] | type | str | None
 Decay: TypeAlias = float | Mapping[str, float]
 Device: TypeAlias = str | torch.device | None
 Globs: TypeAlias = str | Sequence[str] | None

@@ -10,7 +10,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from ._check import must_be
 from ._frames import check_columns
-from ._types import Array, State
+from ._types import Array
 from .parameters import ParameterLayout
 
 __all__ = ["NamedColumns"]
@@ -21,7 +21,7 @@ class NamedColumns(OneToOneFeatureMixin):
 
     _layout: ParameterLayout | None
 
-    def get_feature_names_out(self, input_features: object = None) -> np.ndarray:
+    def get_feature_names_out(self, input_features: Array | None = None) -> np.ndarray:
         """Return the p names of the columns: ``"fc1.weight[0,3]"``, or the input's own for plain rows."""
         check_is_fitted(self, "n_features_in_")
         if self._layout is not None:
@@ -36,7 +36,7 @@ class NamedColumns(OneToOneFeatureMixin):
         """
         return self._named().flatten(mapping)
 
-    def unflatten(self, x: Array) -> State:
+    def unflatten(self, x: Array) -> dict[str, Array]:
         """Return named tensors or arrays ``(k, *shape)`` of rows (k, p)."""
         layout = self._named()
         check_columns(x, layout.feature_names())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
 import scipy.sparse.linalg
@@ -29,7 +29,19 @@ from ._linear_map import apply_linear, solve_linear
 from ._namespaces import as_tensor, dispatches, in_kind_of, is_foreign, like_rows, namespace_of, of_kind, to_numpy
 from ._rows import InFloat64, Rows
 from ._scaling import times_powers
-from ._types import Array, Decay, Device, Globs, Partition, RandomState, State
+from ._types import (
+    Array,
+    Data,
+    Decay,
+    Device,
+    DType,
+    Globs,
+    LossLike,
+    Partition,
+    RandomState,
+    State,
+    TrainedModel,
+)
 from .answers import OPTIONAL, answer, check_answer, file_fields
 from .columns import NamedColumns
 from .curvature import SampledFisher
@@ -126,6 +138,33 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
         Of H, ascending, where the method computed a spectrum; of plain rows, under scikit-learn's
         ``array_api_dispatch``, an array of their own library.
 
+    Methods
+    -------
+    fit(X, y=None, sample_weight=None)
+        Fit the inverse of a model's curvature, or of plain rows.
+    transform(X)
+        The solutions, one per row.
+    solve(b, x0=None)
+        The solutions, and what is known of them: ``x, info``.
+    path(b, hessian_perturbations)
+        The solutions at many λ.
+    inverse_transform(X)
+        (H + λI) x.
+    residual(b, x)
+        ‖(H + λI)x − b‖ / ‖b‖ against the exact curvature.
+    quadratic(G, B=None)
+        gᵀ(H + λI)⁻¹b, with bounds that hold.
+    spectrum()
+        Eigenvalues of H, or their density.
+    score(X, y=None)
+        The held-out quadratic, for searches over λ.
+    covariance, sample, log_det, log_evidence, predictive_variance
+        Of the Gaussian with H + λI as its precision.
+    flatten, unflatten
+        Between rows (k, p) and named parameters.
+    save(path)
+        To a file, which ``skinvert.load`` reads anywhere.
+
     Examples
     --------
     Plain rows: H = XᵀX / n.
@@ -154,14 +193,14 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
         hessian_perturbation: float | str = 0.0,
         *,
         curvature: str | SampledFisher = "auto",
-        model: object = None,
-        loss: object = None,
+        model: TrainedModel | None = None,
+        loss: LossLike | None = None,
         weight_decay: Decay = 0.0,
         params: Globs = None,
         blocks: Partition = None,
         batch_size: int | None = None,
         device: Device = None,
-        dtype: object = None,
+        dtype: DType = None,
         random_state: RandomState = None,
         check_residual: bool = True,
         verbose: int = 0,
@@ -184,7 +223,7 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
     # -- fit -------------------------------------------------------------------------------------------------------
 
     @ordinary
-    def fit(self, X: object, y: object = None, sample_weight: object = None) -> HessianInverter:
+    def fit(self, X: TrainedModel | Data, y: Data | None = None, sample_weight: Array | None = None) -> Self:
         """Fit the inverse of a model's curvature over data, or of plain rows.
 
         Parameters
@@ -278,6 +317,15 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
 
     # -- solve -----------------------------------------------------------------------------------------------------
 
+    @overload
+    def transform(self, X: torch.Tensor) -> torch.Tensor: ...
+
+    @overload
+    def transform(self, X: np.ndarray) -> np.ndarray: ...
+
+    @overload
+    def transform(self, X: Array) -> Array: ...
+
     def transform(self, X: Array) -> Array:
         """Return the solutions of (H + λI) x = b.
 
@@ -297,7 +345,7 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
         return self.solve(X).x
 
     @ordinary
-    def fit_transform(self, X: object, y: object = None, **fit_params: object) -> Array:
+    def fit_transform(self, X: Array, y: Array | None = None, **fit_params: Array) -> Array:
         """Fit plain rows and return the solutions for them.
 
         With a model the inputs are no right-hand sides: transform gradients instead.
@@ -425,7 +473,7 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
         return residual if isinstance(b, torch.Tensor) else residual.cpu().numpy()
 
     @ordinary
-    def score(self, X: object, y: object = None, sample_weight: object = None) -> float:
+    def score(self, X: Data, y: Data | None = None, sample_weight: Array | None = None) -> float:
         r"""Return the held-out quadratic of rows that were not fitted: larger is better; −inf where A is indefinite.
 
         mean_i[ gᵢᵀzᵢ − ½ (m zᵢᵀH̄zᵢ − zᵢᵀhᵢzᵢ)/(m−1) − ½ zᵢᵀRzᵢ ], with gᵢ the rows' gradients, zᵢ the fitted inverse

@@ -50,14 +50,30 @@ class InverseHvpResult:
     x : tensor or array of shape (k, p)
         The solutions, of the kind, dtype and device of b.
     info : dict
-        ``residual`` (k,), ‖(H + λI)x − b‖ / ‖b‖ of each row (0 where b = 0) against the exact curvature H, whatever
-        the method inverts, recomputed after the solve: 0 is exact, and above 1 x = 0 would be better. NaN where H is
-        not at hand (an approximate method, loaded or unpickled) or not asked for (``check_residual=False``).
-        ``converged`` (k,), whether that is within the tolerance. ``reason`` (k,), int8, the ``Reason`` of each row,
-        which says what to try: ``Reason(info["reason"][0]).cure``; ``stagnated`` and ``negative_curvature`` (k,), bool,
-        are made of it, for one release more. ``approximate``, whether the method inverts another operator than H + λI;
-        then ``residual_of_approximation`` (k,) is that against this one, NaN too where none is asked for. Further
-        entries as each method documents.
+        Every entry that a method may tell; (k,) is one value a row, of the kind of b.
+
+        =============================  ===============================================================================
+        ``residual``                   (k,) ‖(H + λI)x − b‖ / ‖b‖, 0 where b = 0, against the exact curvature H,
+                                       whatever the method inverts, recomputed after the solve: 0 is exact, and above
+                                       1 x = 0 would be better. NaN where H is not at hand (an approximate method,
+                                       loaded or unpickled) or not asked for (``check_residual=False``)
+        ``converged``                  (k,) bool: whether that is within the tolerance; False where it is NaN
+        ``reason``                     (k,) int8: the ``Reason`` of each row, which says what to try:
+                                       ``Reason(info["reason"][0]).cure``
+        ``stagnated``                  (k,) bool: made of ``reason``, for one release more
+        ``negative_curvature``         (k,) bool: made of ``reason``, for one release more
+        ``approximate``                bool: whether the method inverts another operator than H + λI
+        ``residual_of_approximation``  (k,) against that operator, where there may be one; NaN too where none is asked
+                                       for
+        ``n_iter``                     (k,) int: iterations, of ``cg``, ``minres`` and ``lissa`` (steps of all
+                                       repetitions together)
+        ``n_products``                 int: products of one row with H, all rows' together, of ``cg`` and ``minres``
+        ``scale``                      float: s of the steps of ``lissa``, as it was set or estimated
+        ``blocks``                     list of dict: the entries of each block's own system, in their order, where
+                                       ``blocks`` are inverted
+        =============================  ===============================================================================
+
+        A method or function that a user registered may tell more, and less.
 
     Examples
     --------

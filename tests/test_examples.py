@@ -12,11 +12,15 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def test_mislabelled_digits_are_found(tmp_path):
     # Chance is 5 % and 10 %.
-    figures = figures_of(printed("mislabelled_digits", tmp_path))
+    text = printed("mislabelled_digits", tmp_path)
+    figures = figures_of(text)
     assert [name for name, _, _ in figures] == ["loss", "self-influence"] * 2
     for _, precision, found in figures:
         assert precision > 60
         assert found > 85
+    repaired = dict(re.findall(r"read without ten rows, (by .*?) *: (\d+) of \d+$", text, re.MULTILINE))
+    assert int(repaired["by what harms each"]) > max(int(repaired["by loss"]), int(repaired["by self-influence"]))
+    assert str(tmp_path / "output" / "mislabelled_digits.png") in text
 
 
 def test_pipelines_agree(tmp_path):

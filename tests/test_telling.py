@@ -57,7 +57,7 @@ def with_a_bar():
 def as_a_scipy_operator():
     X, b = rows()
     operator = HessianInverter(SHORT).fit(X).aslinearoperator()
-    scipy.sparse.linalg.gmres(scipy.sparse.eye_array(len(b[0])), b[0], M=operator, maxiter=1)
+    scipy.sparse.linalg.gmres(np.eye(len(b[0])), b[0], M=operator, maxiter=1)
 
 
 def in_a_search():

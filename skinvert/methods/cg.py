@@ -186,6 +186,7 @@ class CGInverse(InverseOperator):
             ),
             "n_iter": run.n_iter,
             "n_products": run.n_products,
+            "approximate": False,
         }
         return InverseHvpResult(X, info)
 

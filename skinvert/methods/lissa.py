@@ -192,6 +192,7 @@ class LiSSAInverse(InverseOperator):
             "reason": reasons(converged, Reason.MAX_ITERATIONS, (Reason.OUT_OF_RANGE, lost | ~held)),
             "n_iter": n_iter,
             "scale": self.scale,
+            "approximate": False,
         }
         return InverseHvpResult(mean, info)
 

@@ -158,6 +158,7 @@ class MINRESInverse(InverseOperator):
             ),
             "n_iter": run.n_iter,
             "n_products": run.n_products,
+            "approximate": False,
         }
         return InverseHvpResult(X, info)
 

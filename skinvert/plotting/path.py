@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["PathDisplay"]
 
+# A λ far too small scores thousands of times worse: the others would seem to be one line.
+WIDE = 30
+
 
 class PathDisplay:
     """The cross-validated score at each λ, and the largest relative residual of some right-hand sides.
@@ -179,7 +182,10 @@ class PathDisplay:
         if self.chosen is not None:
             label = f"λ = {self.chosen:.3g}"
             self.chosen_line_ = self.ax_.axvline(self.chosen, color="0.4", linestyle="--", linewidth=1, label=label)
-        self.ax_.legend(handles=self._handles(), loc="best")
+        # Above the axes: of two scales no corner is sure to be free.
+        self.ax_.legend(
+            handles=self._handles(), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=9, frameon=False
+        )
         return self
 
     def _scale(self) -> None:
@@ -198,6 +204,9 @@ class PathDisplay:
         settings = {"marker": "o", "markersize": 4, "color": "C0", "capsize": 2, "label": "held-out score", **line}
         drawn = self.ax_.errorbar(shifts[held], mean[held], yerr=deviation[held], **settings)
         self.ax_.set_ylabel("Held-out score")
+        best = np.abs(mean[held]).min() if held.any() else 0.0
+        if best and np.ptp(mean[held]) > WIDE * best:
+            self.ax_.set_yscale("symlog", linthresh=float(best))
         if held.all():
             return drawn, None
         # At the bottom of the axes, whatever the scores.

@@ -178,7 +178,7 @@ class TopRowsDisplay:
         """Return the lines of test row i's table: name, score, target and features, the test row first."""
         lines = [["test", "", *self._cells(self.test, i)]]
         for row, score in zip(self.rows[i], self.scores[i], strict=True):
-            lines.append([str(self.row_names[row]), f"{score:+.2g}", *self._cells(self.train, int(row))])
+            lines.append([str(self.row_names[row]), f"{score:+.3g}", *self._cells(self.train, int(row))])
         return lines
 
     def plot(self, ax: Axes | None = None) -> TopRowsDisplay:
