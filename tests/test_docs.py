@@ -13,7 +13,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if not {"benchmarks", "_build"} & set(path.parts))
 MODULES = [
     "skinvert",
-    *(f"skinvert.{name}" for name in ("influence", "metrics", "metrics.baselines", "methods", "testing")),
+    *(f"skinvert.{name}" for name in ("influence", "metrics", "metrics.baselines", "methods", "plotting", "testing")),
 ]
 # By another kind of fence: shown, not run.
 SHOWN = {"text", "sh", "{toctree}", "{eval-rst}", "{include}", "{doctest}"}
@@ -61,5 +61,7 @@ def test_reference_has_every_public_name(name):
 def test_no_sentence_begins_a_list(entry):
     # "H. ..." at the start of a paragraph is item H of a list to reStructuredText, and the letter is not shown.
     module, _, name = entry.rpartition(".")
-    text = inspect.getdoc(getattr(importlib.import_module(module), name)) or ""
-    assert re.findall(r"^ *[a-zA-Z]\.(?: .*)?$", text, re.MULTILINE) == []
+    thing = getattr(importlib.import_module(module), name)
+    members = [getattr(thing, own) for own in dir(thing) if not own.startswith("_")] if inspect.isclass(thing) else []
+    for each in [thing, *members]:
+        assert re.findall(r"^ *[a-zA-Z]\.(?: .*)?$", inspect.getdoc(each) or "", re.MULTILINE) == []

@@ -60,7 +60,7 @@ class ChosenInverter(Shown, SharesModel, TransformerMixin, Saved):
 
     @property
     def curvature_(self) -> LinearOperator:
-        """H."""
+        """H itself."""
         return self.inverter_.curvature_
 
     @property
