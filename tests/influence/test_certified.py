@@ -70,6 +70,16 @@ def test_as_small_as_asked(name, rtol, dtype):
     assert (np.abs(scores.numpy() - exact) <= influence.score_error_ + rounding).all()
 
 
+@pytest.mark.parametrize("n_test", [4, 12])
+def test_bounds_grow_with_the_norms_of_the_gradients(n_test):
+    """‖r‖‖b‖/μ: of one solved row the bounds are as the other side's norms."""
+    case = problem("mlp", "cross_entropy")
+    influence, _ = scored(case, "ekfac", "ggn", n_test, np.inf)
+    norms = PerSampleGradient(case.module, loss=case.loss).fit(*case.data).transform(case.data).norm(dim=1).numpy()
+    error = influence.score_error_
+    np.testing.assert_allclose(error / error[:, :1], np.tile(norms / norms[0], (n_test, 1)), rtol=1e-9)
+
+
 def test_of_an_ensemble_and_of_numbers_of_all_rows():
     case = problem("mlp", "cross_entropy")
     inverter = HessianInverter("cg", LAMBDA, curvature="ggn", **case.settings())

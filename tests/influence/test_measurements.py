@@ -106,6 +106,8 @@ def test_smooth_forms_become_the_exact_ones():
     losses = F.binary_cross_entropy_with_logits(f, y.double(), reduction="none")
     worst_mean = max(float(losses[groups == g].mean()) for g in range(3))
     assert float(WorstGroupLoss(groups, 1e-4)(f, y)) == pytest.approx(worst_mean, abs=2e-4)
+    means = np.array([float(losses[groups == g].mean()) for g in range(3)])
+    assert float(WorstGroupLoss(groups, 0.5)(f, y)) == pytest.approx(0.5 * np.log(np.exp(means / 0.5).mean()))
     p, one = torch.sigmoid(f), groups == 1
     gap = FairnessGap(one)(f, y)
     assert float(gap) == pytest.approx(float(p[one].mean() - p[~one].mean()))
