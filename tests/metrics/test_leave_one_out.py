@@ -251,3 +251,14 @@ def test_a_trainer_with_its_scaler_held_begins_at_a_full_model_without():
         alone = clone(full[-1]).fit(np.delete(Z, row, 0), np.delete(y, row))
         losses = [-model.predict_log_proba(Z[:30])[np.arange(30), y[:30]] for model in (alone, full[-1])]
         np.testing.assert_allclose(received[:, j], losses[0] - losses[1], rtol=1e-6, atol=1e-9)
+
+
+def test_a_warm_start_keeps_the_trainer_s_settings():
+    X, y = load_breast_cancer(return_X_y=True)
+    X, y = StandardScaler().fit_transform(X)[:120], y[:120]
+    full = LogisticRegression(C=1.0, tol=1e-12, solver="newton-cholesky").fit(X, y)
+    trainer = LogisticRegression(C=0.1, tol=1e-12, solver="newton-cholesky")
+    received = leave_one_out(trainer, X, y, X[:30], y[:30], rows=[3], full=full)[:, 0]
+    alone = clone(trainer).fit(np.delete(X, 3, 0), np.delete(y, 3))
+    losses = [-model.predict_log_proba(X[:30])[np.arange(30), y[:30]] for model in (alone, full)]
+    np.testing.assert_allclose(received, losses[0] - losses[1], rtol=1e-6, atol=1e-9)
