@@ -1,7 +1,7 @@
 """Whose scores foretell retraining best? Linear datamodeling scores on 5,000 MNIST digits, all on the same retrainings.
 
 Softmax regression (p = 7,850, scikit-learn's ``LogisticRegression``) and a network with one hidden layer are trained on
-random halves of 4,500 digits; the loss of the other 500 is held against sums of each method's scores. The interval is a
+random halves of 4,800 digits; the loss of the other 200 is held against sums of each method's scores. The interval is a
 bootstrap's over subsets and test rows; the difference is to the method named by --against, on the same resamples.
 
     python docs/benchmarks/lds.py --model softmax --subsets 50
@@ -42,19 +42,25 @@ METHODS = {
 LARGEST_DIRECT = 10_000
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description):
+    """Return a parser of what all scripts on these retrainings take."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["softmax", "mlp"], default="softmax")
     parser.add_argument("--subsets", type=int, default=50)
-    parser.add_argument("--test-rows", type=int, default=500)
-    parser.add_argument("--perturbation", default="1e-1 rel", help="λ of every method, such as '1e-1 rel'")
+    parser.add_argument("--test-rows", type=int, default=200)
     parser.add_argument("--hidden", type=int, default=32, help="hidden units of the mlp")
-    parser.add_argument("--epochs", type=int, default=20, help="of the mlp")
+    parser.add_argument("--epochs", type=int, default=12, help="of the mlp")
     parser.add_argument("--seeds", type=int, default=1, help="mlps a subset, whose losses are averaged")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--against", default="ekfac")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--retrainings", type=Path, help="an .npz to read them from, or to write them to")
+    return parser
+
+
+def main():
+    parser = arguments(__doc__)
+    parser.add_argument("--perturbation", default="1e-1 rel", help="λ of every method, such as '1e-1 rel'")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--against", default="ekfac")
     args = parser.parse_args()
     train, test = digits(args.test_rows)
     problem = softmax(train) if args.model == "softmax" else mlp(args, train)

@@ -8,12 +8,10 @@ so few training rows, as where all are too many; scores are of all of them.
     OMP_NUM_THREADS=1 python docs/benchmarks/lds_lambda.py --retrainings softmax.npz --rows 200 --methods direct ekfac
 """
 
-import argparse
 import warnings
-from pathlib import Path
 
 import numpy as np
-from lds import METHODS, as_rows, digits, mlp, retrainings, softmax
+from lds import METHODS, arguments, as_rows, digits, mlp, retrainings, softmax
 from sklearn.model_selection import ShuffleSplit
 
 from skinvert import HessianInverter, HessianInverterCV, PerSampleGradient
@@ -21,20 +19,12 @@ from skinvert.metrics import linear_datamodeling_score
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["softmax", "mlp"], default="softmax")
-    parser.add_argument("--subsets", type=int, default=50)
-    parser.add_argument("--test-rows", type=int, default=200)
+    parser = arguments(__doc__)
     parser.add_argument("--shares", nargs="+", default=["1e-4", "1e-3", "1e-2", "1e-1", "1", "10"])
     parser.add_argument("--rows", type=int, help="training rows of the curvature; all by default")
     parser.add_argument("--held-out", type=int, default=200, help="of these, for the pick")
     parser.add_argument("--splits", type=int, default=1)
     parser.add_argument("--methods", nargs="+", default=["ekfac", "cg"])
-    parser.add_argument("--hidden", type=int, default=32, help="hidden units of the mlp")
-    parser.add_argument("--epochs", type=int, default=12, help="of the mlp")
-    parser.add_argument("--seeds", type=int, default=1, help="mlps a subset, whose losses are averaged")
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--retrainings", type=Path, help="an .npz to read them from, or to write them to")
     args = parser.parse_args()
     train, test = digits(args.test_rows)
     problem = softmax(train) if args.model == "softmax" else mlp(args, train)

@@ -8,11 +8,9 @@ are of the margin, which falls as the loss rises. The interval is of ours less t
     OMP_NUM_THREADS=1 .venv-bench/bin/python docs/benchmarks/lds_peers.py --model softmax --retrainings softmax.npz
 """
 
-import argparse
 import logging
 import warnings
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +23,19 @@ from dattri.algorithm.influence_function import (
 )
 from dattri.algorithm.trak import TRAKAttributor
 from dattri.task import AttributionTask
-from lds import WEIGHT_DECAY, as_rows, by_method, digits, mlp, n_parameters, retrainings, softmax, timed, trak
+from lds import (
+    WEIGHT_DECAY,
+    arguments,
+    as_rows,
+    by_method,
+    digits,
+    mlp,
+    n_parameters,
+    retrainings,
+    softmax,
+    timed,
+    trak,
+)
 from pydvl.influence.torch import (
     ArnoldiInfluence,
     CgInfluence,
@@ -45,17 +55,9 @@ STEPS = 40
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["softmax", "mlp"], default="softmax")
-    parser.add_argument("--subsets", type=int, default=50)
-    parser.add_argument("--test-rows", type=int, default=200)
+    parser = arguments(__doc__)
     parser.add_argument("--perturbation", default="1e-1 rel", help="λ of every method, such as '1e-1 rel'")
-    parser.add_argument("--hidden", type=int, default=32, help="hidden units of the mlp")
-    parser.add_argument("--epochs", type=int, default=12, help="of the mlp")
-    parser.add_argument("--seeds", type=int, default=1, help="mlps a subset, whose losses are averaged")
     parser.add_argument("--peers", nargs="+", default=list(PEERS), help="names of the table")
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--retrainings", type=Path, help="an .npz to read them from, or to write them to")
     args = parser.parse_args()
     train, test = digits(args.test_rows)
     problem = softmax(train) if args.model == "softmax" else mlp(args, train)

@@ -16,7 +16,7 @@ from ..models import TorchTwiceDifferentiable, map_tensors
 from .fitted import Fitted
 from .removal import Removal
 from .scoring import blocks
-from .sides import FixedSide, RowSide, Side, moved
+from .sides import FixedGradients, RowSide, Side, moved
 
 __all__ = ["check_groups", "check_indices", "group_effect", "group_labels", "outputs_without", "self_influence"]
 
@@ -66,7 +66,7 @@ def group_effect(fitted: Fitted, groups: Sequence[torch.Tensor], test: Side) -> 
     return effects
 
 
-def _summed(fitted: Fitted, groups: Sequence[torch.Tensor]) -> FixedSide:
+def _summed(fitted: Fitted, groups: Sequence[torch.Tensor]) -> FixedGradients:
     """Return Σ wᵢgᵢ/Σw of each group, by one pass over the training rows."""
     training, model = fitted.training, fitted.model
     way_out = "Try fewer groups at a time."
@@ -79,7 +79,7 @@ def _summed(fitted: Fitted, groups: Sequence[torch.Tensor]) -> FixedSide:
         member[j, chosen] = True
     for place, gradients in training.gradients(training.count):
         sums += member[:, place].to(gradients) @ gradients
-    return FixedSide(model, sums)
+    return FixedGradients(model, sums)
 
 
 def outputs_without(fitted: Fitted, rows: torch.Tensor, data: object) -> torch.Tensor:

@@ -263,12 +263,12 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
     def _matrix(self, data: object, out: Out = None) -> Array:
         fitted = self._fitted()
         test, n = fitted.test(data), self.n_samples_
+        dtype = fitted.model.dtype if self.score_rtol is None else torch.float64
         if out is None:
-            needed, way_out = 2 * test.count * n * fitted.model.dtype.itemsize, "Try `top`, which holds none, or `out`."
+            needed, way_out = 2 * test.count * n * dtype.itemsize, "Try `top`, which holds none, or `out`."
             check_memory(needed, f"{test.count:,} × {n:,} scores", way_out, fitted.model.device)
         self._say(fitted, test.count)
         known_by = "" if out is None else self._fingerprint(fitted, test)
-        dtype = fitted.model.dtype if self.score_rtol is None else torch.float64
         scores = destination(out, (test.count, n), dtype, fitted.model.device, known_by)
         for rows, cols, block in self._blocks(fitted, test, scores.has):
             scores.write(rows, cols, block)
@@ -282,7 +282,9 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
 
     def _fingerprint(self, fitted: Fitted, test: Side) -> str:
         inverter = self.inverter_
-        settings = [inverter.method_, inverter.curvature_name_, self.removal, self.normalize, fitted.inverter.blocks]
+        own = (self.removal, self.normalize, self.score_rtol)
+        seed = inverter.random_state if isinstance(inverter.random_state, int) else None
+        settings = [*own, inverter.method_, inverter.curvature_name_, inverter.blocks, inverter.params, seed]
         shift = torch.tensor([inverter.hessian_perturbation_])
         return fingerprint(settings, [shift, test.values(), fitted.training.values()])
 

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 
 from .removal import Removal, Solve
-from .sides import Side
+from .sides import Gradients, Side
 
 __all__ = ["Block", "Done", "blocks", "gathered", "shifted_blocks"]
 
@@ -18,7 +18,7 @@ Block: TypeAlias = tuple[slice, slice, torch.Tensor]
 Done: TypeAlias = Callable[[slice, slice], bool]
 
 
-def blocks(left: Side, right: Side, solve: Solve, most: int, done: Done) -> Iterator[Block]:
+def blocks(left: Gradients, right: Gradients, solve: Solve, most: int, done: Done) -> Iterator[Block]:
     """Yield places and blocks of the matrix (left.count, right.count) of gᵢᵀA⁻¹bⱼ.
 
     At most so many rows are solved and held at once; the other side's gradients are read once for each such chunk, and
@@ -46,7 +46,7 @@ def shifted_blocks(test: Side, removal: Removal, most: int, done: Done) -> Itera
                 yield rows, column, (test.at(step).values() - now)[:, None]
 
 
-def gathered(side: Side, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
+def gathered(side: Gradients, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield gradients in chunks of ``most`` rows, across batches: each chunk costs a pass over the other side."""
     held: list[torch.Tensor] = []
     start = count = 0

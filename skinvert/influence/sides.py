@@ -17,13 +17,13 @@ from ..curvature import derivatives_along, gradient_rows, most_directions, split
 from ..data import Batches
 from ..models import TorchTwiceDifferentiable, leading_length, map_tensors
 from ..models.structural_copy import structural_copy
-from .measurements import Chosen, Measurement, RowMeasurement, SetMeasurement, all_outputs
+from .measurements import Measurement, RowMeasurement, SetMeasurement, all_outputs
 
-__all__ = ["RowSide", "SetSide", "Side", "moved", "side_of"]
+__all__ = ["FixedGradients", "Gradients", "RowSide", "SetSide", "Side", "moved"]
 
 
-class Side(ABC):
-    """Values vᵢ, i = 1, …, ``count``, at θ.
+class Gradients(ABC):
+    """Gradients of values vᵢ, i = 1, …, ``count``, at θ.
 
     Attributes
     ----------
@@ -47,6 +47,10 @@ class Side(ABC):
     @abstractmethod
     def along(self, X: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield which values, and their derivatives (k, m) along the rows of X (k, p)."""
+
+
+class Side(Gradients):
+    """Values at θ, with their gradients, that can be had at another θ too."""
 
     @abstractmethod
     def values(self) -> torch.Tensor:
@@ -138,8 +142,8 @@ class RowSide(Side):
 
 
 @dataclass(frozen=True)
-class FixedSide(Side):
-    """Values whose gradients are known.
+class FixedGradients(Gradients):
+    """Gradients that are known.
 
     Parameters
     ----------
@@ -166,14 +170,6 @@ class FixedSide(Side):
     def along(self, X: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield the products with all rows."""
         yield slice(0, len(self.rows)), X @ self.rows.mT
-
-    def values(self) -> torch.Tensor:
-        """Raise: gradients alone have none."""
-        raise NotImplementedError
-
-    def at(self, step: torch.Tensor) -> FixedSide:
-        """Raise: gradients alone are of one θ."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -228,13 +224,6 @@ class SetSide(Side):
             start += len(weights)
             total += self.model.gradient_of((self.model.forward(map_tensors(torch.clone, batch)) * part).sum())
         return total
-
-
-def side_of(model: TorchTwiceDifferentiable, batches: Batches, measurement: Chosen, verbose: int = 0) -> Side:
-    """Return the side of test rows."""
-    if isinstance(measurement, RowMeasurement):
-        return RowSide(model, batches, measurement, verbose=verbose)
-    return SetSide(model, batches, measurement)
 
 
 def moved(model: TorchTwiceDifferentiable, step: torch.Tensor) -> TorchTwiceDifferentiable:

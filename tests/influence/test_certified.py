@@ -112,12 +112,12 @@ def test_error_comes_with_a_transform():
     influence = InfluenceFunction(HessianInverter("cg", 1.0, curvature="ggn", **case.settings()), score_rtol=0.1)
     influence.fit(case.module, case.data)
     with pytest.raises(AttributeError, match="transform"):
-        influence.score_error_  # noqa: B018 (what is asked is whether it is there)
+        _ = influence.score_error_
     influence.transform(case.data)
     assert influence.score_error_.shape == (12, 12)
     influence.fit(case.module, case.data)
     with pytest.raises(AttributeError, match="transform"):
-        influence.score_error_  # noqa: B018
+        _ = influence.score_error_
 
 
 @pytest.mark.parametrize("settings", [{"removal": "newton"}, {"normalize": "cosine"}])

@@ -275,6 +275,9 @@ def test_a_file_of_others_is_refused(case, tmp_path):
     other = InfluenceFunction(clone(INVERTER).set_params(hessian_perturbation=60.0)).fit(case.module, case.data)
     with pytest.raises(ValueError, match="of others"):
         other.transform(case.data, out=path)
+    certified = InfluenceFunction(INVERTER, score_rtol=0.1).fit(case.module, case.data)
+    with pytest.raises(ValueError, match="of others"):
+        certified.transform(case.data, out=path)
     with pytest.raises(ValueError, match=r"\.npy"):
         influence.transform(case.data, out=tmp_path / "scores.txt")
     with pytest.raises(ValueError, match="of shape"):

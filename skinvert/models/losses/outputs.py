@@ -12,7 +12,7 @@ __all__ = ["OutputSum"]
 class OutputSum(Loss):
     """s = Σₖ fₖ, whatever the target."""
 
-    def per_sample(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 (a loss's)
+    def per_sample(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Return s (m,)."""
         return output.reshape(len(output), -1).sum(1)
 
