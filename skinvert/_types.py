@@ -18,6 +18,7 @@ __all__ = [
     "Globs",
     "LossLike",
     "Partition",
+    "ProcessGroup",
     "RandomState",
     "State",
     "TrainedModel",
@@ -43,4 +44,6 @@ Decay: TypeAlias = float | Mapping[str, float]
 Device: TypeAlias = str | torch.device | None
 Globs: TypeAlias = str | Sequence[str] | None
 Partition: TypeAlias = str | Mapping[str, str | Sequence[str]] | None
+# "world", or a ProcessGroup of torch.distributed, which not every build of torch has.
+ProcessGroup: TypeAlias = object
 RandomState: TypeAlias = int | np.random.RandomState | None

@@ -11,7 +11,7 @@ import torch
 from ._check import check_choice, check_number, must_be
 from ._memory import check_memory, rows_within
 from ._types import Array
-from .curvature import Curvature, Objective, jacobian_rows, split_batch
+from .curvature import Curvature, Objective, Sharded, jacobian_rows, split_batch
 from .data import Batches
 from .methods.base import InverseOperator
 from .models import TorchTwiceDifferentiable
@@ -91,6 +91,12 @@ def output_variances(
 
 def curvature_of(A: LinearOperator | None) -> Curvature:
     """Return a curvature of a model; TypeError for another operator."""
+    if isinstance(A, Sharded):
+        must, hint = (
+            "of the rows of one process",
+            "It takes sums over rows that no process has. Fit without process_group.",
+        )
+        raise ValueError(must_be("The curvature here", must, "one of several processes' rows", hint))
     if not isinstance(A, Curvature):
         hint = "Fit with a model: `fit(model, (X, y))`."
         raise TypeError(must_be("The curvature", "that of a model", type(A).__name__, hint))

@@ -21,8 +21,8 @@ __all__ = ["UNSAVED", "Saved", "load", "savable"]
 # The classes that a file may be of, by their names: a closed list.
 KINDS: dict[str, type[Saved]] = {}
 
-# What a file leaves out: requests of metadata, callbacks, and the library of the rows that were fitted.
-UNSAVED = ("_metadata_request", "_skl_callbacks", "_namespace")
+# What a file leaves out: requests of metadata, callbacks, the library of the rows that were fitted, other processes.
+UNSAVED = ("_metadata_request", "_skl_callbacks", "_namespace", "_ranks")
 
 
 def savable(cls: type[Saved]) -> type[Saved]:
@@ -64,6 +64,9 @@ class Saved(BaseEstimator, ABC):
             for name in ("curvature_", "_model", "_data"):
                 state.pop(name, None)
             state.update({name: left_out(state[name]) for name in ("model", "loss")})
+        if "process_group" in state:
+            # A connection between processes.
+            state["process_group"] = left_out(state["process_group"])
         return {name: pack(value) if name in ("device", "dtype") else value for name, value in state.items()}
 
     def __setstate__(self, state: State) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Self, overload
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Self, overload
 
 import numpy as np
 import scipy.sparse.linalg
@@ -15,6 +16,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from ._arguments import check_fit_arguments, check_fits_rows, check_method, check_shifts, refuse_model_settings
 from ._autograd import ordinary
 from ._check import check_choice, check_shift, must_be
+from ._checksum import checksum
+from ._distributed import Ranks, as_one, ranks_of
 from ._fitting import SharesModel, fit_whole
 from ._frames import (
     Columned,
@@ -38,6 +41,7 @@ from ._types import (
     Globs,
     LossLike,
     Partition,
+    ProcessGroup,
     RandomState,
     State,
     TrainedModel,
@@ -111,6 +115,11 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
     check_residual : bool, default=True
         Whether an approximate method spends one product with the exact curvature per solve to report its true
         ``residual`` and to warn where x = 0 would be better. False leaves ``residual`` NaN and ``converged`` False.
+    process_group : None, "world" or ProcessGroup, default=None
+        The processes of ``torch.distributed`` that fit together, each with its own share of the data as ``fit``'s: rows
+        of its own, perhaps none, or a DataLoader with a DistributedSampler, each of whose rows counts once. What is
+        fitted is that of all rows, on every rank. None fits this process's data alone, whatever is initialised;
+        "world" is the default group.
     verbose : int, default=0
         1 says on stderr what was chosen and why, and shows progress bars on long work.
 
@@ -186,6 +195,8 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
     inverse_: InverseOperator | None
     feature_names_in_: np.ndarray
     eigenvalues_: np.ndarray
+    # A group of processes is no setting of which there could be two.
+    _shared: ClassVar[tuple[str, ...]] = (*SharesModel._shared, "process_group")
 
     def __init__(
         self,
@@ -203,6 +214,7 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
         dtype: DType = None,
         random_state: RandomState = None,
         check_residual: bool = True,
+        process_group: ProcessGroup = None,
         verbose: int = 0,
     ) -> None:
         self.method = method
@@ -218,6 +230,7 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
         self.dtype = dtype
         self.random_state = random_state
         self.check_residual = check_residual
+        self.process_group = process_group
         self.verbose = verbose
 
     # -- fit -------------------------------------------------------------------------------------------------------
@@ -242,14 +255,22 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
         HessianInverter
             Itself.
         """
+        ranks = ranks_of(require_present(self.process_group, "process_group"))
+
+        def fit(fresh: HessianInverter) -> None:
+            with as_one(ranks, "fit"):
+                fresh._ranks = ranks
+                fresh._fit_at(X, y, sample_weight)
+
+        fit_whole(self, fit)
+        return self
+
+    def _fit_at(self, X: object, y: object, sample_weight: object) -> None:
         check_method(self.method)
         check_fit_arguments(X, y, self.model)
         shift = check_perturbation(self.hessian_perturbation, "HessianInverter")
-        fit_whole(self, lambda fresh: fresh._fit_at(X, y, sample_weight, shift))
-        return self
-
-    def _fit_at(self, X: object, y: object, sample_weight: object, shift: float | str) -> None:
-        """Fit at λ = ``shift``."""
+        if self._ranks is not None:
+            self._ranks.meet("fit", {"hessian_perturbation": shift, "params": self.params, "blocks": self.blocks})
         check_choice(self.check_residual, "check_residual", [True, False])
         if is_model(X):
             system = self._model_system(X, y, sample_weight)
@@ -287,7 +308,8 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
     def _rows_system(self, X: object, y: object, sample_weight: object) -> System:
         home = X.device if isinstance(X, torch.Tensor) else torch.device("cpu")
         self._namespace = namespace_of(X)
-        X = validate_data(self, to_numpy(X), dtype=[np.float64, np.float32])
+        least = 1 if self._ranks is None else 0
+        X = validate_data(self, to_numpy(X), dtype=[np.float64, np.float32], ensure_min_samples=least)
         self.method_, self._data = find_method(self.method, None, self.random_state), None
         if y is not None:
             refuse_model_settings(self.loss, self.weight_decay, self.params)
@@ -313,6 +335,7 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
             sample_weight=sample_weight,
             random_state=self.random_state,
             verbose=self.verbose,
+            ranks=self._ranks,
         )
 
     # -- solve -----------------------------------------------------------------------------------------------------
@@ -379,6 +402,10 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
 
     @ordinary
     def _solve(self, b: Array, x0: Array | None = None) -> InverseHvpResult:
+        with self._together("solve"):
+            return self._solved(b, x0)
+
+    def _solved(self, b: Array, x0: Array | None) -> InverseHvpResult:
         rows = self._rows(b)
         if not isinstance(self.method_, Method):
             if x0 is not None:
@@ -387,6 +414,8 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
             result: InverseHvpResult = function(model, self._data, rows.source, self.hessian_perturbation_)
             return result
         inverse: InverseOperator = rows.through(self._judged("solve"))
+        if inverse.takes_products:
+            self._check_alike("solve", rows)
         if x0 is not None:
             inverse = inverse.started_at(self._start(x0, rows))
         return rows.result(*inverse.solve(rows.tensor))
@@ -421,11 +450,14 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
 
     @ordinary
     def _path(self, b: Array, shifts: list[float]) -> Array:
-        rows = self._rows(b)
-        for shift in shifts:
-            check_shift(shift, rows.tensor.dtype)
-        inverse = self._judged("path", "Call `solve` for each λ.")
-        return rows.back(rows.through(inverse).path(rows.tensor, shifts))
+        with self._together("path"):
+            rows = self._rows(b)
+            for shift in shifts:
+                check_shift(shift, rows.tensor.dtype)
+            inverse = self._judged("path", "Call `solve` for each λ.")
+            if inverse.takes_products:
+                self._check_alike("path", rows, shifts)
+            return rows.back(rows.through(inverse).path(rows.tensor, shifts))
 
     @ordinary
     def spectrum(self, *, of: str = "curvature", n_probes: int = 10, steps: int = 60) -> Spectrum:
@@ -577,6 +609,19 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
         return super()._restored(state)
 
     # -- helpers ---------------------------------------------------------------------------------------------------
+
+    # The processes that were fitted together; None where this one was alone.
+    _ranks: Ranks | None = None
+
+    def _together(self, step: str) -> AbstractContextManager[None]:
+        """Return a context in which all ranks fail together, where the step takes products with the rows of all."""
+        fitted = self._ranks is not None and vars(self).get("inverse_") is not None
+        return as_one(self._ranks if fitted and self._judged(step).takes_products else None, step)
+
+    def _check_alike(self, step: str, rows: Rows, shifts: object = None) -> None:
+        if self._ranks is not None:
+            hint = "It solves with the rows of all ranks: call it on each of them, with the same right-hand sides."
+            self._ranks.meet(step, {"b": checksum(rows.tensor), "hessian_perturbations": shifts}, hint=hint)
 
     def _rows(self, b: Array, *, double: bool = False) -> Rows:
         check_is_fitted(self, "n_features_in_")

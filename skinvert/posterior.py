@@ -20,7 +20,7 @@ from ._memory import rows_within
 from ._rows import Rows
 from ._types import Array, RandomState
 from .covariance import checked_dispersion, evidence, output_variances, parameter_covariance
-from .curvature import Curvature
+from .curvature import Curvature, Sharded
 from .data import batches_of, holds_tensors, is_data
 from .methods.base import InverseOperator, Method
 from .methods.quadratic import QuadraticForms
@@ -317,7 +317,8 @@ class Posterior(ABC):
     def _weight_sum(self) -> float:
         """Return Σw; of plain rows, whose weights count in proportion alone, n."""
         A = self._at_hand("curvature_", "covariance")
-        return A.objective.weight_sum if isinstance(A, Curvature) else float(self.n_samples_)
+        objective = A.objective if isinstance(A, Curvature | Sharded) else None
+        return float(self.n_samples_) if objective is None else objective.weight_sum
 
     def _some_targets(self, X: Any) -> Any:
         """Return as many targets as inputs: the first one of the training data, repeated."""

@@ -23,6 +23,7 @@ from .layered import Layered
 from .objective import Objective
 from .per_sample import RowValues, gradient_rows, jacobian_rows, split_batch
 from .products import Share
+from .sharded import Sharded
 
 __all__ = [
     "CURVATURES",
@@ -39,6 +40,7 @@ __all__ = [
     "RowValues",
     "SampledFisher",
     "Share",
+    "Sharded",
     "build_blocks",
     "build_curvature",
     "curvature_name",

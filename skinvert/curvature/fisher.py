@@ -120,12 +120,37 @@ class _Drawn:
     seed: int
 
     def __call__(self) -> Iterator[Batch]:
-        generator = np.random.default_rng(self.seed)
         # Within the open interval in float32 too: the inverse of a distribution function is infinite at its ends.
-        tiny = float(torch.finfo(torch.float32).eps)
+        tiny, start = float(torch.finfo(torch.float32).eps), 0
+        draws = _Draws(self.shape, self.seed)
         for batch in self.batches.raw():
-            draws = generator.random((leading_length(batch), *self.shape)).clip(tiny, 1 - tiny)
-            yield batch, torch.from_numpy(draws).to(self.batches.device, self.batches.dtype)
+            m, shard = leading_length(batch), self.batches.shard
+            rows = torch.arange(start, start + m, device="cpu") if shard is None else shard.numbers(start, m)
+            yield (
+                batch,
+                torch.from_numpy(draws.of(rows).clip(tiny, 1 - tiny)).to(self.batches.device, self.batches.dtype),
+            )
+            start += m
+
+
+class _Draws:
+    """Uniform draws, a row's own by its number: the same whoever holds the row."""
+
+    def __init__(self, shape: tuple[int, ...], seed: int) -> None:
+        self.shape, self.bits, self.place = shape, np.random.PCG64(seed), 0
+
+    def of(self, rows: torch.Tensor) -> np.ndarray:
+        """Return the draws (m, *shape) of rows of these numbers (m,)."""
+        numbers = rows.numpy()
+        runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
+        return np.concatenate([self._run(int(run[0]), len(run)) for run in runs if len(run)])
+
+    def _run(self, first: int, m: int) -> np.ndarray:
+        # A draw takes one step of the generator; backwards is round its whole period.
+        per_row = math.prod(self.shape)
+        self.bits.advance((first * per_row - self.place) % 2**128)
+        self.place = (first + m) * per_row
+        return np.random.Generator(self.bits).random((m, *self.shape))
 
 
 def _with_draws(objective: Objective, shape: tuple[int, ...], seed: int) -> Objective:
