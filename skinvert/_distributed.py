@@ -248,5 +248,5 @@ def _error_of_all(told: list[tuple[dict[str, str], tuple[str, str] | None]], hin
     names = dict.fromkeys(name for facts, _ in told for name in facts)
     differing = next(name for name in names if len({facts.get(name) for facts, _ in told}) > 1)
     got = "; ".join(f"{facts.get(differing, 'nothing')} on rank {rank}" for rank, (facts, _) in enumerate(told))
-    what = "What the ranks do" if differing == "doing" else f"{differing.replace('_', ' ')} in {told[0][0]['doing']}"
+    what = "What the ranks do" if differing == "doing" else f"{differing} in {told[0][0]['doing']}"
     return ValueError(must_be(what, "the same on every rank", got, hint))

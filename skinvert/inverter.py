@@ -29,6 +29,7 @@ from ._frames import (
     without_names,
 )
 from ._linear_map import apply_linear, solve_linear
+from ._memory import working_memory
 from ._namespaces import as_tensor, dispatches, in_kind_of, is_foreign, like_rows, namespace_of, of_kind, to_numpy
 from ._rows import InFloat64, Rows
 from ._scaling import times_powers
@@ -620,8 +621,10 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
 
     def _check_alike(self, step: str, rows: Rows, shifts: object = None) -> None:
         if self._ranks is not None:
+            # It decides how many rows are taken at once.
+            memory = {"scikit-learn's working_memory": working_memory()}
             hint = "It solves with the rows of all ranks: call it on each of them, with the same right-hand sides."
-            self._ranks.meet(step, {"b": checksum(rows.tensor), "hessian_perturbations": shifts}, hint=hint)
+            self._ranks.meet(step, {"b": checksum(rows.tensor), "λ": shifts, **memory}, hint=hint)
 
     def _rows(self, b: Array, *, double: bool = False) -> Rows:
         check_is_fitted(self, "n_features_in_")

@@ -13,7 +13,7 @@ from ._autograd import ordinary
 from ._check import check_number, check_sample_weight, check_shift, must_be, resolve_device, resolve_dtype
 from ._checksum import checksum
 from ._distributed import Ranks
-from ._memory import available_memory, readable
+from ._memory import available_memory, readable, working_memory
 from ._progress import say
 from ._state import held_bytes
 from ._types import Device, Globs, Partition, RandomState
@@ -159,14 +159,15 @@ def _check_alike(ranks: Ranks, model: TwiceDifferentiable, method: Method | Func
     """Raise on all ranks where they have other settings or another model."""
     if not isinstance(method, Method):
         raise ValueError(must_be("process_group", "None for a method that is a function", "a group"))
-    ranks.meet("fit", {"method": method, "curvature": curvature, "dtype": model.dtype})
+    memory = {"scikit-learn's working_memory": working_memory()}
+    ranks.meet("fit", {"method": method, "curvature": curvature, "dtype": model.dtype, **memory})
     if not isinstance(model, TorchTwiceDifferentiable):
         ranks.meet("fit", {"parameters": [checksum(torch.as_tensor(tensor)) for tensor in model.parameters]})
         return
     ranks.meet("fit", {"selected parameters": model.layout, "weight decay": model.weight_decay})
     hint = (
-        "Training may leave buffers (running means) that differ. Try `torch.distributed.broadcast(tensor.detach(), 0)` "
-        "for each of `net.parameters()` and `net.buffers()`."
+        "Running means differ after training, each of its rank's last batches. Try "
+        "`torch.distributed.broadcast(tensor.detach(), 0)` for each of `net.parameters()` and `net.buffers()`."
     )
     parts = {"parameter": model.module.named_parameters(), "buffer": model.module.named_buffers()}
     for what, named in parts.items():

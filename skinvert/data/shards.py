@@ -96,7 +96,7 @@ def shared_out(batches: Batches, ranks: Ranks, dealt: int | None) -> Shard:
         Rows of the data set that a ``DistributedSampler`` deals out.
     """
     hint = "Give each rank its share in the same form."
-    ranks.meet("the data", {"the data set that is dealt out": dealt}, hint=hint)
+    ranks.meet("the data", {"rows of the data set that a DistributedSampler deals out": dealt}, hint=hint)
     first = next(iter(batches.raw()), None) if batches.n_samples else None
     told = ranks.gathered((batches.n_samples, _checksums(first)), "the data")
     shard = Shard(ranks, [count for count, _ in told], dealt is not None)
