@@ -483,7 +483,8 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
             self._at_hand("curvature_", "spectrum")
         seed = None if self.random_state is None else random_seed(self.random_state)
         known = None if self.inverse_ is None else self.inverse_.all_eigenvalues
-        return spectrum(vars(self).get("curvature_"), known, n_probes=n_probes, steps=steps, random_state=seed)
+        with self._together("spectrum", of_all=known is None):
+            return spectrum(vars(self).get("curvature_"), known, n_probes=n_probes, steps=steps, random_state=seed)
 
     def inverse_transform(self, X: Array) -> Array:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
@@ -499,11 +500,15 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
     @ordinary
     def residual(self, b: Array, x: Array) -> Array:
         """Return ‖(H + λI)x − b‖ / ‖b‖ (k,) against the exact curvature, whatever the method inverts."""
+        with self._together("residual", of_all=True):
+            residual = self._residual(b, x)
+        return residual if isinstance(b, torch.Tensor) else residual.cpu().numpy()
+
+    def _residual(self, b: Array, x: Array) -> torch.Tensor:
         B, X = self._rows(b), self._rows(x)
         if B.tensor.shape != X.tensor.shape:
             raise ValueError(must_be("x", f"of b's shape {tuple(b.shape)}", f"shape {tuple(x.shape)}"))
-        residual = relative_residual(self._exact(), B.tensor, times_powers(X.tensor, X.powers - B.powers))
-        return residual if isinstance(b, torch.Tensor) else residual.cpu().numpy()
+        return relative_residual(self._exact(), B.tensor, times_powers(X.tensor, X.powers - B.powers))
 
     @ordinary
     def score(self, X: Data, y: Data | None = None, sample_weight: Array | None = None) -> float:
@@ -614,10 +619,14 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
     # The processes that were fitted together; None where this one was alone.
     _ranks: Ranks | None = None
 
-    def _together(self, step: str) -> AbstractContextManager[None]:
-        """Return a context in which all ranks fail together, where the step takes products with the rows of all."""
-        fitted = self._ranks is not None and vars(self).get("inverse_") is not None
-        return as_one(self._ranks if fitted and self._judged(step).takes_products else None, step)
+    def _together(self, step: str, *, of_all: bool | None = None) -> AbstractContextManager[None]:
+        """Return a context in which all ranks fail together, where the step takes products with the rows of all.
+
+        Whether it does, the inverse says where ``of_all`` does not.
+        """
+        if self._ranks is not None and of_all is None:
+            of_all = vars(self).get("inverse_") is not None and self._judged(step).takes_products
+        return as_one(self._ranks if of_all else None, step)
 
     def _check_alike(self, step: str, rows: Rows, shifts: object = None) -> None:
         if self._ranks is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -91,9 +92,10 @@ class Posterior(ABC):
         >>> forms.values.round(3), forms.bounds.round(3), bool(abs(forms.values - 3.0) <= forms.bounds)
         (array([[2.64]]), array([[0.8]]), True)
         """
-        inverse = self._certified("quadratic")
-        g, b = self._rows(G, double=True), None if B is None else self._rows(B, double=True)
-        forms = inverse.quadratic(g.tensor, None if b is None else b.tensor, one_sided=one_sided)
+        with self._together("quadratic", of_all="curvature_" in vars(self)):
+            inverse = self._certified("quadratic")
+            g, b = self._rows(G, double=True), None if B is None else self._rows(B, double=True)
+            forms = inverse.quadratic(g.tensor, None if b is None else b.tensor, one_sided=one_sided)
         forms = forms.times(2 * g.powers if b is None else g.powers[:, None] + b.powers)
         return QuadraticForms(**g.back_info(vars(forms)))
 
@@ -313,6 +315,9 @@ class Posterior(ABC):
 
     @abstractmethod
     def _rows(self, b: Array, *, double: bool = False) -> Rows: ...
+
+    @abstractmethod
+    def _together(self, step: str, *, of_all: bool | None = None) -> AbstractContextManager[None]: ...
 
     def _weight_sum(self) -> float:
         """Return Σw; of plain rows, whose weights count in proportion alone, n."""

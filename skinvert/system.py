@@ -145,6 +145,9 @@ def assemble(
     if ranks is not None:
         _check_alike(ranks, model, method, chosen)
     batches = batches_of(model, data, batch_size=batch_size, sample_weight=sample_weight, ranks=ranks)
+    if ranks is not None and isinstance(model, TorchTwiceDifferentiable):
+        hint = "It is found in the data. Give `loss`, and pairs (inputs, targets)."
+        ranks.meet("fit", {"how labels meet the loss": model.reading}, hint=hint)
     A: Any = build_curvature(chosen, model, batches, verbose)
     parts = None
     if blocks is not None:

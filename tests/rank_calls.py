@@ -6,13 +6,14 @@ import pickle
 import time
 from datetime import timedelta
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import sklearn
 import torch
 import torch.distributed as dist
 from problems import problem
-from shared_fits import PROBLEM, SHIFT, known, share
+from shared_fits import PROBLEM, SHIFT, bounds, known, share
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
@@ -28,7 +29,7 @@ from skinvert import (
     TorchTwiceDifferentiable,
     TwiceDifferentiable,
 )
-from skinvert.methods import EKFAC, KFAC, LiSSA
+from skinvert.methods import EKFAC, KFAC, Direct, LiSSA
 
 CASE = problem(*PROBLEM)
 B = CASE.right_hand_sides(3)
@@ -99,6 +100,26 @@ def in_float32(rank, size):
     own.fit(net, (X, y) if size == 1 else share("ragged", rank, size, X, y))
     forms = own.quadratic(B)
     return forms.values, forms.bounds
+
+
+def differentiated(rank, size):
+    """The gradient of a solution by its right-hand side: a solve of all ranks too."""
+    b = torch.from_numpy(B).requires_grad_(True)
+    own = of_one("cg", curvature="ggn") if size == 1 else fitted(rank, size, "cg", curvature="ggn")
+    own.transform(b).sum().backward()
+    return b.grad.numpy()
+
+
+def talkative(rank, size):
+    """One rank says what it does."""
+    own = fitted(rank, size, "auto", verbose=1 - rank, hessian_perturbation="1 rel", curvature="ggn")
+    return own.transform(B)
+
+
+def unequal_memory(rank, size):
+    """What ``auto`` chooses where one rank has no room for a matrix."""
+    with patch("skinvert.curvature.sharded.available_memory", lambda device: 2**10 if rank else 2**40):
+        return repr(fitted(rank, size, "auto", curvature="ggn").method_)
 
 
 def wide_trace(rank, size):
@@ -186,6 +207,26 @@ class Abstract(TwiceDifferentiable):
 
     mvp = staticmethod(TorchTwiceDifferentiable.mvp)
     tensor_type = classmethod(lambda cls: torch.Tensor)
+
+
+class OwnLoss(nn.Module):
+    """Gives its own loss of labels, as Hugging Face's models do: which one, the data tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = copy.deepcopy(CASE.module)
+
+    def forward(self, x, labels=None):
+        logits = self.inner(x)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+
+
+def own_loss(rank, size):
+    ends = bounds("empty", size, 8) if size > 1 else [0, 8]
+    batches = [{"x": CASE.X[i : i + 2], "labels": CASE.y[i : i + 2]} for i in range(ends[rank], ends[rank + 1], 2)]
+    own = HessianInverter("kfac", SHIFT, process_group=group_of(size))
+    return known(own.fit(OwnLoss(), batches), B)
 
 
 def abstract(rank, size, kind="empty"):
@@ -363,6 +404,24 @@ def too_little_for_lissa(rank, size):
         return inverter(LiSSA(batch_size=4), batch_size=3).fit(CASE.module, (CASE.X[rows], CASE.y[rows]))
 
 
+class Late(Direct):
+    """Fails on rank 1 once all that is shared is done."""
+
+    def invert(self, A, hessian_perturbation, verbose=0):
+        inverse = super().invert(A, hessian_perturbation, verbose)
+        if dist.get_rank() == 1:
+            raise ArithmeticError("too late")
+        return inverse
+
+
+def failing_late(rank, size):
+    return fitted(rank, size, Late())
+
+
+def other_products(rank, size):
+    return fitted(rank, size, "cg").curvature_.apply(torch.from_numpy(B + rank))
+
+
 def other_rows(rank, size, method):
     return fitted(rank, size, method).transform(B + rank)
 
@@ -470,7 +529,7 @@ FAULTS = {
         *(sampler_and_weights, data_sets_that_differ, mixed_forms, no_rows, no_weights, with_nan, without_data),
         *(no_model, failing_data, failing_assembly, too_little_for_lissa, other_path, other_shape, wrong_shape),
         *(another_call, other_parameter, other_buffer, other_shift, other_method, other_curvature, other_memory),
-        *(influence, function, sharded_model, wrapped_in_shards, layers_that_differ),
+        *(failing_late, other_products, influence, function, sharded_model, wrapped_in_shards, layers_that_differ),
     )
 } | {f"other_rows-{method}": partial(other_rows, method=method) for method in ("cg", "kfac")}
 CALLS = {
@@ -481,7 +540,8 @@ CALLS = {
     **{f"little_memory-{m}": partial(little_memory, method=m) for m in ("direct", "cg", "ekfac")},
     **{f"abstract-{kind}": partial(abstract, kind=kind) for kind in ("ragged", "empty")},
     **{call.__name__: call for call in (in_float32, wide_trace, pickled, subgroup, in_ddp, one_token_each)},
-    **{call.__name__: call for call in (all_the_data, one_alone)},
+    **{call.__name__: call for call in (all_the_data, one_alone, own_loss, differentiated, talkative)},
+    "unequal_memory": unequal_memory,
     "own_rows": partial(other_rows, method="direct"),
     **FAULTS,
     "after_the_faults": partial(plain_rows, method="cg", kind="ragged"),

@@ -98,7 +98,7 @@ class MeanLoss:
         """Sum the gradient, and return the sums of these ``numbers``, over the processes that share the data."""
         if self.batches.shard is None:
             return numbers
-        own = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        own = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         ranks = self.batches.shard.ranks
         self.gradient, sums = ranks.summed("the loss and gradient", lambda: [self.gradient, own])
         return sums.tolist()

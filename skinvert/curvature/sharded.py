@@ -65,7 +65,10 @@ class SumOverRanks(LinearOperator):
         local = self.local
 
         def own() -> list[torch.Tensor]:
-            return [torch.zeros_like(V) if local is None else self.scale * local.apply(V)]
+            if local is None:
+                return [torch.zeros_like(V)]
+            product = local.apply(V)
+            return [product if self.scale == 1.0 else self.scale * product]
 
         (product,) = self.ranks.summed("a product with H", own, {"rows": checksum(V)})
         return product if self.penalty is None else product.addcmul_(V, self.penalty)
@@ -107,7 +110,7 @@ class Sharded(SumOverRanks):
         numbers = [0.0 if shape is None or shard.empty else float(shape[0]), least]
         facts = {"kind": type(local).__name__, "faces": sorted(self.faces)}
         (found,) = self.ranks.summed(
-            "the curvature", lambda: [torch.tensor(numbers, dtype=torch.float64, device=local.device)], facts
+            "the curvature", lambda: [torch.tensor(numbers, dtype=torch.float64, device="cpu")], facts
         )
         self._factor_rows = None if shape is None else int(found[0])
         # All of them are zero, or one is NaN.

@@ -310,7 +310,10 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         return not self._own_loss() and type(self).outputs is TorchTwiceDifferentiable.outputs
 
     def settle(self, batches: Iterable[Batch]) -> None:
-        """Take from the training data, once, what L depends on beside them: nothing here."""
+        """Take from the training data, once, what L depends on beside them: nothing here.
+
+        Where processes share the data, the batches are one of all targets, without inputs.
+        """
 
     def adopt(self, totals: Any) -> None:
         """Take what another object of this model settled."""

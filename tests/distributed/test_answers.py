@@ -12,8 +12,10 @@ from rank_calls import (
     B,
     abstract,
     answers,
+    differentiated,
     of_one,
     one_token_each,
+    own_loss,
     plain_rows,
     posterior,
     scikit,
@@ -46,6 +48,22 @@ def test_bounds_of_a_float32_fit_are_of_all_rows(two):
         assert (bounds <= 1e-3 * expected).all()
         # The data, rounded to float32, are not quite those of the oracle.
         assert (abs(received - expected) <= bounds + 1e-6 * expected).all()
+
+
+def test_a_solution_is_differentiated_on_all_ranks(two):
+    check(two["differentiated"], differentiated(0, 1))
+
+
+def test_one_rank_may_say_what_it_does(two):
+    check(two["talkative"], of_one("auto", hessian_perturbation="1 rel", curvature="ggn").transform(B))
+
+
+def test_auto_chooses_what_every_rank_has_room_for(two):
+    assert values(two["unequal_memory"]) == ["CG()", "CG()"]
+
+
+def test_a_loss_that_is_found_in_the_data(two):
+    check_fits(two["own_loss"], 2, own_loss(0, 1))
 
 
 def test_a_relative_perturbation_is_of_the_same_random_rows(two):

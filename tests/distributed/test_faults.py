@@ -37,6 +37,8 @@ SAID = {
     "other_method": ("ValueError", "Got Direct() on rank 0; CG() on rank 1"),
     "other_curvature": ("ValueError", "Got 'ggn' on rank 0; 'hessian' on rank 1"),
     "other_memory": ("ValueError", "working_memory in fit must be the same on every rank"),
+    "failing_late": [("RuntimeError", "Rank 1 failed in fit: ArithmeticError: too late"), ("ArithmeticError", "late")],
+    "other_products": ("ValueError", "rows in a product with H must be the same on every rank"),
     "influence": ("ValueError", "InfluenceFunction's inverter must be one of one process"),
     "function": ("ValueError", "process_group must be None for a method that is a function"),
     "sharded_model": ("TypeError", "parameters must be whole in every process. Got 0.weight in parts"),
