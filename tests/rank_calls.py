@@ -3,9 +3,11 @@
 import copy
 import os
 import pickle
+import re
 import time
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -17,8 +19,6 @@ from shared_fits import PROBLEM, SHIFT, bounds, known, share
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
@@ -51,6 +51,18 @@ def fitted(rank, size, method="direct", kind="ragged", **settings):
 
 def of_one(method="direct", **settings):
     return inverter(method, process_group=None, **settings).fit(CASE.module, CASE.data, CASE.sample_weight)
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "howto" / "distributed.md"
+
+
+def the_page(rank, size):
+    """Run the page on several processes as each process that torchrun starts does."""
+    exec(compile(script_of(PAGE.read_text(encoding="utf-8")), str(PAGE), "exec"), {"__name__": "__main__"})
+
+
+def script_of(text):
+    return "\n".join(re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL))
 
 
 # -- what is called after a fit ------------------------------------------------------------------------------------
@@ -492,11 +504,17 @@ def a_function(model, training_data, b, hessian_perturbation=0.0):
 
 
 def sharded_model(rank, size):
+    # Whose import takes a second, in the test's own process too.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     net = fully_shard(copy.deepcopy(CASE.module), mesh=init_device_mesh("cpu", (size,)))
     return inverter().fit(net, share("ragged", rank, size, *CASE.data))
 
 
 def wrapped_in_shards(rank, size):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
     net = FullyShardedDataParallel(copy.deepcopy(CASE.module), device_id=torch.device("cpu"))
     return inverter().fit(net, share("ragged", rank, size, *CASE.data))
 

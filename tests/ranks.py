@@ -2,7 +2,9 @@
 
 import fcntl
 import multiprocessing
+import os
 import pickle
+import socket
 import time
 import traceback
 import warnings
@@ -28,20 +30,22 @@ class Outcome:
     seconds: float = 0.0
 
 
-def outcomes(size, calls, folder):
+def outcomes(size, calls, folder, before=None):
     """Return {name: [outcome of rank 0, ...]} of calls {name: function(rank, size)}, made in turn by one group.
 
-    The functions are those of a module; a rank that dies in one leaves no outcome of it, nor of what follows.
+    The functions are those of a module; a rank that dies in one leaves no outcome of it, nor of what follows. Those of
+    ``before`` are made first, without a group, in the environment that torchrun makes.
     """
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_work, args=(rank, size, calls, folder)) for rank in range(size)]
+    before = before or {}
+    context, port = multiprocessing.get_context("spawn"), _free_port()
+    processes = [context.Process(target=_work, args=(rank, size, before, calls, folder, port)) for rank in range(size)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(240)
+        process.join(120)
         # A rank that hangs must not outlive the test.
         process.kill()
-    found = {name: [] for name in calls}
+    found = {name: [] for name in {**before, **calls}}
     for rank in range(size):
         for path in sorted(folder.glob(f"{rank}-*.pickle")):
             name, outcome = pickle.loads(path.read_bytes())
@@ -106,15 +110,28 @@ def once(folder, name, compute):
         return pickle.loads(done.read_bytes())
 
 
-def _work(rank, size, calls, folder):
+def _free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _work(rank, size, before, calls, folder, port):
     torch.set_num_threads(1)
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in own.items()})
+    _make(before, rank, size, folder, 0)
     # What a call raises without need is told in its outcome.
     method, timeout = f"file://{folder}/meeting", timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=size, timeout=timeout)
-    for number, (name, call) in enumerate(calls.items()):
+    _make(calls, rank, size, folder, len(before))
+    dist.destroy_process_group()
+
+
+def _make(calls, rank, size, folder, first):
+    for number, (name, call) in enumerate(calls.items(), start=first):
         outcome = _outcome(call, rank, size)
         (folder / f"{rank}-{number:04}.pickle").write_bytes(pickle.dumps((name, outcome)))
-    dist.destroy_process_group()
 
 
 def _outcome(call, rank, size):

@@ -7,7 +7,8 @@ from ranks import once, outcomes
 
 
 def of_two(folder):
-    return outcomes(2, {**shared_fits.table(shared_fits.cases()), **shared_fits.SAMPLED, **rank_calls.CALLS}, folder)
+    calls = {**shared_fits.table(shared_fits.cases()), **shared_fits.SAMPLED, **rank_calls.CALLS}
+    return outcomes(2, calls, folder, {"the_page": rank_calls.the_page})
 
 
 def of_three(folder):
