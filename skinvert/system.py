@@ -107,6 +107,8 @@ class System:
     def _say(self, shift: float, verbose: int) -> None:
         A, numbers = self.curvature, str(self.curvature.dtype).removeprefix("torch.")
         rows = f"{self.n_samples:,} rows" + (f" (batches: {len(self.batches):,})" if self.batches is not None else "")
+        if self.batches is not None and (shard := self.batches.shard) is not None:
+            rows += f" on {shard.ranks.size} ranks, {shard.counts[shard.ranks.rank]:,} of them here"
         say(f"curvature {self.curvature_name}: {A.size:,} parameters, {rows}, {numbers} on {A.device}", verbose)
         say(f"λ = {shift:.4g}", verbose)
 

@@ -1,4 +1,4 @@
-"""Processes of a gloo group that make the same calls; what each of them returns or raises, call by call."""
+"""Processes of a group that make the same calls; what each of them returns or raises, call by call."""
 
 import fcntl
 import multiprocessing
@@ -30,7 +30,7 @@ class Outcome:
     seconds: float = 0.0
 
 
-def outcomes(size, calls, folder, before=None):
+def outcomes(size, calls, folder, before=None, backend="gloo"):
     """Return {name: [outcome of rank 0, ...]} of calls {name: function(rank, size)}, made in turn by one group.
 
     The functions are those of a module; a rank that dies in one leaves no outcome of it, nor of what follows. Those of
@@ -38,7 +38,9 @@ def outcomes(size, calls, folder, before=None):
     """
     before = before or {}
     context, port = multiprocessing.get_context("spawn"), _free_port()
-    processes = [context.Process(target=_work, args=(rank, size, before, calls, folder, port)) for rank in range(size)]
+    processes = [
+        context.Process(target=_work, args=(rank, size, before, calls, folder, port, backend)) for rank in range(size)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -116,14 +118,16 @@ def _free_port():
         return found.getsockname()[1]
 
 
-def _work(rank, size, before, calls, folder, port):
+def _work(rank, size, before, calls, folder, port, backend):
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in own.items()})
     _make(before, rank, size, folder, 0)
     # What a call raises without need is told in its outcome.
     method, timeout = f"file://{folder}/meeting", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(backend, init_method=method, rank=rank, world_size=size, timeout=timeout)
     _make(calls, rank, size, folder, len(before))
     dist.destroy_process_group()
 

@@ -111,7 +111,8 @@ def shared_out(batches: Batches, ranks: Ranks, dealt: int | None) -> Shard:
         )
     if 0 in shard.counts:
         lender = next(rank for rank, count in enumerate(shard.counts) if count)
-        row = map_tensors(lambda tensor: tensor[:1].cpu(), first) if ranks.rank == lender else None
+        # Cloned: a pickled view takes its whole batch with it.
+        row = map_tensors(lambda tensor: tensor[:1].cpu().clone(), first) if ranks.rank == lender else None
         row = ranks.gathered(row, "a row to lend")[lender]
         if shard.empty:
             _borrow(batches, row)

@@ -2,12 +2,13 @@
 
 import pytest
 import rank_calls
+import rank_faults
 import shared_fits
 from ranks import once, outcomes
 
 
 def of_two(folder):
-    calls = {**shared_fits.table(shared_fits.cases()), **shared_fits.SAMPLED, **rank_calls.CALLS}
+    calls = {**shared_fits.table(shared_fits.cases()), **shared_fits.SAMPLED, **rank_calls.CALLS, **rank_faults.CALLS}
     return outcomes(2, calls, folder, {"the_page": rank_calls.the_page})
 
 

@@ -58,6 +58,25 @@ def test_one_rank_may_say_what_it_does(two):
     check(two["talkative"], of_one("auto", hessian_perturbation="1 rel", curvature="ggn").transform(B))
 
 
+def test_what_ranks_say_to_each_other(two):
+    sums = [[[3.0, 3.0]] * 3, [1, 3]]
+    rows = [[[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]], []]
+    assert values(two["by_hand"]) == [[*sums, *rows, [{"rank": 0}, {"rank": 1}], 5]] * 2
+
+
+def test_what_is_sent(two):
+    p, k, status = CASE.p, len(B), 3 * 8
+    for sent in values(two["traffic"]):
+        assert sent["product"] == [status, 8 * k * p] and sent["solve"] == []
+        # An MLP of 4, 5 and 3 units, biases among them.
+        sides = [8 * 5 * 5, 8 * 5 * 5, 8 * 3 * 3, 8 * 6 * 6]
+        assert 8 * p * p in sent["direct"] and 8 * p in sent["diagonal"]
+        assert [size for size in sent["kfac"] if size in {*sides}][-4:] == sides
+        # Beside these, what tells how the fit goes on, and the gradient.
+        assert max(size for size in sent["kfac"] if size not in sides) <= 8 * p
+        assert max(sent["direct"]) == 8 * p * p
+
+
 def test_auto_chooses_what_every_rank_has_room_for(two):
     assert values(two["unequal_memory"]) == ["CG()", "CG()"]
 

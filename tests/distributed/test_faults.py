@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from rank_calls import CALLS, FAULTS, inverter, plain_rows
+from rank_calls import inverter, plain_rows
+from rank_faults import CALLS, FAULTS
 from ranks import check
 
 from skinvert import HessianInverter
