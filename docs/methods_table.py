@@ -5,7 +5,7 @@ from skinvert.curvature import CURVATURES, Gram, faces_of
 
 # From what is tried first to baselines; methods that are not named here stand below.
 ORDER = (*"auto direct cg minres lissa arnoldi nystroem kfac ekfac harmonic_mean diagonal".split(),)
-HEAD = "name | `skinvert.methods` | work, in products with A | numbers held | the solution | curvatures | choose for"
+HEAD = "name, class | choose it for | the solution | work, in products with A | numbers held | curvatures"
 
 
 def table_of_methods():
@@ -13,7 +13,7 @@ def table_of_methods():
     kinds = {getattr(methods, name).name: name for name in methods.__all__}
     names = [name for name in ORDER if name in kinds] + [name for name in kinds if name not in ORDER]
     rows = (row(kinds[name], getattr(methods, kinds[name])) for name in names)
-    return f"| {HEAD} |\n{'|---' * 7}|\n" + "".join(rows)
+    return f"| {HEAD} |\n{'|---' * 6}|\n" + "".join(rows)
 
 
 def row(name, kind):
@@ -22,8 +22,9 @@ def row(name, kind):
     if not all(stated):
         message = f"{name} must state its cost, memory, exactness and choose_it_for"
         raise ValueError(message)
-    cells = (*stated[:3], curvatures(kind), stated[3])
-    return f'| `"{kind.name}"` | `{name}` | {" | ".join(cells)} |\n'
+    cost, memory, exactness, choose_it_for = stated
+    cells = (choose_it_for, exactness, cost, memory, curvatures(kind))
+    return f'| `"{kind.name}"` `{name}` | {" | ".join(cells)} |\n'
 
 
 def curvatures(kind):
