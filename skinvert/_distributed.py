@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
@@ -76,6 +77,7 @@ class Ranks:
 
     def __init__(self, group: Any, rank: int, size: int, of_world: bool) -> None:
         self._group, self.rank, self.size, self.of_world = group, rank, size, of_world
+        self._turn = threading.RLock()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Ranks:
         """Return itself: a group is a connection."""
@@ -83,7 +85,11 @@ class Ranks:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the connections."""
-        return {**self.__dict__, "_group": None}
+        return {**self.__dict__, "_group": None, "_turn": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the place in the group, which is found when it is asked for."""
+        self.__dict__.update(state, _turn=threading.RLock())
 
     @property
     def group(self) -> Any:
@@ -102,13 +108,15 @@ class Ranks:
     @contextmanager
     def together(self, step: str) -> Iterator[None]:
         """Let all ranks come out of a context, or none: what one raises inside, all raise."""
-        try:
-            yield
-        except Exception as error:
-            if not _known(error):
-                self.meet(step, error=error)
-            raise
-        self.meet(f"the end of {step}")
+        # One thread after the other: collectives are told apart by their order alone.
+        with self._turn:
+            try:
+                yield
+            except Exception as error:
+                if not _known(error):
+                    self.meet(step, error=error)
+                raise
+            self.meet(f"the end of {step}")
 
     def meet(self, step: str, facts: Facts | None = None, *, error: Exception | None = None, hint: str = "") -> None:
         """Wait for all ranks; raise on all of them where one brings an error, or another step or other facts.
@@ -135,12 +143,13 @@ class Ranks:
 
     def summed(self, step: str, compute: Parts, facts: Facts | None = None) -> list[torch.Tensor]:
         """Return the sums over the ranks of new tensors that each computes of its own rows: the same bits on each."""
-        parts = self.own(step, compute, facts)
-        return [self._sum(part, step) for part in parts]
+        with self._turn:
+            return [self._sum(part, step) for part in self.own(step, compute, facts)]
 
     def joined(self, step: str, compute: Parts, facts: Facts | None = None) -> list[torch.Tensor]:
         """Return tensors (m, ...) that each rank computes of its own m rows, one rank's after the other's."""
-        return [self._join(part, step) for part in self.own(step, compute, facts, rows=False)]
+        with self._turn:
+            return [self._join(part, step) for part in self.own(step, compute, facts, rows=False)]
 
     def own(self, step: str, compute: Parts, facts: Facts | None = None, *, rows: bool = True) -> list[torch.Tensor]:
         """Return what this rank computes of its own rows, once all have: of one shape, the ``rows`` included or not."""

@@ -20,7 +20,7 @@ from ._types import Device, Globs, Partition, RandomState
 from .curvature import (
     CURVATURES,
     Gram,
-    SampledFisher,
+    Sampled,
     Sharded,
     build_blocks,
     build_curvature,
@@ -119,7 +119,7 @@ def assemble(
     data: object = None,
     *,
     method: Method | Function,
-    curvature: str | SampledFisher = "auto",
+    curvature: str | Sampled = "auto",
     params: Globs = None,
     blocks: Partition = None,
     batch_size: int | None = None,

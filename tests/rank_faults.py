@@ -6,6 +6,7 @@ import time
 from datetime import timedelta
 from functools import partial
 
+import dask.array
 import numpy as np
 import sklearn
 import torch
@@ -181,6 +182,11 @@ def failing_late(rank, size):
     return fitted(rank, size, Late())
 
 
+def lazy_rows(rank, size):
+    own = fitted(rank, size, "cg")
+    return own.transform(dask.array.from_array(B, chunks=(1, -1)))
+
+
 def other_products(rank, size):
     return fitted(rank, size, "cg").curvature_.apply(torch.from_numpy(B + rank))
 
@@ -291,7 +297,16 @@ FAULTS = {
         *(sampler_and_weights, data_sets_that_differ, mixed_forms, no_rows, no_weights, with_nan, without_data),
         *(no_model, failing_data, failing_assembly, too_little_for_lissa, other_path, other_shape, wrong_shape),
         *(another_call, other_parameter, other_buffer, other_shift, other_method, other_curvature, other_memory),
-        *(failing_late, other_products, influence, function, sharded_model, wrapped_in_shards, layers_that_differ),
+        *(
+            failing_late,
+            other_products,
+            lazy_rows,
+            influence,
+            function,
+            sharded_model,
+            wrapped_in_shards,
+            layers_that_differ,
+        ),
     )
 } | {f"other_rows-{method}": partial(other_rows, method=method) for method in ("cg", "kfac")}
 # After those of `rank_calls`.

@@ -7,7 +7,7 @@ from problems import MODELS, problem
 from sklearn.base import clone
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from skinvert import HessianInverter, SampledFisher
+from skinvert import HessianInverter, SampledFisher, SampledGGN
 from skinvert.curvature import faces_of
 from skinvert.methods import CG, EKFAC, KFAC, LiSSA
 from skinvert.testing import registered_methods
@@ -60,8 +60,9 @@ def cases():
             method = LiSSA(batch_size=6, rtol=1e-2, maxiter=2000)
         for kind in ("ragged", "empty"):
             found[f"{name}-{curvature}-{kind}"] = (kind, PROBLEM, {"method": method, "curvature": curvature})
-    for curvature in ("ggn", "fisher", "empirical_fisher", SampledFisher(2, random_state=3)):
-        text = curvature if isinstance(curvature, str) else "sampled_fisher"
+    sampled = (SampledFisher(2, random_state=3), SampledGGN(2, random_state=3))
+    for curvature in ("ggn", "fisher", "empirical_fisher", *sampled):
+        text = curvature if isinstance(curvature, str) else type(curvature).__name__
         for name in ("direct", "kfac"):
             found[f"{name}-{text}-all"] = ("ragged", PROBLEM, {"method": name, "curvature": curvature})
     # A factor of fewer rows than parameters is inverted in sample space.
@@ -145,9 +146,11 @@ SAMPLED = {
     "another_epoch": partial(sampled, epoch=3),
     "dropped": partial(sampled, drop_last=True),
     "draws": partial(sampled, method="kfac", curvature=SampledFisher(2, random_state=3)),
+    "signs": partial(sampled, method="ekfac", curvature=SampledGGN(2, random_state=3)),
     "minibatches": partial(sampled, method=LiSSA(batch_size=6, rtol=1e-2, maxiter=500)),
 }
 SAMPLED_SETTINGS = {
     "draws": {"method": "kfac", "curvature": SampledFisher(2, random_state=3)},
+    "signs": {"method": "ekfac", "curvature": SampledGGN(2, random_state=3)},
     "minibatches": {"method": LiSSA(batch_size=6, rtol=1e-2, maxiter=500)},
 }

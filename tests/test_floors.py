@@ -34,6 +34,7 @@ FLOORS = {
     "_checksum": 0,
     "_progress": 0,
     "_distributed": 0,
+    "_lazy": 0,
     "_state": 0,
     "_schema": 0,
     "_telling": 0,

@@ -40,6 +40,7 @@ SAID = {
     "other_memory": ("ValueError", "working_memory in fit must be the same on every rank"),
     "failing_late": [("RuntimeError", "Rank 1 failed in fit: ArithmeticError: too late"), ("ArithmeticError", "late")],
     "other_products": ("ValueError", "rows in a product with H must be the same on every rank"),
+    "lazy_rows": ("ValueError", "solve together must be in memory. Got a Dask array"),
     "influence": ("ValueError", "InfluenceFunction's inverter must be one of one process"),
     "function": ("ValueError", "process_group must be None for a method that is a function"),
     "sharded_model": ("TypeError", "parameters must be whole in every process. Got 0.weight in parts"),
@@ -49,7 +50,7 @@ SAID = {
     "other_rows-kfac": ("ValueError", "b in solve must be the same on every rank"),
 }
 # Before anything was together, or after it.
-ALONE = ("not_a_member", "sampler_alone", "influence")
+ALONE = ("not_a_member", "sampler_alone", "influence", "lazy_rows")
 
 
 @pytest.mark.parametrize("name", FAULTS)
