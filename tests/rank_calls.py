@@ -141,6 +141,13 @@ def by_hand(rank, size, device="cpu"):
     return [*(part.cpu().tolist() for part in (*sums, *rows)), told, ranks.least(5 + rank, "a number")]
 
 
+def counted_rows(rank, size):
+    """Return how many rows there are of what is joined, where one rank has none."""
+    A = fitted(rank, size, "cg", kind="empty", curvature="empirical_fisher").curvature_
+    rows, shares = A.gradient_rows()
+    return A.factor_shape, tuple(A.factor().shape), tuple(rows.shape), len(shares), A.n_samples
+
+
 def traffic(rank, size):
     """Return the bytes of each sum over the ranks: in a product, in fits, and in a solve of a factorisation."""
     sent, found, own = [], {}, dist.all_reduce
@@ -329,7 +336,8 @@ CALLS = {
     **{f"abstract-{kind}": partial(abstract, kind=kind) for kind in ("ragged", "empty")},
     **{call.__name__: call for call in (in_float32, wide_trace, pickled, subgroup, in_ddp, one_token_each)},
     **{
-        call.__name__: call for call in (all_the_data, one_alone, own_loss, differentiated, talkative, traffic, by_hand)
+        call.__name__: call
+        for call in (all_the_data, one_alone, own_loss, differentiated, talkative, traffic, by_hand, counted_rows)
     },
     "unequal_memory": unequal_memory,
 }

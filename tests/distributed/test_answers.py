@@ -64,6 +64,11 @@ def test_what_ranks_say_to_each_other(two):
     assert values(two["by_hand"]) == [[*sums, *rows, [{"rank": 0}, {"rank": 1}], 5]] * 2
 
 
+def test_a_rank_without_rows_adds_none(two):
+    n, p = len(CASE.X), CASE.p
+    check(two["counted_rows"], ((n, p), (n, p), (n, p), n, n))
+
+
 def test_what_is_sent(two):
     p, k, status = CASE.p, len(B), 3 * 8
     for sent in values(two["traffic"]):
