@@ -54,8 +54,8 @@ def measured(method):
 methods = {name: [name] for name in ("direct", "auto", "kfac", "ekfac", "diagonal", "harmonic_mean")}
 methods |= {name: [kind(maxiter=m) for m in (1, 2, 4, 8)] for name, kind in (("cg", CG), ("minres", MINRES))}
 ranked = (("arnoldi", Arnoldi), ("nystroem", Nystroem))
-methods |= {name: [kind(rank=r) for r in (20, 80, 320)] for name, kind in ranked}
-methods["lissa"] = [LiSSA(rtol=rtol) for rtol in (0.5, 0.2)]
+methods |= {name: [kind(rank=r) for r in (20, 60, 180)] for name, kind in ranked}
+methods["lissa"] = [LiSSA(rtol=rtol) for rtol in (0.5, 0.3)]
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     for method in ("direct", CG(maxiter=1)):  # First calls warm up.

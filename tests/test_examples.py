@@ -67,9 +67,8 @@ def test_numbers_of_the_whole_test_set_are_mended(tmp_path):
 
 def test_sentences_that_help_are_found(tmp_path):
     text = printed("transformer", tmp_path)
-    losses = {
-        name: [float(loss) for loss in found.split()] for name, found in re.findall(r"the (.*?) +(\d.*)$", text, re.M)
-    }
+    lines = re.findall(r"^without the (.*?) +(\d.*)$", text, re.MULTILINE)
+    losses = {name: [float(loss) for loss in found.split()] for name, found in lines}
     helpful, harmful, chance = (np.array(losses[name]) for name in ("most helpful", "most harmful", "at random"))
     assert helpful[0] == harmful[0] == chance[0]
     assert (helpful[1:] > 2 * chance[1:]).all()
