@@ -43,7 +43,7 @@ influence = InfluenceFunction(HessianInverter("direct", 0.1, curvature="ggn")).f
 scores = influence.transform(test)
 gradients = PerSampleGradient(model).fit(train).transform(train)
 ekfac = HessianInverter("ekfac", 0.1).fit(model, train)
-eigenvalues = ekfac.spectrum().eigenvalues
+eigenvalues = ekfac.spectrum(of="inverse").eigenvalues
 # end skinvert
 
 # torch alone: each sequence by itself, without its padding, in eval mode; the GGN from the Jacobian of its logits.
