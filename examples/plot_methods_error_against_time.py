@@ -66,14 +66,14 @@ for name, points in found.items():
 
 # %%
 # Down is exact, left is fast.
-figure, ax = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+figure, ax = plt.subplots(figsize=(9, 4.8), layout="constrained")
 for i, (name, points) in enumerate(found.items()):
-    label = "harmonic_mean, of the empirical Fisher" if name == "harmonic_mean" else name
+    label = "harmonic_mean,\nof the empirical Fisher" if name == "harmonic_mean" else name
     style = {"marker": "osD^vPX<>*d"[i], "color": f"C{i}" if i < 10 else "black", "markerfacecolor": "none"}
     ax.loglog(*zip(*points, strict=True), **style, linestyle="-" if len(points) > 1 else "", label=label)
 ax.set(xlabel="CPU seconds of fit and solve, one thread", ylabel="Relative error against the exact solution")
 ax.set_title(f"GGN of a network, p = {b.shape[1]:,}, λ = {shift:g}: median over {len(b)} right-hand sides", fontsize=10)
-ax.legend(loc="lower right", fontsize=9)
+figure.legend(loc="outside right center", fontsize=9)
 
 output = Path(__file__).parent / "output" / "methods_error_against_time.png"
 output.parent.mkdir(exist_ok=True)

@@ -43,6 +43,7 @@ def test_journey(name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", sorted(SLOW))
 def test_long_journey(name):
     # In a process of its own, whose peak of memory is its own.
