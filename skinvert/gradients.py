@@ -11,6 +11,7 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
 from ._autograd import ordinary
+from ._callbacks import TakesCallbacks, followed
 from ._check import check_number, must_be
 from ._fitting import SharesModel, fit_whole
 from ._frames import Columned, Frame, RowTransformer, check_inputs, columns_of, rows_of
@@ -25,7 +26,7 @@ from .models import TorchTwiceDifferentiable, as_margin, as_model, as_outputs, i
 __all__ = ["PerSampleGradient"]
 
 
-class PerSampleGradient(Shown, SharesModel, RowTransformer):
+class PerSampleGradient(TakesCallbacks, Shown, SharesModel, RowTransformer):
     r"""Map rows (X, y) to their loss gradients gᵢ = ∇ℓᵢ(θ), one per row; the penalty is left out.
 
     ``fit`` records the scale κ = Σ w / Σ w m of the training loss (1/c for ``mse``, the mean class weight for weighted
@@ -109,6 +110,7 @@ class PerSampleGradient(Shown, SharesModel, RowTransformer):
         self.dtype = dtype
         self.verbose = verbose
 
+    @followed
     @ordinary
     def fit(self, X: object, y: object = None, sample_weight: object = None) -> PerSampleGradient:
         """Record the scale of the training loss; ``X, y`` as ``HessianInverter.fit`` takes them."""

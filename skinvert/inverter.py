@@ -14,6 +14,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ._arguments import check_fit_arguments, check_fits_rows, check_method, check_shifts, refuse_model_settings
 from ._autograd import ordinary
+from ._callbacks import TakesCallbacks, followed
 from ._check import check_choice, check_shift, must_be
 from ._fitting import SharesModel, fit_whole
 from ._frames import (
@@ -64,7 +65,7 @@ __all__ = ["HessianInverter"]
 
 
 @savable
-class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, TransformerMixin, Saved):
+class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColumns, TransformerMixin, Saved):
     r"""Solve (H + λI) x = b for a trained model's curvature H, one right-hand side per row.
 
     ``fit(model, data)``, ``fit(X, y)`` with ``model`` set, or ``fit(X)`` on plain rows, whose curvature is that of
@@ -222,6 +223,7 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
 
     # -- fit -------------------------------------------------------------------------------------------------------
 
+    @followed
     @ordinary
     def fit(self, X: TrainedModel | Data, y: Data | None = None, sample_weight: Array | None = None) -> Self:
         """Fit the inverse of a model's curvature over data, or of plain rows.
@@ -450,7 +452,8 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
             self._at_hand("curvature_", "spectrum")
         seed = None if self.random_state is None else random_seed(self.random_state)
         known = None if self.inverse_ is None else self.inverse_.all_eigenvalues
-        return spectrum(vars(self).get("curvature_"), known, n_probes=n_probes, steps=steps, random_state=seed)
+        curvature, settings = vars(self).get("curvature_"), {"n_probes": n_probes, "steps": steps}
+        return spectrum(curvature, known, **settings, random_state=seed, verbose=self.verbose)
 
     def inverse_transform(self, X: Array) -> Array:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""

@@ -13,6 +13,7 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
 from .._autograd import ordinary
+from .._callbacks import TakesCallbacks, followed
 from .._check import check_choice, check_number, must_be
 from .._fitting import fit_whole
 from .._frames import (
@@ -26,7 +27,7 @@ from .._frames import (
     with_labels,
 )
 from .._memory import check_memory, readable
-from .._progress import say
+from .._progress import progress_by, say
 from .._shown import Shown
 from .._types import Array, State
 from ..data import as_data, check_row_order, holds_tensors
@@ -70,7 +71,7 @@ class Top(NamedTuple):
     scores: Array
 
 
-class InfluenceFunction(Shown, RowStatistics, RowTransformer):
+class InfluenceFunction(TakesCallbacks, Shown, RowStatistics, RowTransformer):
     r"""Predict what removing each training row does to what is measured on test rows.
 
     ``fit(model, data)``, or ``fit(X, y)`` with the inverter's ``model`` set; ``transform((X_test, y_test))`` is the
@@ -166,6 +167,7 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
 
     # -- fit -------------------------------------------------------------------------------------------------------
 
+    @followed
     @ordinary
     def fit(self, X: object, y: object = None, sample_weight: object = None) -> InfluenceFunction:
         """Fit the inverter.
@@ -270,9 +272,15 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
         self._say(fitted, test.count)
         known_by = "" if out is None else self._fingerprint(fitted, test)
         scores = destination(out, (test.count, n), dtype, fitted.model.device, known_by)
-        for rows, cols, block in self._blocks(fitted, test, scores.has):
+        found = self._blocks(fitted, test, scores.has)
+        for rows, cols, block in self._under_bar(found, test.count, scores.known):
             scores.write(rows, cols, block)
         return scores.close()
+
+    def _under_bar(self, found: Iterator[Block], n_test: int, known: Callable[[], int] = int) -> Iterator[Block]:
+        """Yield the blocks under one bar, over all the passes that a matrix in chunks takes."""
+        size, total = lambda block: block[2].numel(), n_test * self.n_samples_
+        return progress_by(found, size, "scores", self.verbose, total, known)
 
     def _say(self, fitted: Fitted, n_test: int) -> None:
         n, size = self.n_samples_, fitted.model.dtype.itemsize
@@ -359,7 +367,8 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
             scores = self._mean(lambda member: member._matrix(data))
             return iter([(slice(0, len(scores)), slice(0, self.n_samples_), scores)])
         fitted = self._fitted()
-        return self._blocks(fitted, fitted.test(data), lambda *_: False)
+        test = fitted.test(data)
+        return self._under_bar(self._blocks(fitted, test, lambda *_: False), test.count)
 
     @ordinary
     def group_effect(self, groups: object, X: object, y: object = None) -> Array:

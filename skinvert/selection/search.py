@@ -17,6 +17,7 @@ from sklearn.utils import check_array
 
 from .._arguments import check_fit_arguments, check_method
 from .._autograd import ordinary
+from .._callbacks import TakesCallbacks, followed
 from .._check import check_sample_weight, check_shift, must_be
 from .._fitting import fit_whole
 from .._frames import Columned, Frame
@@ -53,7 +54,7 @@ FITTED = {
 
 
 @savable
-class HessianInverterCV(ChosenInverter):
+class HessianInverterCV(TakesCallbacks, ChosenInverter):
     r"""A ``HessianInverter`` that chooses λ by cross-validation, then fits on all rows.
 
     As ``GridSearchCV`` over ``hessian_perturbation``, but the curvature of a fold is assembled and factorised once for
@@ -142,6 +143,7 @@ class HessianInverterCV(ChosenInverter):
         self.check_residual = check_residual
         self.verbose = verbose
 
+    @followed
     @ordinary
     def fit(
         self, X: object, y: object = None, sample_weight: object = None, groups: object = None
