@@ -182,7 +182,11 @@ class PerSampleGradient(TakesCallbacks, Shown, SharesModel, RowTransformer):
         return np.asarray(self._layout.feature_names(), dtype=object)
 
     def __sklearn_tags__(self) -> Tags:
-        """Say that a target is needed, but for the outputs themselves."""
+        """Say that a target is needed, but for the outputs themselves.
+
+        ``array_api_support`` stays False: what it takes are a model's inputs, and a module computes in torch. Tensors
+        give tensors without it.
+        """
         tags = super().__sklearn_tags__()
         tags.target_tags.required = not self._is_of_outputs
         tags.no_validation = True

@@ -596,11 +596,11 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
             b = validate_data(self, b, dtype=[np.float64, np.float32], reset=False)
         return Rows.of(b, InFloat64(target.size, target.device) if double else target)
 
-    def _check_namespace(self, X: object, method: str) -> None:
+    def _check_namespace(self, X: object, method: str, asked: str = "HessianInverter") -> None:
         """Raise, where scikit-learn's dispatch is on, for rows of another library than those that were fitted."""
         fitted, given = vars(self).get("_namespace"), namespace_of(X)
         if dispatches() and fitted not in (None, given):
-            what = f"Inputs passed to {type(self).__name__}.{method}()"
+            what = f"Inputs passed to {asked}.{method}()"
             message = f"{what} must use the same namespace as those passed to fit(), {fitted}. Got {given} instead."
             raise ValueError(message)
 

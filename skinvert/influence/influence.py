@@ -481,7 +481,7 @@ class InfluenceFunction(TakesCallbacks, Shown, RowStatistics, RowTransformer):
         return np.array([str(label) for label in self.index_], dtype=object)
 
     def __sklearn_tags__(self) -> Tags:
-        """Say that a target is needed."""
+        """Say that a target is needed; ``array_api_support`` is False as for ``PerSampleGradient``."""
         tags = super().__sklearn_tags__()
         tags.target_tags.required = True
         tags.no_validation = True

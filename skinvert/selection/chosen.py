@@ -90,6 +90,7 @@ class ChosenInverter(Shown, SharesModel, TransformerMixin, Saved):
 
     def transform(self, X: Array) -> Array:
         """Return the solutions of (H + λI) x = b, as ``HessianInverter.transform``."""
+        self._chosen()._check_namespace(X, "transform", type(self).__name__)
         return self._chosen().solve(X).x
 
     def fit_transform(self, X: object, y: object = None, **fit_params: object) -> Array:
@@ -137,6 +138,7 @@ class ChosenInverter(Shown, SharesModel, TransformerMixin, Saved):
 
     def inverse_transform(self, X: Array) -> Array:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
+        self._chosen()._check_namespace(X, "inverse_transform", type(self).__name__)
         return self._chosen().inverse_transform(X)
 
     def residual(self, b: Array, x: Array) -> Array:
@@ -166,6 +168,7 @@ class ChosenInverter(Shown, SharesModel, TransformerMixin, Saved):
     def __sklearn_tags__(self) -> Tags:
         """Say what ``HessianInverter`` says."""
         tags = super().__sklearn_tags__()
+        tags.array_api_support = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         tags.target_tags.required = False
         return tags

@@ -11,7 +11,6 @@ from typing import Self
 import numpy as np
 import scipy.linalg
 import scipy.stats
-import torch
 from sklearn.model_selection import check_cv
 from sklearn.utils import check_array
 
@@ -21,6 +20,7 @@ from .._callbacks import TakesCallbacks, followed
 from .._check import check_sample_weight, check_shift, must_be
 from .._fitting import fit_whole
 from .._frames import Columned, Frame
+from .._namespaces import to_numpy
 from .._progress import progress, say
 from .._schema import check_fields
 from .._types import Decay, Device, Globs, Partition, RandomState, State
@@ -191,7 +191,7 @@ class HessianInverterCV(TakesCallbacks, ChosenInverter):
             return X, y
         if self.model is not None:
             return None, as_data(X, y)
-        rows = X.detach().cpu().numpy() if isinstance(X, torch.Tensor) else X
+        rows = to_numpy(X)
         checked = check_array(rows, dtype=[np.float64, np.float32], estimator=self, input_name="X")
         # The folds of a frame are frames, and know its columns.
         return None, rows if isinstance(rows, Frame | Columned) else checked
