@@ -18,7 +18,7 @@ from ._frames import Columned, Frame, RowTransformer, check_inputs, columns_of, 
 from ._memory import check_memory, rows_within
 from ._progress import progress
 from ._shown import Shown
-from ._types import Array, Batch, Device, Globs
+from ._types import Array, Batch, Data, Device, DType, Globs, LossLike, TrainedModel
 from .curvature import Objective, gradient_rows, jacobian_rows, split_batch, warn_of_unreached
 from .data import Batches, batches_of, holds_tensors, with_any_targets
 from .models import TorchTwiceDifferentiable, as_margin, as_model, as_outputs, is_model
@@ -93,13 +93,13 @@ class PerSampleGradient(TakesCallbacks, Shown, SharesModel, RowTransformer):
 
     def __init__(
         self,
-        model: object = None,
+        model: TrainedModel | None = None,
         *,
-        loss: object = None,
+        loss: LossLike | None = None,
         params: Globs = None,
         batch_size: int | None = None,
         device: Device = None,
-        dtype: object = None,
+        dtype: DType = None,
         verbose: int = 0,
     ) -> None:
         self.model = model
@@ -112,7 +112,7 @@ class PerSampleGradient(TakesCallbacks, Shown, SharesModel, RowTransformer):
 
     @followed
     @ordinary
-    def fit(self, X: object, y: object = None, sample_weight: object = None) -> PerSampleGradient:
+    def fit(self, X: Data, y: Data | None = None, sample_weight: Array | None = None) -> PerSampleGradient:
         """Record the scale of the training loss; ``X, y`` as ``HessianInverter.fit`` takes them."""
         self._check_data(X, y)
         fit_whole(self, lambda fresh: fresh._fit(X, y, sample_weight))
@@ -127,7 +127,7 @@ class PerSampleGradient(TakesCallbacks, Shown, SharesModel, RowTransformer):
         self._totals, self._columns = model.totals, columns_of(X if y is None else (X, y))
 
     @ordinary
-    def transform(self, X: object, y: object = None) -> Array:
+    def transform(self, X: Data, y: Data | None = None) -> Array:
         """Return the gradients (n, p) of ``(X, y)``, a tuple or two arguments (or a Dataset, a DataLoader, batches).
 
         For ``loss="output"`` they are (n c, p), and X alone will do. Arrays give an array. Tensors, and data sets and
@@ -172,7 +172,7 @@ class PerSampleGradient(TakesCallbacks, Shown, SharesModel, RowTransformer):
         return self.loss_scale_ * gradient_rows(model, rows)
 
     @ordinary
-    def fit_transform(self, X: object, y: object = None, **fit_params: object) -> Array:
+    def fit_transform(self, X: Data, y: Data | None = None, **fit_params: Array) -> Array:
         """Fit, and return the gradients of the same rows."""
         return self.fit(X, y, **fit_params).transform(X, y)
 

@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 import scipy.linalg
 import scipy.stats
-from sklearn.model_selection import check_cv
+from sklearn.model_selection import BaseCrossValidator, BaseShuffleSplit, check_cv
 from sklearn.utils import check_array
 
 from .._arguments import check_fit_arguments, check_method
@@ -23,7 +23,7 @@ from .._frames import Columned, Frame
 from .._namespaces import to_numpy
 from .._progress import progress, say
 from .._schema import check_fields
-from .._types import Decay, Device, Globs, Partition, RandomState, State
+from .._types import Array, Data, Decay, Device, DType, Globs, LossLike, Partition, RandomState, State, TrainedModel
 from ..answers import check_container, setting_fields
 from ..curvature import SampledFisher
 from ..data import as_data, as_pair, batches_of, count, take
@@ -110,18 +110,18 @@ class HessianInverterCV(TakesCallbacks, ChosenInverter):
         self,
         hessian_perturbations: Iterable[float | str] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2),
         *,
-        cv: object = 5,
+        cv: int | BaseCrossValidator | BaseShuffleSplit | Iterable[tuple[np.ndarray, np.ndarray]] = 5,
         scoring: Callable[..., float] | None = None,
         method: str | Method = "auto",
         curvature: str | SampledFisher = "auto",
-        model: object = None,
-        loss: object = None,
+        model: TrainedModel | None = None,
+        loss: LossLike | None = None,
         weight_decay: Decay = 0.0,
         params: Globs = None,
         blocks: Partition = None,
         batch_size: int | None = None,
         device: Device = None,
-        dtype: object = None,
+        dtype: DType = None,
         random_state: RandomState = None,
         check_residual: bool = True,
         verbose: int = 0,
@@ -146,7 +146,11 @@ class HessianInverterCV(TakesCallbacks, ChosenInverter):
     @followed
     @ordinary
     def fit(
-        self, X: object, y: object = None, sample_weight: object = None, groups: object = None
+        self,
+        X: TrainedModel | Data,
+        y: Data | None = None,
+        sample_weight: Array | None = None,
+        groups: Array | None = None,
     ) -> HessianInverterCV:
         """Choose λ, and fit the inverse at it on all rows.
 
