@@ -45,7 +45,7 @@ from ._types import (
 )
 from .answers import OPTIONAL, answer, check_answer, file_fields
 from .columns import NamedColumns
-from .curvature import SampledFisher
+from .curvature import Sampled
 from .data import as_data
 from .files import UNSAVED, Saved, savable
 from .methods.base import InverseOperator, Method, relative_residual
@@ -79,10 +79,11 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         λ ≥ 0, on the scale of the mean loss. Or a share of the mean eigenvalue of H: ``"1e-2 rel"`` is 0.01 · tr(H) / p
         of the curvature as it is inverted, penalty included, which ``fit`` finds: exactly where its diagonal costs
         little, else to some 1 % by about 80 products.
-    curvature : str or SampledFisher, default="auto"
-        H: ``"hessian"``, ``"ggn"``, ``"fisher"``, ``"empirical_fisher"``, or ``"sampled_fisher"``, which is
-        ``SampledFisher()``: one sampled label a row, at a cost that does not grow with the outputs. ``"auto"`` is the
-        Hessian, save for methods that are defined on another curvature.
+    curvature : str, SampledGGN or SampledFisher, default="auto"
+        H: ``"hessian"``, ``"ggn"``, ``"fisher"``, ``"empirical_fisher"``, or, at a cost that does not grow with the
+        outputs, ``"sampled_ggn"`` by random signs, which is ``SampledGGN()``, and ``"sampled_fisher"`` by one sampled
+        label a row, ``SampledFisher()``. ``"auto"`` is the Hessian, save for methods that are defined on another
+        curvature.
     model : nn.Module, skorch net, fitted scikit-learn model, Pipeline of these or TwiceDifferentiable, default=None
         What ``fit(X, y)`` reads, the form that pipelines and searches call. Shared by clones, never copied. In a
         pipeline that ends in this inverter ``fit`` and ``score`` run through its steps; right-hand sides, which are no
@@ -193,7 +194,7 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         method: str | Method = "auto",
         hessian_perturbation: float | str = 0.0,
         *,
-        curvature: str | SampledFisher = "auto",
+        curvature: str | Sampled = "auto",
         model: TrainedModel | None = None,
         loss: LossLike | None = None,
         weight_decay: Decay = 0.0,

@@ -25,7 +25,7 @@ from .._progress import progress, say
 from .._schema import check_fields
 from .._types import Array, Data, Decay, Device, DType, Globs, LossLike, Partition, RandomState, State, TrainedModel
 from ..answers import check_container, setting_fields
-from ..curvature import SampledFisher
+from ..curvature import Sampled
 from ..data import as_data, as_pair, batches_of, count, take
 from ..files import UNSAVED, savable
 from ..inverter import HessianInverter
@@ -113,7 +113,7 @@ class HessianInverterCV(TakesCallbacks, ChosenInverter):
         cv: int | BaseCrossValidator | BaseShuffleSplit | Iterable[tuple[np.ndarray, np.ndarray]] = 5,
         scoring: Callable[..., float] | None = None,
         method: str | Method = "auto",
-        curvature: str | SampledFisher = "auto",
+        curvature: str | Sampled = "auto",
         model: TrainedModel | None = None,
         loss: LossLike | None = None,
         weight_decay: Decay = 0.0,
