@@ -26,6 +26,7 @@ from ._frames import (
     refuse_parameters,
     without_names,
 )
+from ._lazy import check_in_memory, is_lazy, over_rows
 from ._linear_map import apply_linear, solve_linear
 from ._namespaces import as_tensor, dispatches, in_kind_of, is_foreign, like_rows, namespace_of, of_kind, to_numpy
 from ._rows import InFloat64, Rows
@@ -343,7 +344,10 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
             x: a tensor for a tensor, of its dtype and device; an array for an array. Where b requires a gradient, x is
             differentiable by b, as often as wanted: H + λI is symmetric, and the backward pass is ``transform`` itself.
             The model, its data and λ are constants. Columns with names must be those of ``get_feature_names_out()``.
+            A Dask array gives a lazy one, whose blocks of rows are solved when they are computed.
         """
+        if is_lazy(X):
+            return self._lazily("transform", X)
         self._check_namespace(X, "transform")
         return self.solve(X).x
 
@@ -373,6 +377,7 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
             ``x`` as ``transform`` returns it; ``info["residual"]`` (k,), ‖(H + λI)x − b‖ / ‖b‖ against the exact
             curvature, ``info["converged"]`` (k,), which judges it, and more: see ``InverseHvpResult``.
         """
+        check_in_memory((b, x0), "b and x0", "Try `transform`, which takes Dask arrays, or `map_blocks`.")
         x0 = as_tensor(x0) if is_foreign(x0) else x0
         if not is_foreign(b):
             return solve_linear(b, self._solve, x0)
@@ -458,6 +463,8 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
 
     def inverse_transform(self, X: Array) -> Array:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
+        if is_lazy(X):
+            return self._lazily("inverse_transform", X)
         self._check_namespace(X, "inverse_transform")
         return in_kind_of(X, lambda X: apply_linear(X, self._inverse_transform))
 
@@ -596,6 +603,15 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
                 b = without_names(b, self.get_feature_names_out().tolist(), strict=self._layout is not None)
             b = validate_data(self, b, dtype=[np.float64, np.float32], reset=False)
         return Rows.of(b, InFloat64(target.size, target.device) if double else target)
+
+    def _lazily(self, method: str, X: Array) -> Array:
+        """Return what a method gives of rows (k, p) in a Dask array, of the dtype that it has for rows in memory."""
+        check_is_fitted(self, "n_features_in_")
+        size = self.n_features_in_
+        if X.ndim != 2 or X.shape[1] != size:
+            raise ValueError(must_be("A Dask array", f"of shape (k, {size})", f"shape {X.shape}"))
+        dtype = self.solve(np.zeros((1, size), X.dtype)).x.dtype
+        return over_rows(self, method, X, size, dtype)
 
     def _check_namespace(self, X: object, method: str, asked: str = "HessianInverter") -> None:
         """Raise, where scikit-learn's dispatch is on, for rows of another library than those that were fitted."""

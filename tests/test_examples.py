@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -27,6 +29,13 @@ def test_pipelines_agree(tmp_path):
     found = dict(re.findall(r"^(\w+) .*: ([+-]\d\.\d+)$", printed("pipelines", tmp_path), re.MULTILINE))
     assert float(found["projected"]) > 0.8
     assert float(found["TRAK"]) > 0.2
+
+
+@pytest.mark.slow
+def test_dask_writes_what_memory_holds(tmp_path):
+    text = printed("dask_zarr", tmp_path)
+    assert "898 × 899 scores in 9 blocks on disk" in text
+    assert float(re.search(r"as in memory to (\S+)", text)[1]) < 1e-10
 
 
 def printed(name, folder):

@@ -35,6 +35,7 @@ FLOORS = {
     "_memory": 0,
     "_checksum": 0,
     "_distributed": 0,
+    "_lazy": 0,
     "_state": 0,
     "_schema": 0,
     "_telling": 0,

@@ -130,6 +130,12 @@ def in_threads():
     Parallel(n_jobs=1)(delayed(inverter.transform)(b) for _ in range(2))
 
 
+def in_blocks_of_dask():
+    X, b = rows()
+    blocks = pytest.importorskip("dask.array").from_array(b, chunks=(1, -1))
+    HessianInverter(SHORT).fit(X).transform(blocks).compute(scheduler="synchronous")
+
+
 def scores():
     influence, test = fitted_influence()
     influence.transform(test)
@@ -203,6 +209,7 @@ CALLS = [
     in_a_search,
     in_cross_validation,
     in_threads,
+    in_blocks_of_dask,
     scores,
     own_scores,
     largest_scores,

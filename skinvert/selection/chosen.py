@@ -12,6 +12,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from .._arguments import check_fits_rows
 from .._fitting import SharesModel
+from .._lazy import is_lazy
 from .._shown import Shown
 from .._types import Array, Data, RandomState, State
 from ..files import Saved
@@ -90,8 +91,9 @@ class ChosenInverter(Shown, SharesModel, TransformerMixin, Saved):
 
     def transform(self, X: Array) -> Array:
         """Return the solutions of (H + λI) x = b, as ``HessianInverter.transform``."""
-        self._chosen()._check_namespace(X, "transform", type(self).__name__)
-        return self._chosen().solve(X).x
+        chosen = self._chosen()
+        chosen._check_namespace(X, "transform", type(self).__name__)
+        return chosen.transform(X) if is_lazy(X) else chosen.solve(X).x
 
     def fit_transform(self, X: Array, y: Array | None = None, **fit_params: Array) -> Array:
         """Fit plain rows and return the solutions for them."""
