@@ -28,11 +28,12 @@ PACKAGE = Path(__file__).parents[1] / "skinvert"
 FLOORS = {
     "_types": 0,
     "_namespaces": 0,
+    "_progress": 0,
+    "_callbacks": 0,
     "_autograd": 0,
     "_check": 0,
     "_memory": 0,
     "_checksum": 0,
-    "_progress": 0,
     "_distributed": 0,
     "_lazy": 0,
     "_state": 0,

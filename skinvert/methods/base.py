@@ -14,6 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from .._autograd import ordinary_methods
 from .._check import finite_rows, must_be
+from .._progress import progress
 from .._state import TensorState
 from .._telling import warn
 from ..operators import LinearOperator, Shifted
@@ -113,6 +114,8 @@ class InverseOperator(TensorState, ABC):
     name: str = ""
     # Whether a solve needs the curvature itself, and with it the model and the data.
     keeps_operator: bool = False
+    # 1 shows a bar where solves take long.
+    verbose: int = 0
 
     _transient: tuple[str, ...] = ("exact",)
 
@@ -187,7 +190,8 @@ class InverseOperator(TensorState, ABC):
 
     def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> list[InverseHvpResult]:
         """Return what ``solve`` returns, residuals and warnings included, at every λ, from one factorisation."""
-        return [self.at(shift).judged_as(self).solve(B) for shift in hessian_perturbations]
+        shifts = progress(list(hessian_perturbations), "path", self.verbose)
+        return [self.at(shift).judged_as(self).solve(B) for shift in shifts]
 
     def path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> torch.Tensor:
         """Return the solutions (n_λ, k, p) of rows B at every λ, from one factorisation."""
@@ -456,8 +460,8 @@ def warn_worse_than_zero(name: str, residual: torch.Tensor, hessian_perturbation
         warn(
             f"{name} is worse than x = 0 on {int(worse.sum())} of {len(residual)} right-hand sides: their relative "
             f"residual against the exact H + λI is up to {float(residual[worse].max()):.3g}, at "
-            f"hessian_perturbation={hessian_perturbation:.3g}. Try a larger one, a larger rank where there is one, "
-            'or method="cg" or "direct".',
+            f"hessian_perturbation={hessian_perturbation:.3g}. Try a larger one, a larger rank where it has one, a few "
+            'products from there (`CG(start=..., maxiter=5)`), or method="cg" or "direct".',
             ConvergenceWarning,
         )
 
