@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Self, overload
 
@@ -15,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from ._arguments import check_fit_arguments, check_fits_rows, check_method, check_shifts, refuse_model_settings
 from ._autograd import ordinary
 from ._check import check_choice, check_shift, must_be
+from ._checkpoint import NOWHERE, Checkpoint
 from ._fitting import SharesModel, fit_whole
 from ._frames import (
     Columned,
@@ -43,6 +45,7 @@ from ._types import (
     TrainedModel,
 )
 from .answers import OPTIONAL, answer, check_answer, file_fields
+from .checkpoint import check_checkpoint, open_checkpoint
 from .columns import NamedColumns
 from .curvature import SampledFisher
 from .data import as_data
@@ -111,6 +114,12 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
     check_residual : bool, default=True
         Whether an approximate method spends one product with the exact curvature per solve to report its true
         ``residual`` and to warn where x = 0 would be better. False leaves ``residual`` NaN and ``converged`` False.
+    checkpoint : str or Path, default=None
+        A file to which ``fit`` writes what it has done, at most every second and for at most 5 % of its time, and from
+        which the same fit goes on after an interruption, a kill too, to the same result. It is removed once the fit is
+        done, and a file of any other fit (another model, other data, settings or versions) is refused. In a folder that
+        exists each fit has its own file, as a search needs it. For ``"arnoldi"``, ``"nystroem"``, ``"kfac"`` and
+        ``"ekfac"``.
     verbose : int, default=0
         1 says on stderr what was chosen and why, and shows progress bars on long work.
 
@@ -203,6 +212,7 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
         dtype: DType = None,
         random_state: RandomState = None,
         check_residual: bool = True,
+        checkpoint: str | os.PathLike[str] | None = None,
         verbose: int = 0,
     ) -> None:
         self.method = method
@@ -218,6 +228,7 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
         self.dtype = dtype
         self.random_state = random_state
         self.check_residual = check_residual
+        self.checkpoint = checkpoint
         self.verbose = verbose
 
     # -- fit -------------------------------------------------------------------------------------------------------
@@ -272,9 +283,18 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
         self.hessian_perturbation_ = check_shift(shift, system.curvature.dtype)
         self.inverse_ = None
         if isinstance(self.method_, Method):
-            self.method_, self.inverse_ = system.invert(self.method_, shift, self.verbose)
+            checkpoint = self._checkpoint(self.method_, system, setting)
+            self.method_, self.inverse_ = system.invert(self.method_, shift, self.verbose, checkpoint)
             if self.inverse_.eigenvalues is not None:
                 self.eigenvalues_ = self.inverse_.eigenvalues.cpu().numpy()
+            checkpoint.remove()
+
+    def _checkpoint(self, method: Method, system: System, shift: float | str) -> Checkpoint:
+        if self.checkpoint is None:
+            return NOWHERE
+        names = ("curvature", "loss", "blocks", "batch_size", "random_state")
+        settings = {"hessian_perturbation": shift, **{name: vars(self)[name] for name in names}}
+        return open_checkpoint(self.checkpoint, method, system, settings, self.verbose)
 
     def _model_system(self, model: object, data: object, sample_weight: object) -> System:
         if data is None:
@@ -300,6 +320,7 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
         sample_weight: object,
         home: torch.device | None = None,
     ) -> System:
+        check_checkpoint(self.checkpoint, self.method_)
         return assemble(
             model_or_rows,
             data,
@@ -562,19 +583,21 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
         if not self._serves_alone():
             hint = "It solves with model and data, which a file of arrays cannot hold. Try pickle or joblib."
             raise ValueError(must_be("method for save", "one that factorises, such as 'direct'", self.method_, hint))
-        state = {name: value for name, value in self.__getstate__().items() if name not in UNSAVED}
+        # Where it was fitted is of no use elsewhere.
+        left_out = {*UNSAVED, "checkpoint"}
+        state = {name: value for name, value in self.__getstate__().items() if name not in left_out}
         if "eigenvalues_" in state:
             state["eigenvalues_"] = to_numpy(state["eigenvalues_"])
         return {**state, "answer": answer(self._factorised("save"))}
 
     @classmethod
     def _file_fields(cls) -> tuple[Mapping[str, str], frozenset[str]]:
-        return file_fields(cls), OPTIONAL
+        return {name: words for name, words in file_fields(cls).items() if name != "checkpoint"}, OPTIONAL
 
     @classmethod
     def _restored(cls, state: State) -> Self:
         check_answer(state)
-        return super()._restored(state)
+        return super()._restored({**state, "checkpoint": None})
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ FLOORS = {
     "_check": 0,
     "_memory": 0,
     "_checksum": 0,
+    "_checkpoint": 0,
     "_progress": 0,
     "_distributed": 0,
     "_state": 0,

@@ -34,6 +34,8 @@ class Batches:
         Number of batches in a pass over ``source``.
     fixed : bool
         Whether their size was asked for, and so is kept.
+    checksums : list
+        Of the raw batches of the first pass, where later ones are held against it.
     sample_weight : ndarray of shape (n,) or None
         None is a weight of one for each row.
     """
@@ -46,6 +48,7 @@ class Batches:
     kept: list[Batch] | None = None
     n_batches: int = 0
     fixed: bool = False
+    checksums: list[list[object]] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
         """Return the number of batches, as the first pass counted them."""
@@ -141,8 +144,10 @@ def as_batches(
     batches are read as pairs (inputs, targets).
     """
     source = source_of(data, batch_size, needs_row_order or sample_weight is not None)
-    batches = Batches(_SameEveryPass(source, dtype, device, hold), dtype, device, fixed=batch_size is not None)
+    passes = _SameEveryPass(source, dtype, device, hold)
+    batches = Batches(passes, dtype, device, fixed=batch_size is not None)
     _collect(batches)
+    batches.checksums = passes.seen or []
     if not batches.n_samples:
         raise ValueError(must_be("data", "one with at least one row", "0 samples: minimum of 1 is required"))
     batches.sample_weight = check_sample_weight(sample_weight, batches.n_samples)
