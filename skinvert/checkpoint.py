@@ -129,8 +129,11 @@ class CheckpointFile(Checkpoint):
     def finish(self, stage: str, result: State, replaces: str = "") -> None:
         """Take the result of a stage, and write it where it is time."""
         self.stages.pop(replaces, None)
+        known = isinstance(self.stages.get(stage), dict)
         self.stages[stage] = result
-        self._write_when_due()
+        # A result that the file has already is no reason to write it again.
+        if not known:
+            self._write_when_due()
 
     def within(self, part: str) -> Checkpoint:
         """Return the checkpoint of one part, in the same file."""
@@ -236,7 +239,7 @@ def _read(path: Path, fit: Mapping[str, str], product: torch.Tensor) -> dict[str
     try:
         _, found = load_state(path, {KIND: (FIELDS, frozenset())}, product.device)
     except ValueError as error:
-        raise ValueError(_refusal(path, f"another file ({error})")) from error
+        raise ValueError(_refusal(path, "another file, or a damaged one")) from error
     known = found["fit"] if isinstance(found["fit"], dict) else {}
     other = [name for name in {**fit, **known} if known.get(name) != fit.get(name)]
     rtol = 10 * torch.finfo(product.dtype).eps ** 0.5

@@ -57,8 +57,9 @@ class Sketch:
         )
         if rank > len(self.Omega):
             self._draw(rank - len(self.Omega))
-        parts = self.Omega[len(self.Y) :].split(rows_within(4 * self.A.size * self.A.dtype.itemsize, AT_ONCE))
-        products = [self.Y]
+        left, step = self.Omega[len(self.Y) :], rows_within(4 * self.A.size * self.A.dtype.itemsize, AT_ONCE)
+        # Of no rows `split` makes one part.
+        parts, products = left.split(step) if len(left) else (), [self.Y]
         for part in progress(parts, f"sketch of rank {rank:,}", self.verbose, len(parts)):
             products.append(self.A.apply(part))
             if not all_finite(products[-1]):
