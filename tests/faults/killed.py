@@ -20,9 +20,12 @@ from torch import nn
 from skinvert import HessianInverter, InfluenceFunction, checkpoint
 from skinvert.influence.output import Destination
 from skinvert.methods import EKFAC, KFAC, Arnoldi, Nystroem
+from skinvert.solvers import sketch
 
 # Often enough for jobs of a second or two.
 checkpoint.EVERY, checkpoint.SHARE = 0.02, 0.5
+# Steps of a few rows, so that many kills come between two of them.
+sketch.AT_ONCE = 8
 
 D, C, HIDDEN = 20, 5, 30
 METHODS = {"kfac": KFAC(), "ekfac": EKFAC(), "arnoldi": Arnoldi(rank=20), "nystroem": Nystroem(rank=300)}
