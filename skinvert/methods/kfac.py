@@ -9,6 +9,7 @@ import torch
 
 from .._check import all_finite, check_choice, must_be
 from .._checkpoint import NOWHERE, Checkpoint, like
+from .._memory import naming_memory
 from ..operators import (
     Basis,
     BlockBasis,
@@ -137,7 +138,8 @@ def decomposed(blocks: Sequence[KroneckerBlock], checkpoint: Checkpoint) -> list
         fields = {**like({"left": block.left}), "right": right, "eigenvalues": f"tensor[{block.index.numel()}]"}
         known = checkpoint.resumed(f"eigenbasis {j}", fields)
         if known is None:
-            basis, eigenvalues = block.decompose()
+            with naming_memory(f"The eigenbasis of {block.name}", "Try `params` with fewer parameters."):
+                basis, eigenvalues = block.decompose()
         else:
             basis = KroneckerBasis(known["left"], known["right"], block.index.shape[-1])
             eigenvalues = known["eigenvalues"]
