@@ -77,7 +77,8 @@ def open_checkpoint(
         Where it cannot be written.
     """
     fit, product = _identity(method, system, settings), _product(system.curvature)
-    target = Path(path)
+    # Through a link to what it points at, as `save_state` writes.
+    target = Path(os.path.realpath(path))
     if target.is_dir():
         target /= hashlib.sha256(repr(sorted(fit.items())).encode()).hexdigest()[:32] + ".safetensors"
     opened = CheckpointFile(target, fit, product)

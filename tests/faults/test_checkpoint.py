@@ -192,6 +192,27 @@ def test_rows_without_a_model(tmp_path, stop):
     np.testing.assert_array_equal(again.transform(X[:2]), expected)
 
 
+def test_what_is_gone_on_with_is_said(tmp_path, stop, capsys):
+    path = tmp_path / "fit"
+    stop(4)
+    with pytest.raises(StoppedError):
+        inverter("ekfac", path).fit(Edited(), rows())
+    stop(None)
+    inverter("ekfac", path, verbose=1).fit(Edited(), rows())
+    assert f"skinvert: checkpoint: goes on with {str(path)!r}, Kronecker factors" in capsys.readouterr().err
+
+
+def test_a_link_is_followed(tmp_path, stop):
+    os.symlink(tmp_path / "fit", tmp_path / "link")
+    stop(3)
+    with pytest.raises(StoppedError):
+        inverter("ekfac", tmp_path / "link").fit(Edited(), rows())
+    assert (tmp_path / "fit").is_file()
+    stop(None)
+    inverter("ekfac", tmp_path / "link").fit(Edited(), rows())
+    assert not (tmp_path / "fit").exists()
+
+
 # -- never mixed -------------------------------------------------------------------------------------------------------
 
 
