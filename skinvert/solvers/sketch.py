@@ -44,8 +44,6 @@ class Sketch:
         if known is not None:
             self.Omega, self.Y = known["Omega"], known["Y"]
             generator.set_state(known["generator"].cpu())
-        # As it was once the rows were drawn: more is drawn from it later.
-        self._drawn = generator.get_state()
 
     def grow(self, rank: int) -> None:
         """Add random rows until there are ``rank`` of them, and their products."""
@@ -69,7 +67,7 @@ class Sketch:
         self.checkpoint.finish(SKETCH, self._state([self.Y]))
 
     def _state(self, products: list[torch.Tensor]) -> State:
-        return {"Omega": self.Omega, "Y": torch.cat(products), "generator": self._drawn}
+        return {"Omega": self.Omega, "Y": torch.cat(products), "generator": self.generator.get_state()}
 
     def _draw(self, count: int) -> None:
         rows = gaussian_rows(count, self.A, self.generator)
@@ -77,7 +75,7 @@ class Sketch:
         for _ in range(2):
             rows = rows - (rows @ self.Omega.mT) @ self.Omega
             rows = torch.linalg.qr(rows.mT).Q.mT.contiguous()
-        self.Omega, self._drawn = torch.cat([self.Omega, rows]), self.generator.get_state()
+        self.Omega = torch.cat([self.Omega, rows])
 
     def grow_until(self, tolerance: float) -> None:
         """Double the rank until the estimate of ‖A − Â‖ is within the tolerance."""

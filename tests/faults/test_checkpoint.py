@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import skinvert
 from skinvert import HessianInverter, InfluenceFunction, SampledFisher, checkpoint, persistence
 from skinvert.checkpoint import CheckpointFile
+from skinvert.curvature.layers import passes
+from skinvert.curvature.layers.probe import probe
 from skinvert.methods import EKFAC, KFAC, Arnoldi, Nystroem
 from skinvert.persistence import HEADER_BYTES, _checksum
 
@@ -177,6 +179,19 @@ def test_layers_that_were_left_out_late_stay_out(tmp_path, stop):
         written = stop(None)
         assert torch.equal(solution(inverter(method, path).fit(net, (X, y))), expected)
         assert len(written) <= total - count + 1 + (late if count <= late else 0)
+
+
+def test_chunks_that_are_passed_over_count(monkeypatch):
+    # By their number the direction is chosen that is held against the derivative by the weights.
+    A = inverter("ekfac").fit(network(), rows()).curvature_
+    found, row_bytes = probe(A)
+    monkeypatch.setattr(passes, "rows_within", lambda row_bytes: 3)
+    for done in (0, 3, 8, 11, 32):
+        over = passes.Passes(A, found, row_bytes, 0)
+        seen = [(over.chunks, over.rows.start, over.rows.stop) for _ in over.over(found.layers, done)]
+        stops = [8 * batch + stop for batch in range(4) for stop in (3, 6, 8)]
+        whole = [(k, start, stop) for k, (start, stop) in enumerate(zip([0, *stops], stops, strict=False))]
+        assert seen == [one for one in whole if one[1] >= done]
 
 
 def test_rows_without_a_model(tmp_path, stop):
