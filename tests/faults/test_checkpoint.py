@@ -181,6 +181,21 @@ def test_layers_that_were_left_out_late_stay_out(tmp_path, stop):
         assert len(written) <= total - count + 1 + (late if count <= late else 0)
 
 
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+def test_eigenbases_are_kept_not_made_again(method, tmp_path, stop, monkeypatch):
+    # Another basis of the same eigenspace may come out: sums in the first one would be of no use.
+    net, data, path = network(), rows(), tmp_path / "fit"
+    written = stop(None)
+    expected = solution(inverter(method, path).fit(net, data))
+    last = next(i for i, stages in enumerate(written, start=1) if "eigenbasis 2" in stages)
+    stop(last + (method == "ekfac"))
+    with pytest.raises(StoppedError):
+        inverter(method, path).fit(net, data)
+    stop(None)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda *args: pytest.fail("was made again"))
+    assert torch.equal(solution(inverter(method, path).fit(net, data)), expected)
+
+
 def test_chunks_that_are_passed_over_count(monkeypatch):
     # By their number the direction is chosen that is held against the derivative by the weights.
     A = inverter("ekfac").fit(network(), rows()).curvature_
