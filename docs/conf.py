@@ -35,6 +35,8 @@ numpydoc_show_class_members = False  # The template lists them.
 
 html_theme = "pydata_sphinx_theme"
 html_title = "skinvert"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 html_show_sourcelink = False
 html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False, "secondary_sidebar_items": ["page-toc"]}
 

@@ -1,6 +1,6 @@
 """skinvert solves (H + λI) x = b for a trained model's curvature H, as a scikit-learn estimator."""
 
-from .curvature import Curvature, Factored, SampledFisher, register_curvature
+from .curvature import Curvature, Factored, SampledFisher, SampledGGN, register_curvature
 from .files import load
 from .gradients import PerSampleGradient
 from .influence import InfluenceFunction
@@ -34,6 +34,7 @@ __all__ = [
     "PerSampleGradient",
     "Reason",
     "SampledFisher",
+    "SampledGGN",
     "SharedModel",
     "SklearnTwiceDifferentiable",
     "TorchTwiceDifferentiable",

@@ -44,7 +44,7 @@ def file_fields(cls: type) -> dict[str, str]:
 
 def setting_fields(cls: type) -> dict[str, str]:
     """Return the types of the settings of ``cls`` in a file."""
-    settings = dict.fromkeys(inspect.signature(cls).parameters, "plain|Method|SampledFisher|LeftOut")
+    settings = dict.fromkeys(inspect.signature(cls).parameters, "plain|Method|SampledGGN|SampledFisher|LeftOut")
     # `fit` takes True and False alone, and each solve asks for it.
     return {**settings, "check_residual": "bool"}
 

@@ -32,7 +32,8 @@ class NamedColumns(OneToOneFeatureMixin):
     def flatten(self, mapping: Mapping[str, Array] | Iterable[Array]) -> Array:
         """Return rows (k, p) of named tensors or arrays ``(k, *shape)``; one row without k; n c of ``(n, c, *shape)``.
 
-        A sequence, such as ``torch.autograd.grad`` returns, is taken in the order of ``parameter_names_``.
+        A sequence, such as ``torch.autograd.grad`` returns, is taken in the order of ``parameter_names_``. One row may
+        lack axes of length 1: ``{"coef": model.coef_, "intercept": model.intercept_}`` of any scikit-learn model.
         """
         return self._named().flatten(mapping)
 

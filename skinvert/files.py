@@ -16,7 +16,7 @@ from ._state import pack, unpack
 from ._types import Device, State
 from .persistence import left_out, load_state, refusing_damage, save_state
 
-__all__ = ["UNSAVED", "Saved", "load", "savable"]
+__all__ = ["UNSAVED", "Saved", "Whole", "load", "savable"]
 
 # The classes that a file may be of, by their names: a closed list.
 KINDS: dict[str, type[Saved]] = {}
@@ -59,11 +59,16 @@ class Saved(BaseEstimator, ABC):
 
         An inverter that is not fitted, or solves with the model, keeps them all.
         """
-        state = dict(super().__getstate__())
+        state = self._whole_state()
         if self._serves_alone():
             for name in ("curvature_", "_model", "_data"):
                 state.pop(name, None)
             state.update({name: left_out(state[name]) for name in ("model", "loss")})
+        return state
+
+    def _whole_state(self) -> State:
+        """Return all that it has, model and data too."""
+        state = super().__getstate__()
         return {name: pack(value) if name in ("device", "dtype") else value for name, value in state.items()}
 
     def __setstate__(self, state: State) -> None:
@@ -118,6 +123,29 @@ class Saved(BaseEstimator, ABC):
         if KINDS.get(name) is not type(self):
             raise TypeError(must_be("save", f"called on a {' or '.join(KINDS)} itself", name, "Try pickle."))
         save_state(path, name, self._file_state(), *self._file_fields())
+
+
+class Whole:
+    """Stands for a fitted inverter in a pickle that is asked for more than its factorisation: model and data come too.
+
+    Parameters
+    ----------
+    inverter : Saved
+        What comes back from the pickle in its place.
+    """
+
+    def __init__(self, inverter: Saved) -> None:
+        self.inverter = inverter
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Return what the inverter is rebuilt from."""
+        return _with_all, (type(self.inverter), self.inverter._whole_state())
+
+
+def _with_all(cls: type[Saved], state: State) -> Saved:
+    restored = _blank(cls)
+    restored.__setstate__(state)
+    return restored
 
 
 def _blank(cls: type[Saved]) -> Saved:

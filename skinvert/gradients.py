@@ -14,6 +14,7 @@ from ._autograd import ordinary
 from ._check import check_number, must_be
 from ._fitting import SharesModel, fit_whole
 from ._frames import Columned, Frame, RowTransformer, check_inputs, columns_of, rows_of
+from ._lazy import is_lazy, over_rows
 from ._memory import check_memory, rows_within
 from ._progress import progress
 from ._shown import Shown
@@ -130,16 +131,26 @@ class PerSampleGradient(Shown, SharesModel, RowTransformer):
 
         For ``loss="output"`` they are (n c, p), and X alone will do. Arrays give an array. Tensors, and data sets and
         loaders of tensors, give a tensor on the model's device. A frame, where ``set_output`` asks for one, has the
-        index of X.
+        index of X. Dask arrays give a lazy one, whose blocks of rows are computed one by one, with losses alone.
         """
-        self._check_data(X, y)
         data = X if y is None else (X, y)
+        if is_lazy(data):
+            return self._lazily(data)
+        self._check_data(X, y)
         gradients, counts = self._gradients(data)
         rows = rows_of(data)
         if isinstance(rows, Frame) and self._is_of_outputs:
             # As many with each label as the row has outputs.
             rows = rows.iloc[np.repeat(np.arange(len(rows)), counts)]
         return super().transform(rows, gradients)
+
+    def _lazily(self, data: object) -> Array:
+        check_is_fitted(self, "loss_scale_")
+        if self._is_of_outputs:
+            hint = "Their number of rows is known when they are computed: try `map_blocks`."
+            raise TypeError(must_be('Data for loss="output"', "in memory", "Dask arrays", hint))
+        name = str(self._at_point().dtype).removeprefix("torch.")
+        return over_rows(self, "transform", data, self.n_features_out_, np.dtype(name))
 
     def _gradients(self, X: object) -> tuple[Array, list[int]]:
         """Return the gradients, and how many of them each row of the data has."""

@@ -27,6 +27,7 @@ from ._frames import (
     refuse_parameters,
     without_names,
 )
+from ._lazy import check_in_memory, is_lazy, over_rows
 from ._linear_map import apply_linear, solve_linear
 from ._namespaces import as_tensor, dispatches, in_kind_of, is_foreign, like_rows, namespace_of, of_kind, to_numpy
 from ._rows import InFloat64, Rows
@@ -47,7 +48,7 @@ from ._types import (
 from .answers import OPTIONAL, answer, check_answer, file_fields
 from .checkpoint import check_checkpoint, open_checkpoint
 from .columns import NamedColumns
-from .curvature import SampledFisher
+from .curvature import Sampled
 from .data import as_data
 from .files import UNSAVED, Saved, savable
 from .methods.base import InverseOperator, Method, relative_residual
@@ -81,10 +82,11 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
         λ ≥ 0, on the scale of the mean loss. Or a share of the mean eigenvalue of H: ``"1e-2 rel"`` is 0.01 · tr(H) / p
         of the curvature as it is inverted, penalty included, which ``fit`` finds: exactly where its diagonal costs
         little, else to some 1 % by about 80 products.
-    curvature : str or SampledFisher, default="auto"
-        H: ``"hessian"``, ``"ggn"``, ``"fisher"``, ``"empirical_fisher"``, or ``"sampled_fisher"``, which is
-        ``SampledFisher()``: one sampled label a row, at a cost that does not grow with the outputs. ``"auto"`` is the
-        Hessian, save for methods that are defined on another curvature.
+    curvature : str, SampledGGN or SampledFisher, default="auto"
+        H: ``"hessian"``, ``"ggn"``, ``"fisher"``, ``"empirical_fisher"``, or, at a cost that does not grow with the
+        outputs, ``"sampled_ggn"`` by random signs, which is ``SampledGGN()``, and ``"sampled_fisher"`` by one sampled
+        label a row, ``SampledFisher()``. ``"auto"`` is the Hessian, save for methods that are defined on another
+        curvature.
     model : nn.Module, skorch net, fitted scikit-learn model, Pipeline of these or TwiceDifferentiable, default=None
         What ``fit(X, y)`` reads, the form that pipelines and searches call. Shared by clones, never copied. In a
         pipeline that ends in this inverter ``fit`` and ``score`` run through its steps; right-hand sides, which are no
@@ -201,7 +203,7 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
         method: str | Method = "auto",
         hessian_perturbation: float | str = 0.0,
         *,
-        curvature: str | SampledFisher = "auto",
+        curvature: str | Sampled = "auto",
         model: TrainedModel | None = None,
         loss: LossLike | None = None,
         weight_decay: Decay = 0.0,
@@ -361,7 +363,10 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
             x: a tensor for a tensor, of its dtype and device; an array for an array. Where b requires a gradient, x is
             differentiable by b, as often as wanted: H + λI is symmetric, and the backward pass is ``transform`` itself.
             The model, its data and λ are constants. Columns with names must be those of ``get_feature_names_out()``.
+            A Dask array gives a lazy one, whose blocks of rows are solved when they are computed.
         """
+        if is_lazy(X):
+            return self._lazily("transform", X)
         self._check_namespace(X, "transform")
         return self.solve(X).x
 
@@ -391,6 +396,7 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
             ``x`` as ``transform`` returns it; ``info["residual"]`` (k,), ‖(H + λI)x − b‖ / ‖b‖ against the exact
             curvature, ``info["converged"]`` (k,), which judges it, and more: see ``InverseHvpResult``.
         """
+        check_in_memory((b, x0), "b and x0", "Try `transform`, which takes Dask arrays, or `map_blocks`.")
         x0 = as_tensor(x0) if is_foreign(x0) else x0
         if not is_foreign(b):
             return solve_linear(b, self._solve, x0)
@@ -475,6 +481,8 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
 
     def inverse_transform(self, X: Array) -> Array:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
+        if is_lazy(X):
+            return self._lazily("inverse_transform", X)
         self._check_namespace(X, "inverse_transform")
         return in_kind_of(X, lambda X: apply_linear(X, self._inverse_transform))
 
@@ -615,6 +623,15 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
                 b = without_names(b, self.get_feature_names_out().tolist(), strict=self._layout is not None)
             b = validate_data(self, b, dtype=[np.float64, np.float32], reset=False)
         return Rows.of(b, InFloat64(target.size, target.device) if double else target)
+
+    def _lazily(self, method: str, X: Array) -> Array:
+        """Return what a method gives of rows (k, p) in a Dask array, of the dtype that it has for rows in memory."""
+        check_is_fitted(self, "n_features_in_")
+        size = self.n_features_in_
+        if X.ndim != 2 or X.shape[1] != size:
+            raise ValueError(must_be("A Dask array", f"of shape (k, {size})", f"shape {X.shape}"))
+        dtype = self.solve(np.zeros((1, size), X.dtype)).x.dtype
+        return over_rows(self, method, X, size, dtype)
 
     def _check_namespace(self, X: object, method: str) -> None:
         """Raise, where scikit-learn's dispatch is on, for rows of another library than those that were fitted."""

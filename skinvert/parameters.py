@@ -67,11 +67,12 @@ class ParameterLayout:
     def flatten(self, mapping: Mapping[str, Array] | Iterable[Array]) -> Array:
         """Return rows (k, p) of named tensors or arrays (k, *shape); without the k, one row.
 
+        One row may lack axes of length 1, as scikit-learn's ``coef_`` (d,) and ``intercept_`` of a regression do.
         Those of two axes before the shape, (n, c, *shape), as ``torch.func.jacrev`` gives for n rows of c outputs,
         come out as (n c, p): row i c + j is that of row i and output j. A sequence, such as ``torch.autograd.grad``
         returns, is taken in the order of ``names``.
         """
-        values = self._values(mapping)
+        values = self._with_own_shapes(self._values(mapping))
         lead = self._lead(values)
         for name, value, shape in zip(self.names, values, self.shapes, strict=True):
             if tuple(value.shape) != (*lead, *shape):
@@ -89,7 +90,14 @@ class ParameterLayout:
         if all(tuple(value.shape) == shape for value, shape in zip(values, self.shapes, strict=True)):
             return ()
         extra = values[0].ndim - len(self.shapes[0])
-        return tuple(values[0].shape[: extra if extra in (1, 2) else 1])
+        return tuple(values[0].shape[: extra if extra in (1, 2) else 0])
+
+    def _with_own_shapes(self, values: list[Array]) -> list[Array]:
+        """Return one row's values in the parameters' shapes where axes of length 1 alone are amiss: the order holds."""
+        pairs = list(zip(values, self.shapes, strict=True))
+        if all(_long(value.shape) == _long(shape) for value, shape in pairs):
+            return [value.reshape(shape) for value, shape in pairs]
+        return values
 
     def _values(self, mapping: object) -> list[Array]:
         """Return the parameters' values in order, as tensors or arrays."""
@@ -183,3 +191,8 @@ def split_blocks(names: Sequence[str], blocks: Partition) -> dict[str, list[str]
 def _matching(names: Sequence[str], globs: str | Iterable[str]) -> list[str]:
     listed = [globs] if isinstance(globs, str) else list(globs)
     return [name for name in names if any(fnmatchcase(name, glob) for glob in listed)]
+
+
+def _long(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the axes that are not of length 1."""
+    return tuple(length for length in shape if length != 1)

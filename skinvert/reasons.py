@@ -49,7 +49,7 @@ _CURES = {
     Reason.NEGATIVE_CURVATURE: ('Try a larger hessian_perturbation, curvature="ggn", or method="minres" or "direct".'),
     Reason.SINGULAR: "Try hessian_perturbation > 0, or a larger one.",
     Reason.OUT_OF_RANGE: "Try dtype=torch.float64, b of another scale, or a larger hessian_perturbation.",
-    Reason.APPROXIMATE: 'Try a larger rank where there is one, a larger hessian_perturbation, or method="cg".',
+    Reason.APPROXIMATE: 'Try a larger hessian_perturbation, a larger rank where it has one, or method="cg".',
     Reason.NOT_JUDGED: "Try a fit in this process, and check_residual=True.",
 }
 

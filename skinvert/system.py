@@ -19,7 +19,7 @@ from ._types import Device, Globs, Partition, RandomState
 from .curvature import (
     CURVATURES,
     Gram,
-    SampledFisher,
+    Sampled,
     build_blocks,
     build_curvature,
     curvature_name,
@@ -119,7 +119,7 @@ def assemble(
     data: object = None,
     *,
     method: Method | Function,
-    curvature: str | SampledFisher = "auto",
+    curvature: str | Sampled = "auto",
     params: Globs = None,
     blocks: Partition = None,
     batch_size: int | None = None,

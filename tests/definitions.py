@@ -24,10 +24,13 @@ def diagonal(case, curvature, H, shift, b):
 
 
 def truncated(case, curvature, H, shift, b):
-    """The eigenvalues of largest magnitude; zero for the others."""
+    """The eigenvalues of largest magnitude; for the others the penalty's mean on their span."""
     values, vectors = np.linalg.eigh(H)
-    kept = np.argsort(-np.abs(values))[:RANK]
-    return solution((vectors[:, kept] * values[kept]) @ vectors[:, kept].T, shift, b)
+    order = np.argsort(-np.abs(values))
+    kept, rest = vectors[:, order[:RANK]], vectors[:, order[RANK:]]
+    R = np.diag(Oracle(case).penalty.numpy())
+    mean = np.trace(rest.T @ R @ rest) / max(1, rest.shape[1])
+    return solution((kept * values[order[:RANK]]) @ kept.T + mean * rest @ rest.T, shift, b)
 
 
 def nystroem(case, curvature, H, shift, b):

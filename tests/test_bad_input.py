@@ -345,7 +345,7 @@ RIGHT_SIDES = [
         "flatten of a wrong shape",
         lambda: fit().flatten({"weight": np.ones((2, 2)), "bias": np.ones(2)}),
         ValueError,
-        ["weight", "(2, 2, 3)", "(2, 2)"],
+        ["weight must be of shape (2, 3)", "Got shape (2, 2)"],
     ),
     ("unflatten of a wrong width", lambda: fit().unflatten(np.ones((1, 7))), ValueError, ["(k, 8)", "(1, 7)"]),
     ("unflatten of plain rows", lambda: plain("direct").unflatten(X), TypeError, ["model", "plain rows"]),

@@ -35,6 +35,7 @@ FLOORS = {
     "_checkpoint": 0,
     "_progress": 0,
     "_distributed": 0,
+    "_lazy": 0,
     "_state": 0,
     "_schema": 0,
     "_telling": 0,

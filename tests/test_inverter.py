@@ -8,6 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import Ridge
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -277,6 +278,23 @@ def test_flatten_undoes_unflatten(kind):
         "2.bias": (3, 2),
     }
     assert (inverter.flatten(named) == x).all()
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_flatten_takes_the_attributes_of_a_scikit_learn_model(outputs):
+    rng = np.random.default_rng(0)
+    X, Y = rng.standard_normal((30, 4)), rng.standard_normal((30, outputs))
+    model = Ridge().fit(X, Y[:, 0] if outputs == 1 else Y)
+    inverter = HessianInverter("direct").fit(model, (X, Y[:, 0] if outputs == 1 else Y))
+    # (4,) and a number of one target; (2, 4) and (2,) of two.
+    row = inverter.flatten({"coef": model.coef_, "intercept": model.intercept_})
+    assert row.tolist() == [[*model.coef_.ravel(), *np.ravel(model.intercept_)]]
+    # Axes of length 1 are amiss, and nothing else may be.
+    with pytest.raises(ValueError, match=rf"coef must be of shape \({outputs}, 4\).*Got shape \(3,\)"):
+        inverter.flatten({"coef": model.coef_.ravel()[:3], "intercept": model.intercept_})
+    if outputs == 2:
+        with pytest.raises(ValueError, match=r"coef must be of shape \(2, 4\).*Got shape \(4, 2\)"):
+            inverter.flatten({"coef": model.coef_.T, "intercept": model.intercept_})
 
 
 def test_flatten_takes_gradients_as_they_come():

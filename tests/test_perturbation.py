@@ -96,7 +96,7 @@ def test_an_operator_that_has_its_diagonal_is_exact(kind):
     assert trace(kind(matrix)) == pytest.approx(float(matrix.trace()), rel=1e-12)
 
 
-CURVATURES = ["hessian", "ggn", "fisher", "empirical_fisher", "sampled_fisher", SampledFisher(3)]
+CURVATURES = ["hessian", "ggn", "fisher", "empirical_fisher", "sampled_fisher", "sampled_ggn", SampledFisher(3)]
 
 
 @pytest.mark.parametrize("hidden", [5, 150])

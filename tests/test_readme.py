@@ -19,14 +19,25 @@ def test_readme_runs(tmp_path, monkeypatch):
         exec(compile(block, str(README), "exec"), namespace)
 
 
-def test_the_table_of_methods_is_what_the_command_writes(monkeypatch):
-    command = runpy.run_path(str(README.parent / "docs" / "methods_table.py"))
-    text = README.read_text(encoding="utf-8")
-    assert command["table"](text) == text
-    assert len(command["ROW"].findall(text)) == len(methods.__all__)
+def test_the_table_of_methods_has_a_row_of_each(capsys, monkeypatch):
+    command = README.parent / "docs" / "methods_table.py"
+    runpy.run_path(str(command), run_name="__main__")
+    before = capsys.readouterr().out
+    assert re.findall(r'^\| `"\w+"` `(\w+)` \|', before, re.MULTILINE)[0] == "Auto"
+    assert len(before.splitlines()) == 2 + len(methods.__all__)
 
     monkeypatch.setattr(methods.CG, "cost", "nothing at all")
-    assert command["table"](text) != text
+    runpy.run_path(str(command), run_name="__main__")
+    after = capsys.readouterr().out
+    changed = [new for old, new in zip(before.splitlines(), after.splitlines(), strict=True) if old != new]
+    assert len(changed) == 1 and changed[0].startswith('| `"cg"` `CG` |') and "nothing at all" in changed[0]
+
+
+def test_the_links_lead_to_files():
+    text = README.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert len(links) > 10
+    assert [link for link in links if not (README.parent / link).exists()] == []
 
 
 def test_blocks_keep_their_line_numbers():

@@ -256,6 +256,13 @@ def _kronecker(work: str, slow: bool) -> list[Row]:
     ekfac = {
         "skinvert ekfac": skinvert("ekfac", "ggn", check_residual=False),
         "curvlinops EKFAC": curvlinops_kronecker(EKFACLinearOperator),
+    }
+    one_pass = {
+        "skinvert ekfac, sampled_ggn": skinvert("ekfac", "sampled_ggn", check_residual=False),
         "pyDVL EKFAC": pydvl_ekfac,
     }
-    return [Row(work, "KFAC", "ggn", None, kfac, slow), Row(work, "EKFAC", "ggn", None, ekfac, slow)]
+    return [
+        Row(work, "KFAC", "ggn", None, kfac, slow),
+        Row(work, "EKFAC", "ggn", None, ekfac, slow),
+        Row(work, "EKFAC, one backward pass", "ggn", None, one_pass, slow),
+    ]

@@ -11,6 +11,7 @@ from .build import (
     seeded_curvature,
 )
 from .directional import derivatives_along, most_directions
+from .draws import Sampled
 from .empirical_fisher import EmpiricalFisher
 from .factored import Factored
 from .first_pass import warn_of_unreached
@@ -23,6 +24,7 @@ from .layered import Layered
 from .objective import Objective
 from .per_sample import RowValues, gradient_rows, jacobian_rows, split_batch
 from .products import Share
+from .sampled_ggn import SampledGGN
 
 __all__ = [
     "CURVATURES",
@@ -37,7 +39,9 @@ __all__ = [
     "Layered",
     "Objective",
     "RowValues",
+    "Sampled",
     "SampledFisher",
+    "SampledGGN",
     "Share",
     "build_blocks",
     "build_curvature",

@@ -17,12 +17,14 @@ from ..data import Batches
 from ..models import TorchTwiceDifferentiable, TwiceDifferentiable
 from ..operators import BlockDiagonal
 from .base import Curvature
+from .draws import Sampled
 from .empirical_fisher import EmpiricalFisher
 from .first_pass import warn_of_unreached
 from .fisher import Fisher, SampledFisher
 from .ggn import GGN
 from .hessian import GenericHessian, Hessian
 from .objective import GenericObjective, Objective
+from .sampled_ggn import SampledGGN
 
 __all__ = [
     "CURVATURES",
@@ -38,10 +40,10 @@ __all__ = [
 Builder: TypeAlias = Callable[[Objective], Curvature]
 
 CURVATURES: dict[str, type[Curvature] | Builder] = {kind.name: kind for kind in (Hessian, GGN, Fisher, EmpiricalFisher)}
-# The Fisher by its settings, at their defaults.
-SAMPLED = "sampled_fisher"
+# Those by settings, at their defaults.
+SAMPLED: dict[str, type[Sampled]] = {"sampled_ggn": SampledGGN, "sampled_fisher": SampledFisher}
 # What `curvature=` means otherwise.
-RESERVED = ("auto", "gram", SAMPLED)
+RESERVED = ("auto", "gram", *SAMPLED)
 
 
 def register_curvature(name: str, curvature: type[Curvature] | Builder, *, overwrite: bool = False) -> None:
@@ -62,7 +64,7 @@ def register_curvature(name: str, curvature: type[Curvature] | Builder, *, overw
     TypeError
         For a name that is no string, and for what is neither a complete subclass of ``Curvature`` nor a function.
     ValueError
-        For an empty name, and for "auto", "gram" and "sampled_fisher", which mean something else.
+        For an empty name, and for "auto", "gram", "sampled_ggn" and "sampled_fisher", which mean something else.
 
     See Also
     --------
@@ -101,7 +103,7 @@ def faces_of(name: str) -> frozenset[str]:
 
 @ordinary
 def build_curvature(
-    curvature: str | SampledFisher, model: TwiceDifferentiable, batches: Batches, verbose: int = 0
+    curvature: str | Sampled, model: TwiceDifferentiable, batches: Batches, verbose: int = 0
 ) -> Curvature:
     """Return the curvature, given by name or by its settings, of a model at a fixed point over all the data.
 
@@ -113,7 +115,7 @@ def build_curvature(
     return built
 
 
-def _build(curvature: str | SampledFisher, model: TwiceDifferentiable, batches: Batches, verbose: int) -> Curvature:
+def _build(curvature: str | Sampled, model: TwiceDifferentiable, batches: Batches, verbose: int) -> Curvature:
     name = curvature_name(curvature)
     curvature = seeded_curvature(curvature)
     if not isinstance(model, TorchTwiceDifferentiable):
@@ -122,14 +124,14 @@ def _build(curvature: str | SampledFisher, model: TwiceDifferentiable, batches: 
             raise ValueError(must_be(f"curvature for {type(model).__name__}", "'hessian'", repr(name), hint))
         return GenericHessian(GenericObjective(model, batches))
     objective = Objective(model, batches, verbose)
-    built = curvature.build(objective) if isinstance(curvature, SampledFisher) else CURVATURES[name](objective)
+    built = curvature.build(objective) if isinstance(curvature, Sampled) else CURVATURES[name](objective)
     if not isinstance(built, Curvature):
         raise TypeError(must_be(f"What is registered as {name!r}", "what builds a Curvature", type(built).__name__))
     return built
 
 
 def build_blocks(
-    curvature: str | SampledFisher,
+    curvature: str | Sampled,
     model: TwiceDifferentiable,
     batches: Batches,
     members: Mapping[str, Sequence[str]],
@@ -147,24 +149,26 @@ def build_blocks(
     return BlockDiagonal(operators, indices)
 
 
-def curvature_name(curvature: str | SampledFisher) -> str:
+def curvature_name(curvature: str | Sampled) -> str:
     """Return the name of a curvature that is given by name or by its settings."""
-    if isinstance(curvature, SampledFisher):
-        return Fisher.name
-    name = check_choice(curvature, "curvature", [*CURVATURES, SAMPLED], "A SampledFisher is taken too.")
-    return Fisher.name if name == SAMPLED else name
+    if isinstance(curvature, Sampled):
+        return curvature.curvature
+    also = f"{' and '.join(kind.__name__ for kind in SAMPLED.values())} are taken too."
+    name = check_choice(curvature, "curvature", [*CURVATURES, *SAMPLED], also)
+    return SAMPLED[name].curvature if name in SAMPLED else name
 
 
 def seeded_curvature(
-    curvature: str | SampledFisher, random_state: int | np.random.RandomState | None = None
-) -> str | SampledFisher:
-    """Return ``"sampled_fisher"`` as its settings; settings without a seed get one from ``random_state``."""
-    if curvature == SAMPLED:
-        curvature = SampledFisher()
-    if random_state is None or not isinstance(curvature, SampledFisher) or curvature.random_state is not None:
+    curvature: str | Sampled, random_state: int | np.random.RandomState | None = None
+) -> str | Sampled:
+    """Return the name of settings as these; settings without a seed get one from ``random_state``."""
+    if isinstance(curvature, str) and curvature in SAMPLED:
+        curvature = SAMPLED[curvature]()
+    if random_state is None or not isinstance(curvature, Sampled) or curvature.random_state is not None:
         return curvature
     seed = check_random_state(random_state).randint(2**31 - 1)
-    return SampledFisher(curvature.n_samples, random_state=random_state if isinstance(random_state, int) else seed)
+    own = random_state if isinstance(random_state, int) else seed
+    return type(curvature)(curvature.n_samples, random_state=own)
 
 
 def _check_kind(curvature: type[Curvature] | Builder) -> None:

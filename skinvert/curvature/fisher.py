@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import numpy as np
 import torch
-from sklearn.base import BaseEstimator
 
-from .._check import check_number
-from .._memory import working_memory
-from .._state import TensorState
 from .._types import Batch
-from ..data import Batches
-from ..models import OutputHessian, leading_length
-from .base import Curvature
-from .ggn import GGN
+from ..models import OutputHessian
+from .draws import Drawn, Sampled, with_draws
 from .objective import Objective
 from .predictive import SampledHessian, predictive_of
 
 __all__ = ["Fisher", "SampledFisher"]
 
 
-class SampledFisher(TensorState, BaseEstimator):
+class SampledFisher(Sampled):
     """Settings of the Fisher by sampled labels: ``HessianInverter(curvature=SampledFisher(n_samples=10))``.
 
     Its mean over seeds is ``curvature="fisher"``, which takes no samples; its cost is that of ``n_samples`` outputs,
@@ -45,20 +34,14 @@ class SampledFisher(TensorState, BaseEstimator):
     SampledFisher(n_samples=100)
     """
 
-    def __init__(self, n_samples: int = 1, *, random_state: int | None = None) -> None:
-        self.n_samples = n_samples
-        self.random_state = random_state
+    curvature: ClassVar[str] = "fisher"
 
-    def build(self, objective: Objective) -> Fisher:
-        """Return the operator over all the data."""
-        n_samples = check_number(self.n_samples, "n_samples", owner="SampledFisher", low=1, integer=True)
-        seed = 0 if self.random_state is None else self.random_state
-        return Fisher(
-            objective, n_samples, check_number(seed, "random_state", owner="SampledFisher", low=0, integer=True)
-        )
+    def drawn(self, objective: Objective, n_samples: int, seed: int) -> Fisher:
+        """Return the Fisher by n_samples labels a row."""
+        return Fisher(objective, n_samples, seed)
 
 
-class Fisher(GGN):
+class Fisher(Drawn):
     r"""F = Σᵢ wᵢ s·E_{y∼p(·;xᵢ)}[∇log p ∇log pᵀ] / Σᵢ wᵢ + penalty, for a loss ℓ = −s·log p + const.
 
     s is 1 for ``cross_entropy``, ``nll`` and ``poisson_nll``, 2/c for ``mse`` over c outputs (unit variance), 1/c for
@@ -87,52 +70,12 @@ class Fisher(GGN):
     def __init__(self, objective: Objective, n_labels: int | None = None, seed: int = 0) -> None:
         batch, _ = next(iter(objective.batches))
         predictive = predictive_of(objective.model, objective.model.forward(batch), batch)
-        self.n_labels, self._of_data = n_labels, objective
+        self.n_draws, self._of_data = n_labels, objective
         if n_labels is not None:
-            objective = _with_draws(objective, (n_labels, predictive.labels), seed)
+            objective = with_draws(objective, (n_labels, predictive.labels), seed)
         super().__init__(objective)
-
-    def in_float64(self) -> Curvature | None:
-        """Return the Fisher in float64; None where labels are sampled: others may be, of probabilities in float64."""
-        return super().in_float64() if self.n_labels is None or self.dtype == torch.float64 else None
-
-    @property
-    def of_data(self) -> Objective:
-        """The objective over batches without draws."""
-        return self._of_data
-
-    def data_of(self, batch: Batch) -> Batch:
-        """Return the model's part of a batch, which may carry its draws."""
-        return batch if self.n_labels is None else batch[0]
 
     def closed_hessian(self, outputs: torch.Tensor, batch: Batch) -> OutputHessian:
         """Return the Fisher in the outputs: columns of sampled labels, or the closed form."""
         predictive = predictive_of(self.objective.model, outputs, self.data_of(batch))
-        return predictive.fisher() if self.n_labels is None else SampledHessian(predictive, batch[1])
-
-
-@dataclass
-class _Drawn:
-    """Batches, each with the uniform draws of its rows: the same for a row whatever the batches are."""
-
-    batches: Batches
-    shape: tuple[int, ...]
-    seed: int
-
-    def __call__(self) -> Iterator[Batch]:
-        generator = np.random.default_rng(self.seed)
-        # Within the open interval in float32 too: the inverse of a distribution function is infinite at its ends.
-        tiny = float(torch.finfo(torch.float32).eps)
-        for batch in self.batches.raw():
-            draws = generator.random((leading_length(batch), *self.shape)).clip(tiny, 1 - tiny)
-            yield batch, torch.from_numpy(draws).to(self.batches.device, self.batches.dtype)
-
-
-def _with_draws(objective: Objective, shape: tuple[int, ...], seed: int) -> Objective:
-    drawn = _Drawn(objective.batches, shape, seed)
-    # Made anew on every pass where they do not fit: the generator gives the same ones.
-    size = objective.batches.n_samples * math.prod(shape) * objective.dtype.itemsize
-    kept = None if objective.batches.kept is None or size > working_memory() else list(drawn())
-    part = copy.copy(objective)
-    part.batches = replace(objective.batches, source=drawn, kept=kept)
-    return part
+        return predictive.fisher() if self.n_draws is None else SampledHessian(predictive, batch[1])

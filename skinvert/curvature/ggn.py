@@ -77,14 +77,19 @@ class GGN(Layered):
         return outputs
 
     def output_hessian(self, outputs: torch.Tensor, batch: Batch) -> OutputHessian:
-        """Return ∇²_f sᵢ: the closed form, else by an eigendecomposition (m, c, c)."""
+        """Return what the curvature has for ∇²_f sᵢ: its closed form, else that of the loss."""
         closed = self.closed_hessian(outputs, batch)
+        return self.exact_hessian(outputs, self.data_of(batch)) if closed is None else closed
+
+    def exact_hessian(self, outputs: torch.Tensor, batch: Batch) -> OutputHessian:
+        """Return ∇²_f sᵢ of the loss: its closed form, else by an eigendecomposition (m, c, c)."""
+        closed = self.objective.model.output_hessian(outputs, batch)
         if closed is not None:
             return closed
         size = 6 * len(outputs) * self._outputs**2 * self.dtype.itemsize
         way_out = 'Try a torch loss module, a method that needs products alone ("cg"), or curvature="empirical_fisher".'
         check_memory(size, f"The output Hessian of {self._outputs:,} outputs", way_out, self.device)
-        return FactoredHessian(output_factor(self.objective.model, outputs, self.data_of(batch)))
+        return FactoredHessian(output_factor(self.objective.model, outputs, batch))
 
     def graph(self, batch: Batch, weights: torch.Tensor) -> Products:
         """Return the products of Σ wᵢ Jᵢᵀ ∇²_f ℓᵢ Jᵢ over one batch: forward, output Hessian, backward."""
@@ -157,7 +162,7 @@ class GGN(Layered):
         """Return the factors of each layer."""
         if self.rank > MOST_PASSES:
             must = f"at most {MOST_PASSES:,} for Kronecker factors, which take a backward pass for each"
-            hint = "Try curvature=SampledFisher(n_samples=10), or another method."
+            hint = "Try curvature=SampledGGN(), or another method."
             raise ValueError(must_be("The columns of the curvature's factor", must, f"{self.rank:,} outputs", hint))
         return super().kronecker_factors(approx, unsupported, verbose, checkpoint)
 

@@ -50,7 +50,7 @@ class SampledHessian(OutputHessian):
         """Return S a, over the columns in chunks."""
         total = self.predictive.f.new_zeros(self.rows, self.outputs)
         for start, S in self._chunks():
-            total += S @ a[start : start + S.shape[2]]
+            total += (S @ a[..., start : start + S.shape[2], None]).squeeze(-1)
         return total
 
     def _chunks(self) -> Iterator[tuple[int, torch.Tensor]]:

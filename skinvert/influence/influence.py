@@ -25,11 +25,13 @@ from .._frames import (
     rows_of,
     with_labels,
 )
+from .._lazy import is_lazy, over_rows
 from .._memory import check_memory, readable
 from .._progress import say
 from .._shown import Shown
 from .._types import Array, State
 from ..data import as_data, check_row_order, holds_tensors
+from ..files import Whole
 from ..inverter import HessianInverter
 from ..methods.quadratic import Certificate
 from ..models import is_model
@@ -245,8 +247,11 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
             Entry (i, j): the predicted change of measurement i when training row j is removed. An array for arrays, a
             tensor on the model's device for tensors. A frame, where ``set_output`` asks for one, has the index of X and
             the training rows' as its columns (as strings in polars). Of a measurement of all rows together, one row.
-            With ``out`` this, or the file's memmap.
+            With ``out`` this, or the file's memmap. Dask arrays give a lazy one, whose blocks of test rows are computed
+            one by one: ``scores.to_zarr(path)``, say, on as many workers as there are.
         """
+        if is_lazy((X, y)):
+            return self._lazily(X if y is None else (X, y), out)
         data = self._test_data(X, y)
         if len(self._members()) == 1:
             scores = self._matrix(data, out)
@@ -259,6 +264,21 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
                 scores = target.close()
         found = super().transform(rows_of(data), scores if out is not None else self._back(scores, data))
         return with_labels(found, self.index_)
+
+    def _lazily(self, data: object, out: Out) -> Array:
+        """Return the scores of test data in Dask arrays."""
+        fitted = self._members()[0]._fitted()
+        must, hint = "None for Dask arrays", "What `transform` returns has `to_zarr` and `to_npy_stack`."
+        if out is not None:
+            raise ValueError(must_be("out", must, type(out).__name__, hint))
+        if not (self.measurement in ("loss", "margin", "logit") and self.score_rtol is None):
+            must, hint = (
+                "of a row, by name, and score_rtol None, for Dask arrays",
+                "Each block of rows is scored alone.",
+            )
+            raise ValueError(must_be("measurement", must, repr(self.measurement), hint))
+        name = str(fitted.model.dtype).removeprefix("torch.")
+        return over_rows(self, "transform", data, self.n_samples_, np.dtype(name))
 
     def _matrix(self, data: object, out: Out = None) -> Array:
         fitted = self._fitted()
@@ -465,6 +485,13 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
         """Return ``HessianInverter.score``, the held-out quadratic: for searches over λ; of an ensemble the mean."""
         check_is_fitted(self, "n_samples_")
         return float(np.mean([member.inverter_.score(X, y, sample_weight) for member in self._members()]))
+
+    def __getstate__(self) -> State:
+        """Keep the inverter with its model and data, which scores are made of; a pickle is as large as these."""
+        state = dict(super().__getstate__())
+        if "inverter_" in state:
+            state["inverter_"] = Whole(state["inverter_"])
+        return state
 
     def get_feature_names_out(self, input_features: object = None) -> np.ndarray:
         """Return the names of the columns: the training rows' labels, ``index_``, as strings."""

@@ -156,7 +156,8 @@ class RowStatistics(ABC):
         alpha = check_number(alpha, "alpha", low=0.0, high=1.0)
         if not 0 < alpha < 1:
             raise ValueError(must_be("alpha", "in (0, 1)", alpha))
-        return self._back(jackknife_plus(self._alone("jackknife_plus"), X, alpha), X)
+        data = self._test_data(X, None)
+        return self._back(jackknife_plus(self._alone("jackknife_plus"), data, alpha), data)
 
     @abstractmethod
     def _members(self) -> list[Self]: ...
@@ -166,6 +167,9 @@ class RowStatistics(ABC):
 
     @abstractmethod
     def _mean(self, of: Callable[[Self], torch.Tensor]) -> torch.Tensor: ...
+
+    @abstractmethod
+    def _test_data(self, X: object, y: object) -> object: ...
 
     @abstractmethod
     def _back(self, found: torch.Tensor, data: object) -> Array: ...

@@ -37,8 +37,9 @@ class Arnoldi(Method):
     maxiter : int, default=100
         Most times that the Krylov space is filled.
     complement : {"shift", "trace", "drop"}, default="shift"
-        What stands for the p − r eigenvalues that are not computed: ``"shift"`` 0, so that the complement is divided
-        by λ > 0; ``"trace"`` their mean τ = (tr H − Σθ) / (p − r); ``"drop"`` leaves the complement out of x.
+        What stands for the p − r eigenvalues that are not computed: ``"shift"`` that of the penalty alone, τ its mean
+        on the complement (0 without one), so that this is divided by λ + τ > 0; ``"trace"`` their mean
+        τ = (tr H − Σθ) / (p − r); ``"drop"`` leaves the complement out of x.
     decomposition : tuple of arrays or tensors (r,) and (r, p), default=None
         Eigenvalues and orthonormal eigenvectors (rows) of H, instead of computing them.
     random_state : int, default=None
@@ -100,7 +101,7 @@ class Arnoldi(Method):
         # By rounding alone, unless they were given: those may be of another matrix.
         if A.is_psd and (self.decomposition is None or bool((values >= -zero_cut(values, A.size)).all())):
             values = values.clamp(min=0)
-        basis, complement = Eigenvectors(vectors), self._mean_of_rest(A, values)
+        basis, complement = Eigenvectors(vectors), self._mean_of_rest(A, values, vectors)
         inverse = SpectralInverse(
             basis, values, hessian_perturbation, name=self.name, complement=complement, hint=A.hint
         )
@@ -164,13 +165,25 @@ class Arnoldi(Method):
         kept = kept[values[kept].argsort()]
         return values[kept].clone(), vectors[kept].clone()
 
-    def _mean_of_rest(self, A: LinearOperator, values: torch.Tensor) -> float | None:
+    def _mean_of_rest(self, A: LinearOperator, values: torch.Tensor, vectors: torch.Tensor) -> float | None:
         """Return τ, what stands for the eigenvalues that are not computed; None drops their span."""
         rest = A.size - len(values)
         if self.complement == "drop":
             return None
-        if self.complement == "shift" or not rest:
+        if not rest:
             return 0.0
+        if self.complement == "shift":
+            return _mean_penalty(A, vectors)
         trace = float(A.diagonal().to(torch.float64).sum())
         mean = (trace - float(values.to(torch.float64).sum())) / rest
         return mean if abs(mean) > zero_cut(values, A.size) else 0.0
+
+
+def _mean_penalty(A: LinearOperator, vectors: torch.Tensor) -> float:
+    """Return the mean of the penalty R on the complement of orthonormal rows u: (tr R − Σ uᵀRu) / (p − r)."""
+    if A.penalty is None:
+        return 0.0
+    R = A.penalty.double()
+    inside = sum(float(u.double().square() @ R) for u in vectors)
+    # Between its entries whatever the rounding.
+    return min(max((float(R.sum()) - inside) / (A.size - len(vectors)), float(R.min())), float(R.max()))

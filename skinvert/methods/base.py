@@ -464,8 +464,8 @@ def warn_worse_than_zero(name: str, residual: torch.Tensor, hessian_perturbation
         warn(
             f"{name} is worse than x = 0 on {int(worse.sum())} of {len(residual)} right-hand sides: their relative "
             f"residual against the exact H + λI is up to {float(residual[worse].max()):.3g}, at "
-            f"hessian_perturbation={hessian_perturbation:.3g}. Try a larger one, a larger rank where there is one, "
-            'or method="cg" or "direct".',
+            f"hessian_perturbation={hessian_perturbation:.3g}. Try a larger one, a larger rank where it has one, a few "
+            'products from there (`CG(start=..., maxiter=5)`), or method="cg" or "direct".',
             ConvergenceWarning,
         )
 

@@ -24,7 +24,7 @@ from .._progress import progress, say
 from .._schema import check_fields
 from .._types import Decay, Device, Globs, Partition, RandomState, State
 from ..answers import check_container, setting_fields
-from ..curvature import SampledFisher
+from ..curvature import Sampled
 from ..data import as_data, as_pair, batches_of, count, take
 from ..files import UNSAVED, savable
 from ..inverter import HessianInverter
@@ -112,7 +112,7 @@ class HessianInverterCV(ChosenInverter):
         cv: object = 5,
         scoring: Callable[..., float] | None = None,
         method: str | Method = "auto",
-        curvature: str | SampledFisher = "auto",
+        curvature: str | Sampled = "auto",
         model: object = None,
         loss: object = None,
         weight_decay: Decay = 0.0,

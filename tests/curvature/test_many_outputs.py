@@ -162,7 +162,7 @@ def largest_allocation(function):
 SAMPLED = SampledFisher(2)
 
 
-@pytest.mark.parametrize("chosen", ["ggn", "fisher", SAMPLED, "sampled_fisher"])
+@pytest.mark.parametrize("chosen", ["ggn", "fisher", SAMPLED, "sampled_fisher", "sampled_ggn"])
 def test_products_take_a_few_numbers_an_output(chosen):
     c, n = 400, 32
     torch.manual_seed(0)
@@ -193,11 +193,11 @@ def test_a_vocabulary_of_thousands():
     assert float((back + x[0] - b[0]).norm() / b.norm()) <= 2e-5
 
 
-def test_too_many_passes_for_kronecker_factors_name_the_sampled_fisher():
+def test_too_many_passes_for_kronecker_factors_name_the_sampled_ggn():
     net, X, y = tokens(V=120, T=48)
-    with pytest.raises(ValueError, match=r"5,760 outputs.*SampledFisher\(n_samples=10\)"):
+    with pytest.raises(ValueError, match=r"5,760 outputs.*SampledGGN\(\)"):
         HessianInverter("ekfac", 1.0, loss="cross_entropy").fit(net, (X, y))
-    inverter = HessianInverter("ekfac", 1.0, curvature="sampled_fisher", loss="cross_entropy").fit(net, (X, y))
+    inverter = HessianInverter("ekfac", 1.0, curvature="sampled_ggn", loss="cross_entropy").fit(net, (X, y))
     assert bool(torch.isfinite(inverter.transform(torch.ones(1, inverter.n_features_in_, dtype=torch.float64))).all())
 
 

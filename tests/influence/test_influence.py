@@ -227,12 +227,14 @@ def test_a_search_over_lambda(case):
     np.testing.assert_allclose(received, alone.fit(X, y).cv_results_["mean_test_score"])
 
 
-def test_pickles(case, scores):
-    kept = InfluenceFunction(HessianInverter("cg", 50.0, loss="cross_entropy")).fit(case.module, case.data)
-    torch.testing.assert_close(pickle.loads(pickle.dumps(kept)).transform(case.data), scores, rtol=1e-6, atol=1e-9)
-    dropped = pickle.loads(pickle.dumps(InfluenceFunction(INVERTER).fit(case.module, case.data)))
-    with pytest.raises(ValueError, match="call `fit` again"):
-        dropped.transform(case.data)
+@pytest.mark.parametrize("method", ["cg", "direct"])
+def test_pickles_with_model_and_data(case, scores, method):
+    fitted = InfluenceFunction(HessianInverter(method, 50.0, loss="cross_entropy")).fit(case.module, case.data)
+    for kept in (pickle.loads(pickle.dumps(fitted)), copy.deepcopy(fitted)):
+        torch.testing.assert_close(kept.transform(case.data), scores, rtol=1e-6, atol=1e-9)
+    # Of the inverter alone a pickle holds no data.
+    alone = pickle.loads(pickle.dumps(fitted.inverter_))
+    assert hasattr(alone, "curvature_") == (method == "cg")
 
 
 # -- files of scores -----------------------------------------------------------------------------------------------

@@ -141,6 +141,15 @@ def test_forms_of_inputs():
     np.testing.assert_allclose(newton.jackknife_plus((tests, np.zeros(7))), expected)
 
 
+def test_columns_in_another_order_are_refused():
+    rng = np.random.default_rng(0)
+    frame, y = pd.DataFrame(rng.standard_normal((20, 3)), columns=list("abc")), rng.standard_normal(20)
+    influence = InfluenceFunction().fit(Ridge().fit(frame, y), (frame, y))
+    assert influence.jackknife_plus(frame[:2]).shape == (2, 2)
+    with pytest.raises(ValueError, match="'c', 'b', 'a'"):
+        influence.jackknife_plus(frame[list("cba")])
+
+
 def test_coverage_of_a_linear_model():
     """Over many draws of data some 90 % of new targets lie in their intervals, with 6 parameters of 19 rows."""
     rng, hits = np.random.default_rng(0), []

@@ -21,7 +21,7 @@ __all__ = ["Chunk", "Kept", "Passes", "UnexplainedError"]
 # Each layer's inputs on some samples, and its signals direction by direction; None where it was not called.
 Chunk: TypeAlias = tuple[list[Inputs | None], Iterable[list[torch.Tensor | None]]]
 # What of the working memory the signals of a pass may take until the next one.
-SHARE = 16
+SHARE = 8
 
 
 class UnexplainedError(Exception):

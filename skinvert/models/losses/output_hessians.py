@@ -43,7 +43,7 @@ class OutputHessian(ABC):
 
     @abstractmethod
     def combined(self, a: torch.Tensor) -> torch.Tensor:
-        """Return Sᵢ a (m, c) of coefficients a (r,)."""
+        """Return Sᵢ a (m, c) of coefficients a (r,), or Sᵢ aᵢ of coefficients of each row's own (m, r)."""
 
 
 class DiagonalHessian(OutputHessian):
@@ -133,7 +133,7 @@ class SoftmaxHessian(OutputHessian):
     def combined(self, a: torch.Tensor) -> torch.Tensor:
         """Return √w (√p ⊙ a − p √pᵀa)."""
         root = self.p.sqrt()
-        along = root * a.reshape(self.p.shape[1:])
+        along = root * a.reshape(*a.shape[:-1], *self.p.shape[1:])
         return (self.weight.sqrt()[:, None] * (along - self.p * along.sum(1, keepdim=True))).flatten(1)
 
 
@@ -165,7 +165,7 @@ class FactoredHessian(OutputHessian):
 
     def combined(self, a: torch.Tensor) -> torch.Tensor:
         """Return S a."""
-        return self.factor @ a
+        return (self.factor @ a[..., None]).squeeze(-1)
 
 
 PerSample = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

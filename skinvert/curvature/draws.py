@@ -1,0 +1,123 @@
+"""Curvatures estimated from draws: each row of the data has its own, which no batch size changes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+
+from .._check import check_number
+from .._memory import working_memory
+from .._state import TensorState
+from .._types import Batch
+from ..data import Batches
+from ..models import leading_length
+from .base import Curvature
+from .ggn import GGN
+from .objective import Objective
+
+__all__ = ["Drawn", "Sampled", "with_draws"]
+
+
+class Sampled(TensorState, BaseEstimator):
+    """Settings of a curvature that is estimated from draws.
+
+    Parameters
+    ----------
+    n_samples : int, default=1
+        Draws a row, ≥ 1.
+    random_state : int, default=None
+        Seed of the draws; None is the estimator's own, and 0 without one.
+
+    Attributes
+    ----------
+    curvature : str
+        The name of what the mean over seeds is; on the class.
+    """
+
+    curvature: ClassVar[str]
+
+    def __init__(self, n_samples: int = 1, *, random_state: int | None = None) -> None:
+        self.n_samples = n_samples
+        self.random_state = random_state
+
+    def build(self, objective: Objective) -> Curvature:
+        """Return the operator over all the data."""
+        owner, seed = type(self).__name__, 0 if self.random_state is None else self.random_state
+        n_samples = check_number(self.n_samples, "n_samples", owner=owner, low=1, integer=True)
+        return self.drawn(objective, n_samples, check_number(seed, "random_state", owner=owner, low=0, integer=True))
+
+    @abstractmethod
+    def drawn(self, objective: Objective, n_samples: int, seed: int) -> Curvature:
+        """Return the operator, of checked settings."""
+
+
+class Drawn(GGN):
+    """A GGN whose output Hessian may be an estimate from draws, which come beside each batch.
+
+    Attributes
+    ----------
+    n_draws : int or None
+        Of a row; None draws nothing.
+    """
+
+    n_draws: int | None = None
+    _of_data: Objective
+
+    def in_float64(self) -> Curvature | None:
+        """Return the same in float64; None where there are draws: others may follow from outputs in float64."""
+        return super().in_float64() if self.n_draws is None or self.dtype == torch.float64 else None
+
+    @property
+    def of_data(self) -> Objective:
+        """The objective over batches without draws."""
+        return self._of_data
+
+    def data_of(self, batch: Batch) -> Batch:
+        """Return the model's part of a batch, which may carry its draws."""
+        return batch if self.n_draws is None else batch[0]
+
+
+@dataclass
+class _Draws:
+    """Batches, each with the draws of its rows: the same for a row whatever the batches are."""
+
+    batches: Batches
+    shape: tuple[int, ...]
+    seed: int
+    signs: bool
+
+    def __call__(self) -> Iterator[Batch]:
+        generator = np.random.default_rng(self.seed)
+        for batch in self.batches.raw():
+            draws = self._of(generator, (leading_length(batch), *self.shape))
+            yield batch, torch.from_numpy(draws).to(self.batches.device, self.batches.dtype)
+
+    def _of(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        if self.signs:
+            # Whole words a row: what a batch leaves of one would be lost to the next.
+            rows, count = shape[0], math.prod(shape[1:])
+            width = 8 * math.ceil(count / 64)
+            bits = np.frombuffer(generator.bytes(rows * width), np.uint8).reshape(rows, width)
+            return 1 - 2 * np.unpackbits(bits, axis=1, count=count).reshape(shape).astype(np.int8)
+        # Within the open interval in float32 too: the inverse of a distribution function is infinite at its ends.
+        tiny = float(torch.finfo(torch.float32).eps)
+        return generator.random(shape).clip(tiny, 1 - tiny)
+
+
+def with_draws(objective: Objective, shape: tuple[int, ...], seed: int, *, signs: bool = False) -> Objective:
+    """Return an objective whose batches come with draws (m, *shape) in (0, 1), or of −1 and 1."""
+    drawn = _Draws(objective.batches, shape, seed, signs)
+    # Made anew on every pass where they do not fit: the generator gives the same ones.
+    size = objective.batches.n_samples * math.prod(shape) * objective.dtype.itemsize
+    kept = None if objective.batches.kept is None or size > working_memory() else list(drawn())
+    part = copy.copy(objective)
+    part.batches = replace(objective.batches, source=drawn, kept=kept)
+    return part
