@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import skinvert
-from skinvert import HessianInverter, InfluenceFunction, SampledFisher, checkpoint, persistence
+from skinvert import HessianInverter, InfluenceFunction, SampledFisher, SampledGGN, checkpoint, persistence
 from skinvert.checkpoint import CheckpointFile
 from skinvert.curvature.layers import passes
 from skinvert.curvature.layers.probe import probe
@@ -88,6 +88,7 @@ CASES = {
     "ekfac reduce float32": (EKFAC(approx="reduce"), {"dtype": torch.float32}),
     "ekfac hessian": (EKFAC(), {"curvature": "hessian"}),
     "ekfac sampled": (EKFAC(), {"curvature": SampledFisher(2, random_state=3)}),
+    "ekfac signs": (EKFAC(), {"curvature": SampledGGN(2, random_state=3)}),
     "ekfac blocks": (EKFAC(), {"blocks": "layer"}),
     "ekfac diagonal": (EKFAC(unsupported="diagonal"), {}),
     "arnoldi": (Arnoldi(rank=6, krylov_dimension=12), {}),
@@ -128,7 +129,7 @@ def test_a_fit_stopped_after_any_write_goes_on_to_the_same_bits(case, tmp_path, 
 
 
 def test_another_working_memory_or_number_of_threads_is_no_other_result(tmp_path, stop):
-    # The plain fit keeps what the first pass saw for the second; with a checkpoint nothing of it would outlive the run.
+    # What the first pass saw is kept for the second where it fits.
     net, data = network(), rows()
     with sklearn.config_context(working_memory=0.001):
         streamed = solution(inverter("ekfac").fit(net, data))

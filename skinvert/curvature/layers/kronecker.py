@@ -91,8 +91,8 @@ def _summed(passes: Passes, approx: str, checkpoint: Checkpoint) -> KroneckerFac
         _Factors(layer, objective, approx) if isinstance(layer, KroneckerLayer) else _Squares(layer) for layer in layers
     ]
     done = _restored(sums, checkpoint)
-    # What is kept of a pass does not outlive the run.
-    kept = Kept([j for j, one in enumerate(sums) if isinstance(one, _Factors)], whole=not checkpoint.keeps)
+    # What an earlier run has seen, this one has not.
+    kept = Kept([j for j, one in enumerate(sums) if isinstance(one, _Factors)], whole=done == 0)
     for seen, mass, inputs in passes.over(layers, done):
         for one, a in zip(sums, inputs, strict=True):
             if a is not None:
