@@ -77,13 +77,13 @@ dist: .venv-build/.installed
 	.venv-build/bin/python -m pip install build
 	touch $@
 
-# The floors of pyproject.toml, made exact, are the constraints; torch and pytest stay as pinned, pip finds the rest.
+# The floors of pyproject.toml, made exact, are the constraints; pytest stays as pinned, pip finds the rest. PyPI's builds
+# of torch for Linux bring CUDA's libraries along: some 2.5 GB.
 .venv-oldest/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-oldest
-	grep -E '^(torch|pytest.*)==' constraints.txt > .venv-oldest/constraints.txt
-	sed -n '/^dependencies = \[/,/^\]/s/^ *"\([^"]*\)>=\([^"]*\)".*/\1==\2/p' pyproject.toml \
-		| grep -v '^torch==' >> .venv-oldest/constraints.txt
-	.venv-oldest/bin/python -m pip install "$$(grep '^torch==' constraints.txt)"
+	grep -E '^pytest.*==' constraints.txt > .venv-oldest/constraints.txt
+	sed -n '/^dependencies = \[/,/^\]/s/^ *"\([^"]*\)>=\([^"]*\)".*/\1==\2/p' pyproject.toml >> .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install "$$(grep '^torch==' .venv-oldest/constraints.txt)"
 	.venv-oldest/bin/python -m pip install -c .venv-oldest/constraints.txt -e '.[test]'
 	touch $@
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from inspect import isgeneratorfunction
 from types import FunctionType
 from typing import Any, TypeVar, cast
 
 import torch
+
+from ._progress import closing_bars
 
 __all__ = ["flat", "ordinary", "ordinary_methods", "ordinary_state", "own_tensor"]
 
@@ -21,15 +23,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def ordinary(function: Function) -> Function:
-    """Decorate a function to run in the ordinary state; where the caller's is that already, at no cost."""
+    """Decorate a function to run in the ordinary state, and to leave no bar open where it fails or is interrupted."""
     if isgeneratorfunction(function):
         return cast("Function", _ordinary_generator(function))
 
     @wraps(function)
     def inside(*args: Any, **kwargs: Any) -> Any:
-        if _is_ordinary():
-            return function(*args, **kwargs)
-        with ordinary_state():
+        # Where the caller's state is that already, nothing is entered.
+        with closing_bars(), nullcontext() if _is_ordinary() else ordinary_state():
             return function(*args, **kwargs)
 
     return cast("Function", inside)

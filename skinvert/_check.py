@@ -151,7 +151,9 @@ def resolve_device(device: str | torch.device | None, default: torch.device) -> 
     if device is None:
         return default
     if isinstance(device, str) and device == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        # Not `check_available=`, which torch has only from 2.8 on.
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:

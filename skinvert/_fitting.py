@@ -37,9 +37,12 @@ class SharesModel:
         kept = {name: params.pop(name) for name in self._shared}
         duplicate = type(self)(**{name: clone(value, safe=False) for name, value in params.items()}, **kept)
         # What `set_output`, `set_fit_request` and the like have set.
-        for name in ("_metadata_request", "_sklearn_output_config", "_skl_callbacks"):
+        for name in ("_metadata_request", "_sklearn_output_config"):
             if name in vars(self):
                 setattr(duplicate, name, clone(vars(self)[name], safe=False))
+        # The user's own objects, which hear of every clone's fit: as scikit-learn's clones have them.
+        if "_skl_callbacks" in vars(self):
+            vars(duplicate)["_skl_callbacks"] = vars(self)["_skl_callbacks"]
         return duplicate
 
 

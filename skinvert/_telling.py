@@ -8,8 +8,19 @@ import warnings
 __all__ = ["warn"]
 
 # Between us and whoever asked: scikit-learn's searches and wrappers, joblib's calls, torch's autograd, SciPy's solvers
-# over our operators, bars.
-PASSED = (__name__.partition(".")[0], "sklearn", "joblib", "skorch", "torch", "contextlib", "scipy", "numpy", "tqdm")
+# over our operators, bars, blocks of Dask.
+PASSED = (
+    __name__.partition(".")[0],
+    "sklearn",
+    "joblib",
+    "skorch",
+    "torch",
+    "contextlib",
+    "scipy",
+    "numpy",
+    "tqdm",
+    "dask",
+)
 
 
 def warn(message: str, category: type[Warning]) -> None:

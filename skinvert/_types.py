@@ -16,6 +16,7 @@ __all__ = [
     "Decay",
     "Device",
     "Globs",
+    "Indices",
     "LossLike",
     "Partition",
     "RandomState",
@@ -41,6 +42,8 @@ LossLike: TypeAlias = object
 DType: TypeAlias = torch.dtype | np.dtype[Any] | type | str | None
 Decay: TypeAlias = float | Mapping[str, float]
 Device: TypeAlias = str | torch.device | None
+# Places of rows, one or several.
+Indices: TypeAlias = int | Sequence[int] | np.ndarray | torch.Tensor
 Globs: TypeAlias = str | Sequence[str] | None
 Partition: TypeAlias = str | Mapping[str, str | Sequence[str]] | None
 RandomState: TypeAlias = int | np.random.RandomState | None

@@ -11,6 +11,7 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
 from ._autograd import ordinary
+from ._callbacks import TakesCallbacks, followed
 from ._check import check_number, must_be
 from ._fitting import SharesModel, fit_whole
 from ._frames import Columned, Frame, RowTransformer, check_inputs, columns_of, rows_of
@@ -18,7 +19,7 @@ from ._lazy import is_lazy, over_rows
 from ._memory import check_memory, rows_within
 from ._progress import progress
 from ._shown import Shown
-from ._types import Array, Batch, Device, Globs
+from ._types import Array, Batch, Data, Device, DType, Globs, LossLike, TrainedModel
 from .curvature import Objective, gradient_rows, jacobian_rows, split_batch, warn_of_unreached
 from .data import Batches, batches_of, holds_tensors, with_any_targets
 from .models import TorchTwiceDifferentiable, as_margin, as_model, as_outputs, is_model
@@ -26,7 +27,7 @@ from .models import TorchTwiceDifferentiable, as_margin, as_model, as_outputs, i
 __all__ = ["PerSampleGradient"]
 
 
-class PerSampleGradient(Shown, SharesModel, RowTransformer):
+class PerSampleGradient(TakesCallbacks, Shown, SharesModel, RowTransformer):
     r"""Map rows (X, y) to their loss gradients gᵢ = ∇ℓᵢ(θ), one per row; the penalty is left out.
 
     ``fit`` records the scale κ = Σ w / Σ w m of the training loss (1/c for ``mse``, the mean class weight for weighted
@@ -93,13 +94,13 @@ class PerSampleGradient(Shown, SharesModel, RowTransformer):
 
     def __init__(
         self,
-        model: object = None,
+        model: TrainedModel | None = None,
         *,
-        loss: object = None,
+        loss: LossLike | None = None,
         params: Globs = None,
         batch_size: int | None = None,
         device: Device = None,
-        dtype: object = None,
+        dtype: DType = None,
         verbose: int = 0,
     ) -> None:
         self.model = model
@@ -110,8 +111,9 @@ class PerSampleGradient(Shown, SharesModel, RowTransformer):
         self.dtype = dtype
         self.verbose = verbose
 
+    @followed
     @ordinary
-    def fit(self, X: object, y: object = None, sample_weight: object = None) -> PerSampleGradient:
+    def fit(self, X: Data, y: Data | None = None, sample_weight: Array | None = None) -> PerSampleGradient:
         """Record the scale of the training loss; ``X, y`` as ``HessianInverter.fit`` takes them."""
         self._check_data(X, y)
         fit_whole(self, lambda fresh: fresh._fit(X, y, sample_weight))
@@ -126,7 +128,7 @@ class PerSampleGradient(Shown, SharesModel, RowTransformer):
         self._totals, self._columns = model.totals, columns_of(X if y is None else (X, y))
 
     @ordinary
-    def transform(self, X: object, y: object = None) -> Array:
+    def transform(self, X: Data, y: Data | None = None) -> Array:
         """Return the gradients (n, p) of ``(X, y)``, a tuple or two arguments (or a Dataset, a DataLoader, batches).
 
         For ``loss="output"`` they are (n c, p), and X alone will do. Arrays give an array. Tensors, and data sets and
@@ -181,7 +183,7 @@ class PerSampleGradient(Shown, SharesModel, RowTransformer):
         return self.loss_scale_ * gradient_rows(model, rows)
 
     @ordinary
-    def fit_transform(self, X: object, y: object = None, **fit_params: object) -> Array:
+    def fit_transform(self, X: Data, y: Data | None = None, **fit_params: Array) -> Array:
         """Fit, and return the gradients of the same rows."""
         return self.fit(X, y, **fit_params).transform(X, y)
 
@@ -191,7 +193,11 @@ class PerSampleGradient(Shown, SharesModel, RowTransformer):
         return np.asarray(self._layout.feature_names(), dtype=object)
 
     def __sklearn_tags__(self) -> Tags:
-        """Say that a target is needed, but for the outputs themselves."""
+        """Say that a target is needed, but for the outputs themselves.
+
+        ``array_api_support`` stays False: what it takes are a model's inputs, and a module computes in torch. Tensors
+        give tensors without it.
+        """
         tags = super().__sklearn_tags__()
         tags.target_tags.required = not self._is_of_outputs
         tags.no_validation = True

@@ -15,6 +15,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ._arguments import check_fit_arguments, check_fits_rows, check_method, check_shifts, refuse_model_settings
 from ._autograd import ordinary
+from ._callbacks import TakesCallbacks, followed
 from ._check import check_choice, check_shift, must_be
 from ._checkpoint import NOWHERE, Checkpoint
 from ._fitting import SharesModel, fit_whole
@@ -68,7 +69,7 @@ __all__ = ["HessianInverter"]
 
 
 @savable
-class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, TransformerMixin, Saved):
+class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColumns, TransformerMixin, Saved):
     r"""Solve (H + λI) x = b for a trained model's curvature H, one right-hand side per row.
 
     ``fit(model, data)``, ``fit(X, y)`` with ``model`` set, or ``fit(X)`` on plain rows, whose curvature is that of
@@ -235,6 +236,7 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
 
     # -- fit -------------------------------------------------------------------------------------------------------
 
+    @followed
     @ordinary
     def fit(self, X: TrainedModel | Data, y: Data | None = None, sample_weight: Array | None = None) -> Self:
         """Fit the inverse of a model's curvature over data, or of plain rows.
@@ -477,7 +479,8 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
             self._at_hand("curvature_", "spectrum")
         seed = None if self.random_state is None else random_seed(self.random_state)
         known = None if self.inverse_ is None else self.inverse_.all_eigenvalues
-        return spectrum(vars(self).get("curvature_"), known, n_probes=n_probes, steps=steps, random_state=seed)
+        curvature, settings = vars(self).get("curvature_"), {"n_probes": n_probes, "steps": steps}
+        return spectrum(curvature, known, **settings, random_state=seed, verbose=self.verbose)
 
     def inverse_transform(self, X: Array) -> Array:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
@@ -633,11 +636,11 @@ class HessianInverter(Summary, SharesModel, Posterior, NamedColumns, Transformer
         dtype = self.solve(np.zeros((1, size), X.dtype)).x.dtype
         return over_rows(self, method, X, size, dtype)
 
-    def _check_namespace(self, X: object, method: str) -> None:
+    def _check_namespace(self, X: object, method: str, asked: str = "HessianInverter") -> None:
         """Raise, where scikit-learn's dispatch is on, for rows of another library than those that were fitted."""
         fitted, given = vars(self).get("_namespace"), namespace_of(X)
         if dispatches() and fitted not in (None, given):
-            what = f"Inputs passed to {type(self).__name__}.{method}()"
+            what = f"Inputs passed to {asked}.{method}()"
             message = f"{what} must use the same namespace as those passed to fit(), {fitted}. Got {given} instead."
             raise ValueError(message)
 

@@ -18,7 +18,7 @@ from ._check import check_number, must_be
 from ._frames import check_inputs, columns_of
 from ._memory import rows_within
 from ._rows import Rows
-from ._types import Array, RandomState
+from ._types import Array, Data, RandomState
 from .covariance import checked_dispersion, evidence, output_variances, parameter_covariance
 from .curvature import Curvature
 from .data import batches_of, holds_tensors, is_data
@@ -210,7 +210,7 @@ class Posterior(ABC):
 
     @ordinary
     def predictive_variance(
-        self, X: object, y: object = None, *, outputs: str = "each", dispersion: float = 1.0
+        self, X: Data, y: Data | None = None, *, outputs: str = "each", dispersion: float = 1.0
     ) -> Array:
         r"""Return the variance of the model's outputs that the uncertainty of θ̂ makes: φ J (H + λI)⁻¹ Jᵀ / Σw.
 

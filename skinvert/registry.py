@@ -15,7 +15,7 @@ from ._frames import check_columns, refuse_parameters
 from ._linear_map import solve_linear
 from ._naming import may_take
 from ._rows import Rows
-from ._types import Array, RandomState, State
+from ._types import Array, Data, RandomState, State, TrainedModel
 from .methods.base import Method
 from .models import TorchTwiceDifferentiable, TwiceDifferentiable, as_model
 from .perturbation import check_perturbation, resolve
@@ -121,8 +121,8 @@ class InversionRegistry:
     def call(
         cls,
         inversion_method: InversionMethod | str,
-        model: object,
-        training_data: object,
+        model: TrainedModel,
+        training_data: Data,
         b: Array,
         hessian_perturbation: float | str = 0.0,
         **kwargs: object,
@@ -187,7 +187,7 @@ def find_method(
 def solve_hvp(
     inversion_method: InversionMethod | str,
     model: TwiceDifferentiable,
-    training_data: object,
+    training_data: Data,
     b: Array,
     *,
     hessian_perturbation: float | str = 0.0,

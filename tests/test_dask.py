@@ -12,7 +12,7 @@ import torch
 from dask.distributed import Client, LocalCluster
 from torch import nn
 
-from skinvert import HessianInverter, InfluenceFunction, PerSampleGradient
+from skinvert import HessianInverter, HessianInverterCV, InfluenceFunction, PerSampleGradient
 
 N, D, C, P = 60, 4, 3, 15
 METHODS = ["direct", "cg", "ekfac"]
@@ -202,3 +202,13 @@ def test_two_gigabytes_of_scores_go_to_zarr_with_less_in_each_worker(client, tmp
     expected = influence.transform((test[some].compute(), targets[some].compute()))
     found = da.from_zarr(str(tmp_path / "scores.zarr"))[some].compute()
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-15)
+
+
+def test_a_search_maps_blocks_too():
+    X = np.random.default_rng(0).standard_normal((20, 4))
+    search = HessianInverterCV([0.1, 1.0], cv=2).fit(X)
+    lazy = da.from_array(X, chunks=(8, -1))
+    for method in ("transform", "inverse_transform"):
+        received = getattr(search, method)(lazy)
+        assert isinstance(received, da.Array)
+        np.testing.assert_allclose(received.compute(), getattr(search, method)(X), rtol=1e-12)

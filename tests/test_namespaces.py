@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import sklearn
 import torch
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from skinvert import HessianInverter, load
+from skinvert import HessianInverter, HessianInverterCV, InfluenceFunction, PerSampleGradient, load
 
 ROWS = np.random.default_rng(0).standard_normal((20, 3))
 B = np.random.default_rng(1).standard_normal((4, 3))
@@ -39,10 +40,10 @@ def expected(method="direct"):
 CHECKS = """
 import json, warnings
 from sklearn.utils.estimator_checks import check_estimator
-from skinvert import HessianInverter
+from skinvert import HessianInverter, HessianInverterCV
 warnings.simplefilter("ignore")
 found = []
-for estimator in (HessianInverter(), HessianInverter("cg"), HessianInverter("direct", 0.5)):
+for estimator in (HessianInverter(), HessianInverter("cg"), HessianInverter("direct", 0.5), HessianInverterCV(cv=2)):
     found += check_estimator(estimator, on_fail=None)
 named = [(str(one["status"]), one["check_name"], str(one["exception"])) for one in found]
 print(json.dumps([one for one in named if "array_api" in one[1]]))
@@ -55,8 +56,8 @@ def test_scikit_learns_checks_expect_no_failure():
     found = json.loads(shown.stdout)
     assert [one for one in found if one[0] not in ("passed", "skipped")] == []
     if sklearn.__version__ >= "1.9":
-        # Of three estimators: NumPy, two of strict arrays, two of torch's, mixed, and another library than the fit's.
-        assert sum(one[0] == "passed" for one in found) == 21
+        # Of four estimators: NumPy, two of strict arrays, two of torch's, mixed, and another library than the fit's.
+        assert sum(one[0] == "passed" for one in found) == 28
 
 
 @pytest.mark.parametrize("method", ["direct", "cg", "arnoldi"])
@@ -128,3 +129,47 @@ def test_without_dispatch_such_arrays_are_taken_as_numpys():
     received = expected().transform(strict().asarray(B))
     assert isinstance(received, np.ndarray)
     np.testing.assert_array_equal(received, expected().transform(B))
+
+
+def test_a_search_keeps_the_library_too():
+    xp, weights = strict(), np.arange(20.0) + 1
+    plain = HessianInverterCV([0.1, 1.0], cv=2).fit(ROWS, sample_weight=weights)
+    with sklearn.config_context(array_api_dispatch=True):
+        search = HessianInverterCV([0.1, 1.0], cv=2).fit(xp.asarray(ROWS), sample_weight=xp.asarray(weights))
+        b = xp.asarray(B)
+        received = search.transform(b)
+        assert type(received) is type(search.inverse_transform(b)) is type(b)
+        with pytest.raises(ValueError, match=r"HessianInverterCV.transform\(\) must use the same namespace"):
+            search.transform(B)
+        with pytest.raises(ValueError, match=r"HessianInverterCV.inverse_transform\(\) must use the same namespace"):
+            search.inverse_transform(B)
+    np.testing.assert_array_equal(np.asarray(received), plain.transform(B))
+    assert search.hessian_perturbation_ == plain.hessian_perturbation_
+
+
+@pytest.mark.parametrize("kind", [Ridge, LogisticRegression])
+def test_a_model_that_was_fitted_on_tensors(kind):
+    # As scikit-learn leaves it under dispatch: its attributes are tensors.
+    y = (ROWS[:, 0] > 0).astype(int)
+    model = kind().fit(ROWS, y)
+    expected = InfluenceFunction().fit(model, (ROWS, y)).transform((ROWS, y))
+    for name in ("coef_", "intercept_", "classes_"):
+        if name in vars(model):
+            setattr(model, name, torch.as_tensor(getattr(model, name)))
+    data = torch.from_numpy(ROWS), torch.from_numpy(y)
+    with sklearn.config_context(array_api_dispatch=True):
+        received = InfluenceFunction().fit(model, data).transform(data)
+    assert isinstance(received, torch.Tensor)
+    np.testing.assert_array_equal(received.numpy(), expected)
+
+
+def test_what_models_are_given_is_torchs():
+    net, y = torch.nn.Linear(3, 2).double(), torch.arange(20) % 2
+    with sklearn.config_context(array_api_dispatch=True):
+        gradients = PerSampleGradient(net, loss="cross_entropy").fit(torch.from_numpy(ROWS), y)
+        assert isinstance(gradients.transform((torch.from_numpy(ROWS), y)), torch.Tensor)
+        received = gradients.transform((strict().asarray(ROWS), y))
+    # Of another library they are read as NumPy's are, and the tag does not say otherwise.
+    assert isinstance(received, np.ndarray)
+    assert not gradients.__sklearn_tags__().array_api_support
+    assert not InfluenceFunction().__sklearn_tags__().array_api_support

@@ -10,10 +10,12 @@ import torch
 from joblib import Parallel, delayed
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 from torch import nn
 
-from skinvert import HessianInverter, HessianInverterCV, InfluenceFunction, make_quadratic_scorer
+from skinvert import HessianInverter, HessianInverterCV, InfluenceFunction, make_quadratic_scorer, solve_hvp
 from skinvert.methods import CG
 from skinvert.metrics import leave_one_out
 
@@ -54,6 +56,57 @@ def with_a_bar():
     HessianInverter(SHORT, verbose=1).fit(X).transform(b)
 
 
+def along_a_path():
+    X, b = rows()
+    HessianInverter(SHORT).fit(X).path(b, [1e-3, 1e-2])
+
+
+def fit_and_transform():
+    X, _ = rows()
+    HessianInverter(SHORT).fit_transform(X)
+
+
+def in_a_pipeline():
+    X, b = rows()
+    pipe = make_pipeline(FunctionTransformer(), HessianInverter(SHORT)).fit(X)
+    pipe.transform(b)
+
+
+def in_a_pipeline_at_once():
+    X, _ = rows()
+    make_pipeline(FunctionTransformer(), HessianInverter(SHORT)).set_output(transform="pandas").fit_transform(X)
+
+
+def of_a_function():
+    net, X, y = network()
+    solve_hvp("cg", net, (X, y), np.ones((1, 26)), hessian_perturbation=0.1, loss="cross_entropy", maxiter=1, rtol=1e-9)
+
+
+def differentiated():
+    X, b = rows()
+    free = torch.from_numpy(b).requires_grad_()
+    HessianInverter(SHORT).fit(X).transform(free).sum().backward()
+
+
+def in_quadratic_forms():
+    X, b = rows()
+    HessianInverter(SHORT, 0.1).fit(X).quadratic(b)
+
+
+def held_out_scores():
+    net, X, y = network()
+    indefinite = HessianInverter("cg", curvature="hessian", loss="cross_entropy").fit(net, (X, y))
+    indefinite.score((X, y))
+
+
+def of_a_grid_of_models():
+    net, X, y = network()
+    grid = {"inverter__hessian_perturbation": [0.1, 1.0]}
+    influence = InfluenceFunction(HessianInverter(SHORT, curvature="ggn", loss="cross_entropy", model=net))
+    cross_val_score(influence, X.numpy(), y.numpy(), cv=2)
+    GridSearchCV(influence, grid, cv=2).fit(X.numpy(), y.numpy()).transform((X.numpy(), y.numpy()))
+
+
 def as_a_scipy_operator():
     X, b = rows()
     operator = HessianInverter(SHORT).fit(X).aslinearoperator()
@@ -75,6 +128,12 @@ def in_threads():
     X, b = rows()
     inverter = HessianInverter(SHORT).fit(X)
     Parallel(n_jobs=1)(delayed(inverter.transform)(b) for _ in range(2))
+
+
+def in_blocks_of_dask():
+    X, b = rows()
+    blocks = pytest.importorskip("dask.array").from_array(b, chunks=(1, -1))
+    HessianInverter(SHORT).fit(X).transform(blocks).compute(scheduler="synchronous")
 
 
 def scores():
@@ -137,10 +196,20 @@ def retraining_that_ends_where_it_began():
 CALLS = [
     solve,
     with_a_bar,
+    along_a_path,
+    fit_and_transform,
+    in_a_pipeline,
+    in_a_pipeline_at_once,
+    of_a_function,
+    differentiated,
+    in_quadratic_forms,
+    held_out_scores,
+    of_a_grid_of_models,
     as_a_scipy_operator,
     in_a_search,
     in_cross_validation,
     in_threads,
+    in_blocks_of_dask,
     scores,
     own_scores,
     largest_scores,

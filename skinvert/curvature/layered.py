@@ -11,7 +11,7 @@ from .._checkpoint import NOWHERE, Checkpoint
 from .._types import Batch
 from ..operators import KroneckerFactors, add_to_diagonal
 from .factored import Factored
-from .layers import Signals, agrees, dense_from_layers, kronecker_factors
+from .layers import Signals, agrees, dense_from_layers, diagonal_from_layers, kronecker_factors
 
 __all__ = ["Layered"]
 
@@ -45,6 +45,13 @@ class Layered(Factored):
         # For one row of F a sample, the factor's own product costs n p² too.
         matrix = self._dense_from_layers(verbose) if self.rank > 1 else None
         return super().to_dense(verbose) if matrix is None else add_to_diagonal(matrix, self.penalty)
+
+    def diagonal(self) -> torch.Tensor:
+        """Return the diagonal, from the layers' inputs and signals, else from the squares of the factor."""
+        found = diagonal_from_layers(self)
+        if found is None:
+            return super().diagonal()
+        return found if self.penalty is None else found + self.penalty
 
     def diagonal_at(self, names: Collection[str]) -> torch.Tensor:
         """Return the exact diagonal at some parameters, in flat order, with no derivative by the others."""

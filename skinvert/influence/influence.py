@@ -13,6 +13,7 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
 from .._autograd import ordinary
+from .._callbacks import TakesCallbacks, followed
 from .._check import check_choice, check_number, must_be
 from .._fitting import fit_whole
 from .._frames import (
@@ -27,9 +28,9 @@ from .._frames import (
 )
 from .._lazy import is_lazy, over_rows
 from .._memory import check_memory, readable
-from .._progress import say
+from .._progress import progress_by, say
 from .._shown import Shown
-from .._types import Array, State
+from .._types import Array, Data, Indices, State, TrainedModel
 from ..data import as_data, check_row_order, holds_tensors
 from ..files import Whole
 from ..inverter import HessianInverter
@@ -72,7 +73,7 @@ class Top(NamedTuple):
     scores: Array
 
 
-class InfluenceFunction(Shown, RowStatistics, RowTransformer):
+class InfluenceFunction(TakesCallbacks, Shown, RowStatistics, RowTransformer):
     r"""Predict what removing each training row does to what is measured on test rows.
 
     ``fit(model, data)``, or ``fit(X, y)`` with the inverter's ``model`` set; ``transform((X_test, y_test))`` is the
@@ -123,6 +124,29 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
     index_ : ndarray of shape (n_train,)
         Labels of the training rows: the index of their frame, or 0, …, n − 1.
 
+    Methods
+    -------
+    fit(X, y=None, sample_weight=None)
+        Fit the inverter of a model and its training data.
+    transform(X, y=None)
+        The scores (n_test, n_train) of test data.
+    top(X, y=None, k=10)
+        The training rows that matter most to each test row.
+    self_influence()
+        What removing a training row does to its own measurement.
+    group_effect(groups, X, y=None)
+        What removing groups of rows does.
+    feature_influence(rows, X, y=None)
+        How measurements change as the features of training rows do.
+    removed_parameters(rows), predict_without(rows, X)
+        The parameters, and the outputs, without some rows: unlearning.
+    leverage(), diagnostics(), loo_predict(), jackknife_plus(X)
+        What regressions call these, for the price of one fit.
+    report(X, y=None)
+        One figure.
+    score(X, y=None)
+        The held-out quadratic, for searches over λ.
+
     References
     ----------
     Koh & Liang (2017), "Understanding black-box predictions via influence functions"; the sign here is that of removal.
@@ -147,7 +171,7 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
 
     def __init__(
         self,
-        inverter: object = None,
+        inverter: HessianInverter | HessianInverterCV | FrozenEstimator | None = None,
         *,
         removal: str = "first_order",
         measurement: str | Measurement | Sequence[Measurement] = "loss",
@@ -168,8 +192,11 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
 
     # -- fit -------------------------------------------------------------------------------------------------------
 
+    @followed
     @ordinary
-    def fit(self, X: object, y: object = None, sample_weight: object = None) -> InfluenceFunction:
+    def fit(
+        self, X: TrainedModel | Sequence[TrainedModel] | Data, y: Data | None = None, sample_weight: Array | None = None
+    ) -> InfluenceFunction:
         """Fit the inverter.
 
         Parameters
@@ -230,7 +257,7 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
     # -- scores ----------------------------------------------------------------------------------------------------
 
     @ordinary
-    def transform(self, X: object, y: object = None, *, out: Out = None) -> Array:
+    def transform(self, X: Data, y: Data | None = None, *, out: Out = None) -> Array:
         """Return the scores of test data, ``(X, y)`` as a tuple or two arguments (or a Dataset, a DataLoader, batches).
 
         Parameters
@@ -290,9 +317,15 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
         self._say(fitted, test.count)
         known_by = "" if out is None else self._fingerprint(fitted, test)
         scores = destination(out, (test.count, n), dtype, fitted.model.device, known_by)
-        for rows, cols, block in self._blocks(fitted, test, scores.has):
+        found = self._blocks(fitted, test, scores.has)
+        for rows, cols, block in self._under_bar(found, test.count, scores.known):
             scores.write(rows, cols, block)
         return scores.close()
+
+    def _under_bar(self, found: Iterator[Block], n_test: int, known: Callable[[], int] = int) -> Iterator[Block]:
+        """Yield the blocks under one bar, over all the passes that a matrix in chunks takes."""
+        size, total = lambda block: block[2].numel(), n_test * self.n_samples_
+        return progress_by(found, size, "scores", self.verbose, total, known)
 
     def _say(self, fitted: Fitted, n_test: int) -> None:
         n, size = self.n_samples_, fitted.model.dtype.itemsize
@@ -342,7 +375,7 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
         return self._back(self._mean(lambda member: self_influence(member._fitted())), None)
 
     @ordinary
-    def top(self, X: object, y: object = None, *, k: int = 10, harmful: bool = False) -> Top:
+    def top(self, X: Data, y: Data | None = None, *, k: int = 10, harmful: bool = False) -> Top:
         """Return the k training rows whose removal raises each test row's measurement most; the matrix is not held.
 
         Parameters
@@ -379,10 +412,11 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
             scores = self._mean(lambda member: member._matrix(data))
             return iter([(slice(0, len(scores)), slice(0, self.n_samples_), scores)])
         fitted = self._fitted()
-        return self._blocks(fitted, fitted.test(data), lambda *_: False)
+        test = fitted.test(data)
+        return self._under_bar(self._blocks(fitted, test, lambda *_: False), test.count)
 
     @ordinary
-    def group_effect(self, groups: object, X: object, y: object = None) -> Array:
+    def group_effect(self, groups: Array | Sequence[Indices], X: Data, y: Data | None = None) -> Array:
         """Return the predicted changes (n_test, n_groups) when all rows of a group are removed together.
 
         Parameters
@@ -408,7 +442,7 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
     # -- parameters ------------------------------------------------------------------------------------------------
 
     @ordinary
-    def removed_parameters(self, rows: object) -> State:
+    def removed_parameters(self, rows: Indices) -> State:
         """Return the parameters that training without ``rows`` (an int, or ints) is predicted to give.
 
         One step of unlearning: ``model.load_state_dict(influence.removed_parameters(rows), strict=False)``.
@@ -426,7 +460,7 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
         return dict(zip(near.layout.names, (tensor.detach() for tensor in near.theta), strict=True))
 
     @ordinary
-    def predict_without(self, rows: object, X: object, y: object = None) -> Array:
+    def predict_without(self, rows: Indices, X: Data, y: Data | None = None) -> Array:
         """Return the model's outputs (n_test, c) on test data at ``removed_parameters(rows)``; of an ensemble the mean.
 
         Outputs are the module's own: logits, where its loss takes these. Targets do not count: X alone will do.
@@ -436,7 +470,7 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
         return self._back(self._mean(lambda member: outputs_without(member._fitted(), chosen, data)), data)
 
     @ordinary
-    def feature_influence(self, rows: object, X: object, y: object = None) -> Array:
+    def feature_influence(self, rows: Indices, X: Data, y: Data | None = None) -> Array:
         """Return the derivatives ``(n_test, m, *shape)`` of each test measurement by the inputs of m training ``rows``.
 
         −(wⱼ/Σw) ∂/∂xⱼ (gⱼ(xⱼ)ᵀ A⁻¹ ∇vᵢ): how the measurement changes as the features of a training row do, the model
@@ -452,8 +486,8 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
 
     def report(
         self,
-        X: object,
-        y: object = None,
+        X: Data,
+        y: Data | None = None,
         *,
         n_rows: int = 3,
         k: int = 5,
@@ -481,7 +515,7 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
         self._alone("report")
         return report(self, X, y, n_rows=n_rows, k=k, train=train, image_shape=image_shape)
 
-    def score(self, X: object, y: object = None, sample_weight: object = None) -> float:
+    def score(self, X: Data, y: Data | None = None, sample_weight: Array | None = None) -> float:
         """Return ``HessianInverter.score``, the held-out quadratic: for searches over λ; of an ensemble the mean."""
         check_is_fitted(self, "n_samples_")
         return float(np.mean([member.inverter_.score(X, y, sample_weight) for member in self._members()]))
@@ -499,7 +533,7 @@ class InfluenceFunction(Shown, RowStatistics, RowTransformer):
         return np.array([str(label) for label in self.index_], dtype=object)
 
     def __sklearn_tags__(self) -> Tags:
-        """Say that a target is needed."""
+        """Say that a target is needed; ``array_api_support`` is False as for ``PerSampleGradient``."""
         tags = super().__sklearn_tags__()
         tags.target_tags.required = True
         tags.no_validation = True

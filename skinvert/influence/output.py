@@ -55,6 +55,10 @@ class Destination:
         """Return whether an earlier run has written all of these."""
         return self.resumed and bool(np.isfinite(self.array[rows, cols]).all())
 
+    def known(self) -> int:
+        """Return how many entries an earlier run has written."""
+        return sum(int(np.isfinite(row).sum()) for row in self.array) if self.resumed else 0
+
     def close(self) -> Array:
         """Return the matrix, on disk where it is a file."""
         if isinstance(self.array, np.memmap):

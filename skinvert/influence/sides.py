@@ -11,7 +11,7 @@ import torch
 
 from .._check import must_be
 from .._memory import rows_within
-from .._progress import progress
+from .._progress import progress_by
 from .._types import Batch
 from ..curvature import derivatives_along, gradient_rows, most_directions, split_batch
 from ..data import Batches
@@ -117,8 +117,12 @@ class RowSide(Side):
 
     def parts(self, most: int | None = None) -> Iterator[tuple[slice, Batch, torch.Tensor]]:
         """Yield which rows, their batch and their shares (m,)."""
+        parts = self._parts(most)
+        yield from progress_by(parts, lambda part: len(part[2]), "rows", self.verbose, self.count)
+
+    def _parts(self, most: int | None) -> Iterator[tuple[slice, Batch, torch.Tensor]]:
         start = 0
-        for batch, weights in progress(self.batches, "rows", self.verbose):
+        for batch, weights in self.batches:
             shares = torch.ones_like(weights) if self.total is None else weights / self.total
             for rows, part in split_batch(batch, shares, len(shares) if most is None else most):
                 yield slice(start, start + len(part)), rows, part

@@ -12,7 +12,7 @@ import torch
 
 from .._autograd import ordinary
 from .._check import check_choice, check_number, must_be
-from .._types import Array
+from .._types import Array, Data
 from .diagnostics import Diagnostics, diagnose, leverage
 from .fitted import Fitted
 from .jackknife import jackknife_plus
@@ -118,7 +118,7 @@ class RowStatistics(ABC):
         return found.cpu().numpy()
 
     @ordinary
-    def jackknife_plus(self, X: object, *, alpha: float = 0.1) -> Array:
+    def jackknife_plus(self, X: Data, *, alpha: float = 0.1) -> Array:
         r"""Return jackknife+ prediction intervals (n_test, 2) of a regression with one real target, lower and upper.
 
         From the ⌊α(n + 1)⌋-th smallest of μ₍ᵢ₎(x) − Rᵢ to the ⌈(1 − α)(n + 1)⌉-th smallest of μ₍ᵢ₎(x) + Rᵢ, with μ₍ᵢ₎

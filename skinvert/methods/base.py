@@ -15,6 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from .._autograd import ordinary_methods
 from .._check import finite_rows, must_be
 from .._checkpoint import Checkpoint
+from .._progress import progress
 from .._state import TensorState
 from .._telling import warn
 from ..operators import LinearOperator, Shifted
@@ -126,6 +127,8 @@ class InverseOperator(TensorState, ABC):
     name: str = ""
     # Whether a solve needs the curvature itself, and with it the model and the data.
     keeps_operator: bool = False
+    # 1 shows a bar where solves take long.
+    verbose: int = 0
 
     _transient: tuple[str, ...] = ("exact",)
 
@@ -195,7 +198,8 @@ class InverseOperator(TensorState, ABC):
 
     def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> list[InverseHvpResult]:
         """Return what ``solve`` returns, residuals and warnings included, at every λ, from one factorisation."""
-        return [self.at(shift).judged_as(self).solve(B) for shift in hessian_perturbations]
+        shifts = progress(list(hessian_perturbations), "path", self.verbose)
+        return [self.at(shift).judged_as(self).solve(B) for shift in shifts]
 
     def path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> torch.Tensor:
         """Return the solutions (n_λ, k, p) of rows B at every λ, from one factorisation."""

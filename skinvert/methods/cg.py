@@ -197,7 +197,8 @@ class CGInverse(InverseOperator):
         together. A λ at which a row has not converged is solved again by ``solve``, and judged and warned of as there.
         """
         if self.preconditioner is not None or self.x0 is not None or self.start is not None:
-            return [self.at(shift).solve(B) for shift in hessian_perturbations]
+            each = progress(list(hessian_perturbations), "path", self.verbose)
+            return [self.at(shift).solve(B) for shift in each]
         shifts = list(hessian_perturbations)
         X, info = shifted_cg(self.curvature, B, shifts, self.rtol, self.atol, self.maxiter, self.verbose)
         whole = {"n_products": info["n_products"], "approximate": False}

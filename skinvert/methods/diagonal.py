@@ -39,7 +39,7 @@ class Diagonal(Method):
 
     name: ClassVar[str] = "diagonal"
     gaussian: ClassVar[bool] = True
-    cost: ClassVar[str] = "p products (Hessian) or one pass of the factor"
+    cost: ClassVar[str] = "p products (Hessian) or c backward passes"
     memory: ClassVar[str] = "p"
     exactness: ClassVar[str] = "the diagonal alone"
     choose_it_for: ClassVar[str] = "the cheapest baseline; preconditioning"

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._memory import rows_within
+from .._progress import progress_by
 from .._scaling import far_exponents, norms, times_powers
 from ..operators import LinearOperator, Shifted
 from ..operators.bases import rounding
@@ -217,7 +218,8 @@ class Certificate:
 
     def own(self, B: torch.Tensor) -> QuadraticForms:
         """Return bᵀ(A + λI)⁻¹b (k,) of rows b, in chunks."""
-        parts = [self.own_of(self.solved(rows)) for rows in self._chunks(B)]
+        chunks = progress_by(self._chunks(B), len, "quadratic forms", self.inverse.verbose, len(B))
+        parts = [self.own_of(self.solved(rows)) for rows in chunks]
         return QuadraticForms(*(torch.cat([vars(part)[name] for part in parts]) for name in FIELDS))
 
     def own_of(self, solved: SolvedRows) -> QuadraticForms:
@@ -236,7 +238,7 @@ class Certificate:
         held = self.solved(G)
         found = [torch.empty(len(G), len(B), dtype=torch.float64, device=G.device) for _ in range(2)]
         start = 0
-        for rows in self._chunks(B, len(G)):
+        for rows in progress_by(self._chunks(B, len(G)), len, "quadratic forms", self.inverse.verbose, len(B)):
             other = SolvedRows.unsolved(rows.double()) if one_sided else self.solved(rows)
             part = self.pairs_of(held, other)
             columns = slice(start, start := start + len(rows))

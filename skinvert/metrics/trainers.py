@@ -27,7 +27,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils.parallel import Parallel, delayed
 
 from .._check import check_sample_weight, must_be
-from .._progress import progress
+from .._progress import closing_bars, progress
 from .._telling import warn
 from .._types import Array
 from ..data import as_pair, count, take
@@ -101,7 +101,8 @@ class Retraining(ABC):
             kept = map(self.with_all_classes, kept)
         jobs = (delayed(_outcome)(self, rows, measure, test) for rows in kept)
         found: Iterator[np.ndarray] = Parallel(n_jobs=n_jobs, return_as="generator")(jobs)
-        outcomes = list(progress(found, "retraining", verbose, total))
+        with closing_bars():
+            outcomes = list(progress(found, "retraining", verbose, total))
         return before, np.reshape(outcomes, (total, len(before)))
 
 

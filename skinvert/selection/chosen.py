@@ -12,8 +12,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from .._arguments import check_fits_rows
 from .._fitting import SharesModel
+from .._lazy import is_lazy
 from .._shown import Shown
-from .._types import Array, RandomState, State
+from .._types import Array, Data, RandomState, State
 from ..files import Saved
 from ..inverter import HessianInverter
 from ..methods.base import InverseOperator, Method
@@ -90,9 +91,11 @@ class ChosenInverter(Shown, SharesModel, TransformerMixin, Saved):
 
     def transform(self, X: Array) -> Array:
         """Return the solutions of (H + λI) x = b, as ``HessianInverter.transform``."""
-        return self._chosen().solve(X).x
+        chosen = self._chosen()
+        chosen._check_namespace(X, "transform", type(self).__name__)
+        return chosen.transform(X) if is_lazy(X) else chosen.solve(X).x
 
-    def fit_transform(self, X: object, y: object = None, **fit_params: object) -> Array:
+    def fit_transform(self, X: Array, y: Array | None = None, **fit_params: Array) -> Array:
         """Fit plain rows and return the solutions for them."""
         check_fits_rows(X, self.model)
         return self.fit(X, y, **fit_params).transform(X)
@@ -126,7 +129,7 @@ class ChosenInverter(Shown, SharesModel, TransformerMixin, Saved):
         return self._chosen().covariance(kind, dispersion=dispersion)
 
     def predictive_variance(
-        self, X: object, y: object = None, *, outputs: str = "each", dispersion: float = 1.0
+        self, X: Data, y: Data | None = None, *, outputs: str = "each", dispersion: float = 1.0
     ) -> Array:
         """Return the variance of the model's outputs, as ``HessianInverter.predictive_variance``."""
         return self._chosen().predictive_variance(X, y, outputs=outputs, dispersion=dispersion)
@@ -137,13 +140,14 @@ class ChosenInverter(Shown, SharesModel, TransformerMixin, Saved):
 
     def inverse_transform(self, X: Array) -> Array:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
+        self._chosen()._check_namespace(X, "inverse_transform", type(self).__name__)
         return self._chosen().inverse_transform(X)
 
     def residual(self, b: Array, x: Array) -> Array:
         """Return ‖(H + λI)x − b‖ / ‖b‖ (k,) against the exact curvature."""
         return self._chosen().residual(b, x)
 
-    def score(self, X: object, y: object = None, sample_weight: object = None) -> float:
+    def score(self, X: Data, y: Data | None = None, sample_weight: Array | None = None) -> float:
         """Return the held-out quadratic of rows that were not fitted, as ``HessianInverter.score``."""
         return self._chosen().score(X, y, sample_weight)
 
@@ -166,6 +170,7 @@ class ChosenInverter(Shown, SharesModel, TransformerMixin, Saved):
     def __sklearn_tags__(self) -> Tags:
         """Say what ``HessianInverter`` says."""
         tags = super().__sklearn_tags__()
+        tags.array_api_support = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         tags.target_tags.required = False
         return tags

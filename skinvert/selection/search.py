@@ -11,18 +11,19 @@ from typing import Self
 import numpy as np
 import scipy.linalg
 import scipy.stats
-import torch
-from sklearn.model_selection import check_cv
+from sklearn.model_selection import BaseCrossValidator, BaseShuffleSplit, check_cv
 from sklearn.utils import check_array
 
 from .._arguments import check_fit_arguments, check_method
 from .._autograd import ordinary
+from .._callbacks import TakesCallbacks, followed
 from .._check import check_sample_weight, check_shift, must_be
 from .._fitting import fit_whole
 from .._frames import Columned, Frame
+from .._namespaces import to_numpy
 from .._progress import progress, say
 from .._schema import check_fields
-from .._types import Decay, Device, Globs, Partition, RandomState, State
+from .._types import Array, Data, Decay, Device, DType, Globs, LossLike, Partition, RandomState, State, TrainedModel
 from ..answers import check_container, setting_fields
 from ..curvature import Sampled
 from ..data import as_data, as_pair, batches_of, count, take
@@ -53,7 +54,7 @@ FITTED = {
 
 
 @savable
-class HessianInverterCV(ChosenInverter):
+class HessianInverterCV(TakesCallbacks, ChosenInverter):
     r"""A ``HessianInverter`` that chooses λ by cross-validation, then fits on all rows.
 
     As ``GridSearchCV`` over ``hessian_perturbation``, but the curvature of a fold is assembled and factorised once for
@@ -109,18 +110,18 @@ class HessianInverterCV(ChosenInverter):
         self,
         hessian_perturbations: Iterable[float | str] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2),
         *,
-        cv: object = 5,
+        cv: int | BaseCrossValidator | BaseShuffleSplit | Iterable[tuple[np.ndarray, np.ndarray]] = 5,
         scoring: Callable[..., float] | None = None,
         method: str | Method = "auto",
         curvature: str | Sampled = "auto",
-        model: object = None,
-        loss: object = None,
+        model: TrainedModel | None = None,
+        loss: LossLike | None = None,
         weight_decay: Decay = 0.0,
         params: Globs = None,
         blocks: Partition = None,
         batch_size: int | None = None,
         device: Device = None,
-        dtype: object = None,
+        dtype: DType = None,
         random_state: RandomState = None,
         check_residual: bool = True,
         verbose: int = 0,
@@ -142,9 +143,14 @@ class HessianInverterCV(ChosenInverter):
         self.check_residual = check_residual
         self.verbose = verbose
 
+    @followed
     @ordinary
     def fit(
-        self, X: object, y: object = None, sample_weight: object = None, groups: object = None
+        self,
+        X: TrainedModel | Data,
+        y: Data | None = None,
+        sample_weight: Array | None = None,
+        groups: Array | None = None,
     ) -> HessianInverterCV:
         """Choose λ, and fit the inverse at it on all rows.
 
@@ -189,7 +195,7 @@ class HessianInverterCV(ChosenInverter):
             return X, y
         if self.model is not None:
             return None, as_data(X, y)
-        rows = X.detach().cpu().numpy() if isinstance(X, torch.Tensor) else X
+        rows = to_numpy(X)
         checked = check_array(rows, dtype=[np.float64, np.float32], estimator=self, input_name="X")
         # The folds of a frame are frames, and know its columns.
         return None, rows if isinstance(rows, Frame | Columned) else checked

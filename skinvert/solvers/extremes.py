@@ -10,6 +10,7 @@ import torch
 
 from .._check import check_number
 from .._memory import rows_within
+from .._progress import progress_by
 from .._scaling import ScaledProducts, norms
 from ..operators import LinearOperator, check_dense_memory
 from ..results import Spectrum
@@ -58,7 +59,7 @@ class _Scaled(LinearOperator):
 
 
 def extreme_eigenvalues(
-    A: LinearOperator, *, tol: float = 1e-4, maxiter: int = 20, random_state: int | None = 0
+    A: LinearOperator, *, tol: float = 1e-4, maxiter: int = 20, random_state: int | None = 0, verbose: int = 0
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Return the smallest and the largest eigenvalue of A, each with a bound of its error.
 
@@ -76,6 +77,8 @@ def extreme_eigenvalues(
         Most times that the Krylov space of 60 rows is filled.
     random_state : int, default=0
         Of the starting rows.
+    verbose : int, default=0
+        1 shows a progress bar.
 
     Returns
     -------
@@ -101,6 +104,7 @@ def extreme_eigenvalues(
         floor=tol,
         maxiter=maxiter,
         generator=seeded(random_state, "extreme_eigenvalues"),
+        verbose=verbose,
         repeated=False,
     )
     found = list(zip(pairs.values.tolist(), pairs.errors.tolist(), strict=True))
@@ -108,7 +112,7 @@ def extreme_eigenvalues(
 
 
 def lanczos_density(
-    A: LinearOperator, n_probes: int = 10, steps: int = 60, random_state: int | None = 0
+    A: LinearOperator, n_probes: int = 10, steps: int = 60, random_state: int | None = 0, verbose: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Return nodes and weights of the spectral density of A, by stochastic Lanczos quadrature.
 
@@ -126,6 +130,8 @@ def lanczos_density(
         Lanczos steps of each; at most p.
     random_state : int, default=0
         Of the probes; None is 0.
+    verbose : int, default=0
+        1 shows a progress bar.
 
     Returns
     -------
@@ -144,8 +150,9 @@ def lanczos_density(
     generator = seeded(random_state, "lanczos_density")
     nodes, weights = [], []
     chunk = rows_within(2 * steps * A.size * A.dtype.itemsize, n_probes)
-    for done in range(0, n_probes, chunk):
-        probes = gaussian_rows(min(chunk, n_probes - done), A, generator)
+    counts = [min(chunk, n_probes - done) for done in range(0, n_probes, chunk)]
+    for count in progress_by(counts, int, "spectral density", verbose, n_probes):
+        probes = gaussian_rows(count, A, generator)
         values, S = torch.linalg.eigh(_tridiagonal(A, probes, steps))
         nodes.append(values.flatten())
         weights.append(S[:, 0].square().flatten())
@@ -183,31 +190,33 @@ def spectrum(
     n_probes: int = 10,
     steps: int = 60,
     random_state: int | None = 0,
+    verbose: int = 0,
 ) -> Spectrum:
     """Return all eigenvalues of A where they are known or cheap, else their density.
 
-    Known: given as such, of a full decomposition. Cheap: up to 1,000 parameters, or rows of a factor.
+    Known: given as such, of a full decomposition. Cheap: up to 1,000 parameters, or rows of a factor. ``verbose=1``
+    shows progress bars.
     """
     found = None if known is None else _uniform(known)
     if found is None:
         assert A is not None
-        found = _computed_eigenvalues(A)
+        found = _computed_eigenvalues(A, verbose)
     if found is not None:
         values, weights = found
         return Spectrum(values, weights, True, (float(values[0]), 0.0), (float(values[-1]), 0.0))
     assert A is not None
-    smallest, largest = extreme_eigenvalues(A, random_state=random_state)
-    nodes, density = lanczos_density(A, n_probes, steps, random_state)
+    smallest, largest = extreme_eigenvalues(A, random_state=random_state, verbose=verbose)
+    nodes, density = lanczos_density(A, n_probes, steps, random_state, verbose)
     return Spectrum(nodes.numpy(), density.numpy(), False, smallest, largest)
 
 
-def _computed_eigenvalues(A: LinearOperator) -> tuple[np.ndarray, np.ndarray] | None:
+def _computed_eigenvalues(A: LinearOperator, verbose: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Return all eigenvalues of a small matrix, or of a factor of few rows, with their weights; else None."""
     penalty = A.penalty
     rows = A.size if A.factor_shape is None else A.factor_shape[0]
     if rows < A.size and rows <= EXACT_SIZE and (penalty is None or bool((penalty == penalty[0]).all())):
         rest = 0.0 if penalty is None else float(penalty[0])
-        F = A.factor()
+        F = A.factor(verbose)
         values = torch.linalg.eigvalsh((F @ F.mT).to(torch.float64)).clamp(min=0) + rest
         weights = np.full(rows + 1, 1 / A.size)
         weights[0] = (A.size - rows) / A.size
@@ -215,7 +224,7 @@ def _computed_eigenvalues(A: LinearOperator) -> tuple[np.ndarray, np.ndarray] | 
     if A.size > EXACT_SIZE:
         return None
     check_dense_memory(A, 2)
-    return _uniform(torch.linalg.eigvalsh(A.to_dense()))
+    return _uniform(torch.linalg.eigvalsh(A.to_dense(verbose)))
 
 
 def _uniform(eigenvalues: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

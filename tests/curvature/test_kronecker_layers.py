@@ -557,3 +557,51 @@ def test_groups_are_saved(method, tmp_path):
     inverter.save(tmp_path / "file")
     assert torch.equal(load(tmp_path / "file").transform(b), inverter.transform(b))
     assert torch.equal(pickle.loads(pickle.dumps(inverter.inverse_)).solve(b).x, inverter.transform(b))
+
+
+def _diagonal_cases():
+    torch.manual_seed(3)
+    tokens = torch.randint(7, (9, 5))
+    norm = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3, bias=False))
+    twice = nn.Linear(4, 4)
+    conv = nn.Sequential(nn.Conv1d(4, 6, 2, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(24, 3))
+    return {
+        "norm": (norm, torch.randn(9, 4)),
+        "called twice": (nn.Sequential(twice, nn.Tanh(), twice, nn.Linear(4, 3)), torch.randn(9, 4)),
+        "groups": (conv, torch.randn(9, 4, 5)),
+        "embedding": (nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(20, 3)), tokens),
+        "recurrent": (Gated(), torch.randn(9, 5, 4)),
+    }
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = nn.GRU(4, 3, batch_first=True), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.out(self.cell(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "empirical_fisher", "fisher", "sampled_ggn"])
+@pytest.mark.parametrize("name", _diagonal_cases())
+def test_the_diagonal_is_that_of_the_matrix(name, curvature):
+    net, X = _diagonal_cases()[name]
+    net = net.double().eval()
+    X = X.double() if X.is_floating_point() else X
+    y, weights = torch.randint(3, (9,), generator=torch.Generator().manual_seed(0)), np.arange(9.0)
+    settings = {"curvature": curvature, "loss": "cross_entropy", "weight_decay": 0.1, "batch_size": 4}
+    A = HessianInverter("diagonal", 1.0, **settings).fit(net, (X, y), sample_weight=weights).curvature_
+    F = A.factor()
+    torch.testing.assert_close(A.diagonal(), (F.mT @ F).diagonal() + 0.1, rtol=1e-9, atol=1e-12)
+    last = HessianInverter("diagonal", 1.0, params=list(A.objective.model.layout.names)[-1], **settings)
+    A = last.fit(net, (X, y), sample_weight=weights).curvature_
+    torch.testing.assert_close(A.diagonal(), A.factor().square().sum(0) + 0.1, rtol=1e-9, atol=1e-12)
+
+
+def test_the_diagonal_of_layers_takes_no_factor(monkeypatch):
+    monkeypatch.setattr("skinvert.curvature.factored.Factored.diagonal", None)
+    net, X = _diagonal_cases()["norm"]
+    data = X, torch.randint(3, (9,), generator=torch.Generator().manual_seed(0))
+    A = HessianInverter("cg", 1.0, curvature="ggn", loss="cross_entropy").fit(net.eval(), data).curvature_
+    assert float(A.diagonal().min()) >= 0

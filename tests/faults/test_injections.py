@@ -328,16 +328,16 @@ def _inject(monkeypatch, target, name, value):
         monkeypatch.setattr(checkpoint, "EVERY", 0.0)
         monkeypatch.setattr(checkpoint, "SHARE", 1.0)
     elif target == "refit":
-        from skinvert.curvature.layers import kronecker
+        from skinvert.curvature.layers import squares
 
-        gram, calls = kronecker.gram, []
+        gram, calls = squares.gram, []
 
         def overflowing(*args):
             calls.append(1)
             # Two layers a chunk: the first one's sum of the third chunk.
             return gram(*args) * (torch.inf if len(calls) == 5 else 1)
 
-        monkeypatch.setattr(kronecker, "gram", overflowing)
+        monkeypatch.setattr(squares, "gram", overflowing)
     else:
         monkeypatch.setattr(target, name, value)
 

@@ -240,7 +240,9 @@ def test_a_row_that_decides_a_parameter_alone():
     assert np.isnan(found.studentized_internal[7])
     assert np.isnan(found.dfbetas[7]).all()
     others = np.arange(N) != 7
-    expected = of_ols(X, y, None)
+    # statsmodels divides by √(1 − h) of that row too, whose h some processors round to more than 1.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        expected = of_ols(X, y, None)
     for name in NAMES:
         np.testing.assert_allclose(vars(found)[name][others], expected[name][others], rtol=1e-7, atol=1e-8)
 

@@ -92,7 +92,7 @@ def test_right_or_told(name, method):
 def test_gradients_are_right_or_told(name):
     torch.manual_seed(0)
     case = CASES[name]()
-    settings = {key: value for key, value in (case.settings or {}).items()}
+    settings = dict(case.settings or {})
     try:
         rows = PerSampleGradient(case.model, loss=case.loss, **settings).fit_transform(case.X, case.y)
     except (ValueError, TypeError) as error:

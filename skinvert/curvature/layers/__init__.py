@@ -4,5 +4,6 @@ from .assembly import agrees, dense_from_layers
 from .kronecker import kronecker_factors
 from .recording import Signals
 from .second_order import hessian_from_layers
+from .squares import diagonal_from_layers
 
-__all__ = ["Signals", "agrees", "dense_from_layers", "hessian_from_layers", "kronecker_factors"]
+__all__ = ["Signals", "agrees", "dense_from_layers", "diagonal_from_layers", "hessian_from_layers", "kronecker_factors"]

@@ -10,15 +10,16 @@ import torch
 
 from ..._check import check_choice
 from ..._checkpoint import NOWHERE, Checkpoint, like
-from ..._memory import check_memory, rows_within
+from ..._memory import check_memory
 from ..._types import State
 from ...operators import KroneckerBasis, KroneckerBlock, KroneckerFactors
 from ..objective import Objective
 from .found import refuse
-from .kinds import Inputs, KroneckerLayer, Layer, gram, symmetric_gram
+from .kinds import Inputs, KroneckerLayer, Layer, symmetric_gram
 from .passes import Chunk, Kept, Passes, UnexplainedError
 from .probe import probe
 from .recording import PulledBack
+from .squares import Squares, SquaresOfSums, add_squares
 
 __all__ = ["kronecker_factors"]
 
@@ -88,7 +89,7 @@ def kronecker_factors(
 def _summed(passes: Passes, approx: str, checkpoint: Checkpoint) -> KroneckerFactors:
     objective, layers = passes.curvature.objective, passes.found.layers
     sums = [
-        _Factors(layer, objective, approx) if isinstance(layer, KroneckerLayer) else _Squares(layer) for layer in layers
+        _Factors(layer, objective, approx) if isinstance(layer, KroneckerLayer) else Squares(layer) for layer in layers
     ]
     done = _restored(sums, checkpoint)
     # What an earlier run has seen, this one has not.
@@ -105,7 +106,7 @@ def _summed(passes: Passes, approx: str, checkpoint: Checkpoint) -> KroneckerFac
         done = passes.rows.stop
         checkpoint.keep(FACTORS, partial(_state, sums, done))
     checkpoint.finish(FACTORS, _state(sums, done))
-    places, values = _rest(passes, [one for one in sums if isinstance(one, _Squares)], checkpoint)
+    places, values = _rest(passes, [one for one in sums if isinstance(one, Squares)], checkpoint)
     blocks = []
     # Its sums are the block's own now.
     while sums:
@@ -115,7 +116,7 @@ def _summed(passes: Passes, approx: str, checkpoint: Checkpoint) -> KroneckerFac
     return KroneckerFactors(tuple(blocks), places, values, refit)
 
 
-def _rest(passes: Passes, norms: Sequence[_Squares], checkpoint: Checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
+def _rest(passes: Passes, norms: Sequence[Squares], checkpoint: Checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the places of the parameters without factors, those of norms first, and the exact diagonal there."""
     curvature, reasons = passes.curvature, passes.found.reasons
     own = curvature.objective.places(reasons)
@@ -128,7 +129,7 @@ def _rest(passes: Passes, norms: Sequence[_Squares], checkpoint: Checkpoint) -> 
     return torch.cat([*(one.layer.index for one in norms), own]), torch.cat([*values, empty])
 
 
-def _state(sums: Sequence[_Factors | _Squares], done: int) -> State:
+def _state(sums: Sequence[_Factors | Squares], done: int) -> State:
     tensors = {f"{j} {name}": tensor for j, one in enumerate(sums) for name, tensor in one.tensors().items()}
     return _with_rows(tensors, done)
 
@@ -137,7 +138,7 @@ def _with_rows(tensors: dict[str, torch.Tensor], done: int) -> State:
     return {"rows": done, **tensors}
 
 
-def _restored(sums: Sequence[_Factors | _Squares], checkpoint: Checkpoint) -> int:
+def _restored(sums: Sequence[_Factors | Squares], checkpoint: Checkpoint) -> int:
     """Set the sums to what an earlier run left, and return how many rows of the data are in them."""
     fields = {f"{j} {name}": words for j, one in enumerate(sums) for name, words in one.fields().items()}
     known = checkpoint.resumed(FACTORS, {"rows": "int", **fields})
@@ -160,29 +161,20 @@ class _Refit:
 
     def __call__(self, bases: Sequence[KroneckerBasis]) -> list[torch.Tensor]:
         """Return Σ (U_Gᵀ (Σₜ gₜaₜᵀ) U_A)² of each layer: the exact diagonal of H, without the penalty, in its basis."""
-        dtype = self.passes.curvature.objective.dtype
-        sums = [torch.zeros(layer.index.shape, dtype=dtype, device=layer.index.device) for layer in self.layers]
-        named = {f"{j} sums": total for j, total in enumerate(sums)}
+        sums = [SquaresOfSums(layer, basis) for layer, basis in zip(self.layers, bases, strict=True)]
+        named = {f"{j} sums": one.total for j, one in enumerate(sums)}
         known, done = self.checkpoint.resumed(EIGENVALUES, {"rows": "int", **like(named)}), 0
         if known is not None:
             done = known["rows"]
             for name, total in named.items():
                 total.copy_(known[name])
         for inputs, signals in self._chunks(done):
-            rotated = [None if a is None else basis.of_inputs(a[0]) for basis, a in zip(bases, inputs, strict=True)]
-            squares: list[torch.Tensor | None] = [None] * len(sums)
-            for parts in signals:
-                for j, (basis, g, a) in enumerate(zip(bases, parts, rotated, strict=True)):
-                    if g is not None and a is not None:
-                        squares[j] = _add_squares(sums[j], squares[j], basis.of_signals(g), a)
-            for total, square, a in zip(sums, squares, rotated, strict=True):
-                if square is not None and a is not None:
-                    total += gram(square, a.square())
-            self.passes.check_finite("eigenvalues", self.layers, sums)
+            add_squares(sums, inputs, signals)
+            self.passes.check_finite("eigenvalues", self.layers, list(named.values()))
             done = self.passes.rows.stop
             self.checkpoint.keep(EIGENVALUES, partial(_with_rows, named, done))
         self.checkpoint.finish(EIGENVALUES, _with_rows(named, done))
-        return sums
+        return list(named.values())
 
     def _chunks(self, done: int) -> Iterator[Chunk]:
         """Yield each chunk's inputs, and its signals direction by direction; not of the first rows."""
@@ -246,51 +238,6 @@ class _Factors:
         own = None if penalty is None else penalty[self.layer.index]
         right = self.right if self.right.ndim == 1 else (self.right + self.right.mT) / 2
         return KroneckerBlock(self.layer.name, self.layer.index, (self.left + self.left.mT) / 2, right, own)
-
-
-class _Squares:
-    """The exact diagonal at a norm's parameters as it grows."""
-
-    def __init__(self, layer: Layer) -> None:
-        self.layer = layer
-        first = layer.parameters[0]
-        self.sums = torch.zeros(layer.index.shape, dtype=first.dtype, device=first.device)
-
-    def add_inputs(self, inputs: Inputs, mass: torch.Tensor) -> None:
-        """Take nothing: the signals hold them already."""
-
-    def add_signals(self, g: torch.Tensor) -> None:
-        self.sums += g.square().sum(0)
-
-    def scales(self) -> torch.Tensor:
-        return self.sums
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {"sums": self.sums}
-
-    def fields(self) -> dict[str, str]:
-        return like(self.tensors())
-
-    def restore(self, known: State) -> None:
-        self.sums.copy_(known["sums"])
-
-    def entries(self, penalty: torch.Tensor | None) -> torch.Tensor:
-        return self.sums if penalty is None else self.sums + penalty[self.layer.index]
-
-
-def _add_squares(
-    total: torch.Tensor, squares: torch.Tensor | None, g: torch.Tensor, a: torch.Tensor
-) -> torch.Tensor | None:
-    """Add Σᵢ (Σₜ g a ᵀ)² entry by entry, for g (m, [q,] T, d) and a (m, [q,] T, i); of one row a sample return Σ g²."""
-    if g.shape[-2] == 1:
-        # The square of an outer product is the outer product of the squares, and a is that of every direction: one
-        # GEMM for all of them.
-        return g.square() if squares is None else squares.addcmul_(g, g)
-    step = rows_within(2 * total.numel() * total.element_size())
-    for start in range(0, len(g), step):
-        rows = slice(start, start + step)
-        total += (g[rows].mT @ a[rows]).square_().sum(0)
-    return None
 
 
 def _check_memory(layers: list[Layer], row_bytes: int, objective: Objective) -> None:

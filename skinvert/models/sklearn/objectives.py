@@ -23,6 +23,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 from ..._check import must_be, to_plain_array
+from ..._namespaces import to_numpy
 from ..._types import Batch
 from ..losses import BCEWithLogits, CrossEntropy, Loss, PoissonNLL
 from .affine import Affine, Layers
@@ -80,13 +81,15 @@ class FittedObjective(ABC):
 
     def module(self) -> nn.Module:
         """Return the model's module in float64."""
-        return Affine(self.model.coef_, self.model.intercept_ if self.model.fit_intercept else None)
+        # Of a model that was fitted under `array_api_dispatch` they are of the library of its data.
+        intercept = self.model.intercept_ if self.model.fit_intercept else None
+        return Affine(to_numpy(self.model.coef_), to_numpy(intercept))
 
     def targets(self, y: Batch) -> np.ndarray:
         """Return the user's y as the loss takes it."""
         y = to_plain_array(y, "y").astype(np.float64)
         y = y.reshape(len(y), -1) if y.ndim else y
-        n_outputs = len(np.atleast_2d(self.model.coef_))
+        n_outputs = len(np.atleast_2d(np.asarray(to_numpy(self.model.coef_))))
         if y.ndim != 2 or y.shape[1] != n_outputs:
             raise ValueError(must_be("y", f"of shape (n, {n_outputs}) for this model", f"shape {y.shape}"))
         return y
@@ -149,12 +152,13 @@ class Classification(FittedObjective):
     """What classifiers share: labels in the model's own ``classes_``."""
 
     def __init__(self, model: Any) -> None:
-        self.n_classes = len(model.classes_)
+        self.classes = np.asarray(to_numpy(model.classes_))
+        self.n_classes = len(self.classes)
         super().__init__(model)
 
     def targets(self, y: Batch) -> np.ndarray:
         """Return class indices (n,) for a softmax, 0 or 1 (n, c) for logits."""
-        index = encode(y, self.model.classes_)
+        index = encode(y, self.classes)
         if self.is_softmax:
             return index
         if self.n_classes == 2:
@@ -173,7 +177,7 @@ class Classification(FittedObjective):
 
     def class_weight(self, counts: np.ndarray) -> np.ndarray:
         """Return c (n_classes,); ``counts`` are what "balanced" balances."""
-        given, classes = self.model.class_weight, self.model.classes_
+        given, classes = self.model.class_weight, self.classes
         if not (isinstance(given, str) and given == "balanced"):
             return compute_class_weight(given, classes=classes, y=classes)
         if not (counts > 0).all():
