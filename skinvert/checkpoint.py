@@ -39,10 +39,15 @@ EVERY, SHARE = 1.0, 0.05
 RETRY = 60.0
 
 
-def check_checkpoint(path: object, method: Method | Function) -> None:
-    """Raise, before any work, where there can be no checkpoint at ``path``, or ``method`` cannot go on from one."""
+def check_checkpoint(path: object, method: Method | Function, together: bool = False) -> None:
+    """Raise, before any work, where there can be no checkpoint at ``path``, or ``method`` cannot go on from one.
+
+    ``together`` with other processes none can: each would go on from another step.
+    """
     if path is None:
         return
+    if together:
+        raise ValueError(must_be("checkpoint", "None for a fit with process_group", repr(path)))
     if not isinstance(path, str | os.PathLike):
         raise TypeError(must_be("checkpoint", "None or a path", type(path).__name__))
     if not isinstance(method, Method) or not method.resumes:

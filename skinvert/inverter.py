@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Self, overload
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Self, overload
 
 import numpy as np
 import scipy.sparse.linalg
@@ -18,6 +19,8 @@ from ._autograd import ordinary
 from ._callbacks import TakesCallbacks, followed
 from ._check import check_choice, check_shift, must_be
 from ._checkpoint import NOWHERE, Checkpoint
+from ._checksum import checksum
+from ._distributed import Ranks, as_one, ranks_of
 from ._fitting import SharesModel, fit_whole
 from ._frames import (
     Columned,
@@ -30,6 +33,7 @@ from ._frames import (
 )
 from ._lazy import check_in_memory, is_lazy, over_rows
 from ._linear_map import apply_linear, solve_linear
+from ._memory import working_memory
 from ._namespaces import as_tensor, dispatches, in_kind_of, is_foreign, like_rows, namespace_of, of_kind, to_numpy
 from ._rows import InFloat64, Rows
 from ._scaling import times_powers
@@ -42,6 +46,7 @@ from ._types import (
     Globs,
     LossLike,
     Partition,
+    ProcessGroup,
     RandomState,
     State,
     TrainedModel,
@@ -123,6 +128,11 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         done, and a file of any other fit (another model, other data, settings or versions) is refused. In a folder that
         exists each fit has its own file, as a search needs it. For ``"arnoldi"``, ``"nystroem"``, ``"kfac"`` and
         ``"ekfac"``.
+    process_group : None, "world" or ProcessGroup, default=None
+        The processes of ``torch.distributed`` that fit together, each with its own share of the data as ``fit``'s: rows
+        of its own, perhaps none, or a DataLoader with a DistributedSampler, each of whose rows counts once. What is
+        fitted is that of all rows, on every rank. None fits this process's data alone, whatever is initialised;
+        "world" is the default group.
     verbose : int, default=0
         1 says on stderr what was chosen and why, and shows progress bars on long work.
 
@@ -198,6 +208,8 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
     inverse_: InverseOperator | None
     feature_names_in_: np.ndarray
     eigenvalues_: np.ndarray
+    # A group of processes is no setting of which there could be two.
+    _shared: ClassVar[tuple[str, ...]] = (*SharesModel._shared, "process_group")
 
     def __init__(
         self,
@@ -216,6 +228,7 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         random_state: RandomState = None,
         check_residual: bool = True,
         checkpoint: str | os.PathLike[str] | None = None,
+        process_group: ProcessGroup = None,
         verbose: int = 0,
     ) -> None:
         self.method = method
@@ -232,6 +245,7 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         self.random_state = random_state
         self.check_residual = check_residual
         self.checkpoint = checkpoint
+        self.process_group = process_group
         self.verbose = verbose
 
     # -- fit -------------------------------------------------------------------------------------------------------
@@ -257,14 +271,22 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         HessianInverter
             Itself.
         """
+        ranks = ranks_of(require_present(self.process_group, "process_group"))
+
+        def fit(fresh: HessianInverter) -> None:
+            with as_one(ranks, "fit"):
+                fresh._ranks = ranks
+                fresh._fit_at(X, y, sample_weight)
+
+        fit_whole(self, fit)
+        return self
+
+    def _fit_at(self, X: object, y: object, sample_weight: object) -> None:
         check_method(self.method)
         check_fit_arguments(X, y, self.model)
         shift = check_perturbation(self.hessian_perturbation, "HessianInverter")
-        fit_whole(self, lambda fresh: fresh._fit_at(X, y, sample_weight, shift))
-        return self
-
-    def _fit_at(self, X: object, y: object, sample_weight: object, shift: float | str) -> None:
-        """Fit at λ = ``shift``."""
+        if self._ranks is not None:
+            self._ranks.meet("fit", {"hessian_perturbation": shift, "params": self.params, "blocks": self.blocks})
         check_choice(self.check_residual, "check_residual", [True, False])
         if is_model(X):
             system = self._model_system(X, y, sample_weight)
@@ -311,7 +333,8 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
     def _rows_system(self, X: object, y: object, sample_weight: object) -> System:
         home = X.device if isinstance(X, torch.Tensor) else torch.device("cpu")
         self._namespace = namespace_of(X)
-        X = validate_data(self, to_numpy(X), dtype=[np.float64, np.float32])
+        least = 1 if self._ranks is None else 0
+        X = validate_data(self, to_numpy(X), dtype=[np.float64, np.float32], ensure_min_samples=least)
         self.method_, self._data = find_method(self.method, None, self.random_state), None
         if y is not None:
             refuse_model_settings(self.loss, self.weight_decay, self.params)
@@ -324,7 +347,7 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         sample_weight: object,
         home: torch.device | None = None,
     ) -> System:
-        check_checkpoint(self.checkpoint, self.method_)
+        check_checkpoint(self.checkpoint, self.method_, together=self._ranks is not None)
         return assemble(
             model_or_rows,
             data,
@@ -338,6 +361,7 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
             sample_weight=sample_weight,
             random_state=self.random_state,
             verbose=self.verbose,
+            ranks=self._ranks,
         )
 
     # -- solve -----------------------------------------------------------------------------------------------------
@@ -408,6 +432,10 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
 
     @ordinary
     def _solve(self, b: Array, x0: Array | None = None) -> InverseHvpResult:
+        with self._together("solve"):
+            return self._solved(b, x0)
+
+    def _solved(self, b: Array, x0: Array | None) -> InverseHvpResult:
         rows = self._rows(b)
         if not isinstance(self.method_, Method):
             if x0 is not None:
@@ -416,6 +444,8 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
             result: InverseHvpResult = function(model, self._data, rows.source, self.hessian_perturbation_)
             return result
         inverse: InverseOperator = rows.through(self._judged("solve"))
+        if inverse.takes_products:
+            self._check_alike("solve", rows)
         if x0 is not None:
             inverse = inverse.started_at(self._start(x0, rows))
         return rows.result(*inverse.solve(rows.tensor))
@@ -450,11 +480,14 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
 
     @ordinary
     def _path(self, b: Array, shifts: list[float]) -> Array:
-        rows = self._rows(b)
-        for shift in shifts:
-            check_shift(shift, rows.tensor.dtype)
-        inverse = self._judged("path", "Call `solve` for each λ.")
-        return rows.back(rows.through(inverse).path(rows.tensor, shifts))
+        with self._together("path"):
+            rows = self._rows(b)
+            for shift in shifts:
+                check_shift(shift, rows.tensor.dtype)
+            inverse = self._judged("path", "Call `solve` for each λ.")
+            if inverse.takes_products:
+                self._check_alike("path", rows, shifts)
+            return rows.back(rows.through(inverse).path(rows.tensor, shifts))
 
     @ordinary
     def spectrum(self, *, of: str = "curvature", n_probes: int = 10, steps: int = 60) -> Spectrum:
@@ -480,7 +513,8 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         seed = None if self.random_state is None else random_seed(self.random_state)
         known = None if self.inverse_ is None else self.inverse_.all_eigenvalues
         curvature, settings = vars(self).get("curvature_"), {"n_probes": n_probes, "steps": steps}
-        return spectrum(curvature, known, **settings, random_state=seed, verbose=self.verbose)
+        with self._together("spectrum", of_all=known is None):
+            return spectrum(curvature, known, **settings, random_state=seed, verbose=self.verbose)
 
     def inverse_transform(self, X: Array) -> Array:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
@@ -498,11 +532,15 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
     @ordinary
     def residual(self, b: Array, x: Array) -> Array:
         """Return ‖(H + λI)x − b‖ / ‖b‖ (k,) against the exact curvature, whatever the method inverts."""
+        with self._together("residual", of_all=True):
+            residual = self._residual(b, x)
+        return residual if isinstance(b, torch.Tensor) else residual.cpu().numpy()
+
+    def _residual(self, b: Array, x: Array) -> torch.Tensor:
         B, X = self._rows(b), self._rows(x)
         if B.tensor.shape != X.tensor.shape:
             raise ValueError(must_be("x", f"of b's shape {tuple(b.shape)}", f"shape {tuple(x.shape)}"))
-        residual = relative_residual(self._exact(), B.tensor, times_powers(X.tensor, X.powers - B.powers))
-        return residual if isinstance(b, torch.Tensor) else residual.cpu().numpy()
+        return relative_residual(self._exact(), B.tensor, times_powers(X.tensor, X.powers - B.powers))
 
     @ordinary
     def score(self, X: Data, y: Data | None = None, sample_weight: Array | None = None) -> float:
@@ -612,6 +650,25 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
+    # The processes that were fitted together; None where this one was alone.
+    _ranks: Ranks | None = None
+
+    def _together(self, step: str, *, of_all: bool | None = None) -> AbstractContextManager[None]:
+        """Return a context in which all ranks fail together, where the step takes products with the rows of all.
+
+        Whether it does, the inverse says where ``of_all`` does not.
+        """
+        if self._ranks is not None and of_all is None:
+            of_all = vars(self).get("inverse_") is not None and self._judged(step).takes_products
+        return as_one(self._ranks if of_all else None, step)
+
+    def _check_alike(self, step: str, rows: Rows, shifts: object = None) -> None:
+        if self._ranks is not None:
+            # It decides how many rows are taken at once.
+            memory = {"scikit-learn's working_memory": working_memory()}
+            hint = "It solves with the rows of all ranks: call it on each of them, with the same right-hand sides."
+            self._ranks.meet(step, {"b": checksum(rows.tensor), "λ": shifts, **memory}, hint=hint)
+
     def _rows(self, b: Array, *, double: bool = False) -> Rows:
         check_is_fitted(self, "n_features_in_")
         if (model := vars(self).get("_model")) is not None:
@@ -633,6 +690,11 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         size = self.n_features_in_
         if X.ndim != 2 or X.shape[1] != size:
             raise ValueError(must_be("A Dask array", f"of shape (k, {size})", f"shape {X.shape}"))
+        if self._ranks is not None and self._factorised(method).takes_products:
+            hint = "Its blocks would be solved in another order on each rank. Try rows in memory, or another method."
+            raise ValueError(
+                must_be("Rows for what several processes solve together", "in memory", "a Dask array", hint)
+            )
         dtype = self.solve(np.zeros((1, size), X.dtype)).x.dtype
         return over_rows(self, method, X, size, dtype)
 

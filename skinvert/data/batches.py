@@ -12,11 +12,13 @@ import torch
 from .._autograd import own_tensor
 from .._check import all_finite, check_sample_weight, finite_rows, must_be, to_plain_array
 from .._checksum import checksum
+from .._distributed import Ranks
 from .._memory import working_memory
 from .._types import Batch
 from ..models import TwiceDifferentiable, labels_key, leading_length, map_tensors, rebuilt
-from .loaders import Source
-from .sources import is_numbers, source_of
+from .loaders import NoRowsError, Source, dealt_out
+from .shards import Shard, shared_out
+from .sources import is_empty, is_numbers, source_of
 
 __all__ = ["Batches", "as_batches", "batches_of"]
 
@@ -39,6 +41,8 @@ class Batches:
         Of the raw batches of the first pass, where later ones are held against it.
     sample_weight : ndarray of shape (n,) or None
         None is a weight of one for each row.
+    shard : Shard or None
+        What these rows are among those of other processes; None where they are all of the data.
     """
 
     source: Source
@@ -50,6 +54,7 @@ class Batches:
     n_batches: int = 0
     fixed: bool = False
     checksums: list[list[object]] = field(default_factory=list, repr=False)
+    shard: Shard | None = None
 
     def __len__(self) -> int:
         """Return the number of batches, as the first pass counted them."""
@@ -137,21 +142,26 @@ def as_batches(
     sample_weight: object = None,
     needs_row_order: bool = False,
     hold: bool = True,
+    ranks: Ranks | None = None,
 ) -> Batches:
     """Return ``data``, in any accepted form, as ``Batches``; collated once and kept where it fits the memory.
 
     What is kept is a copy, which later changes of the user's arrays do not reach; what is not is held against the
     checksums of the first pass, unless ``hold`` is False: for what one pass alone decides. A ``model`` says how its
-    batches are read as pairs (inputs, targets).
+    batches are read as pairs (inputs, targets). With ``ranks`` the data are this process's share, which may be empty.
     """
-    source = source_of(data, batch_size, needs_row_order or sample_weight is not None)
+    source = _source(data, batch_size, needs_row_order or sample_weight is not None, ranks)
     passes = _SameEveryPass(source, dtype, device, hold)
     batches = Batches(passes, dtype, device, fixed=batch_size is not None)
     _collect(batches)
     batches.checksums = passes.seen or []
-    if not batches.n_samples:
+    if not batches.n_samples and ranks is None:
         raise ValueError(must_be("data", "one with at least one row", "0 samples: minimum of 1 is required"))
-    batches.sample_weight = check_sample_weight(sample_weight, batches.n_samples)
+    batches.sample_weight = check_sample_weight(sample_weight, batches.n_samples, vanishing=ranks is not None)
+    if ranks is not None:
+        batches.shard = shared_out(batches, ranks, dealt_out(data))
+        if batches.shard.empty:
+            batches.sample_weight = np.zeros(1)
     if model is not None:
         model.learn_labels(batches.raw)
         batches.source = _Paired(batches.source, model)
@@ -167,10 +177,13 @@ def batches_of(
     sample_weight: object = None,
     needs_row_order: bool = False,
     hold: bool = True,
+    ranks: Ranks | None = None,
 ) -> Batches:
     """Return ``data`` as a model reads it, as ``Batches`` in its dtype and on its device."""
+    # scikit-learn reads no empty arrays.
+    nothing = ranks is not None and is_empty(data)
     return as_batches(
-        model.read(data),
+        [] if nothing else model.read(data),
         dtype=model.dtype,
         device=model.device,
         model=model,
@@ -178,7 +191,17 @@ def batches_of(
         sample_weight=sample_weight,
         needs_row_order=needs_row_order,
         hold=hold,
+        ranks=ranks,
     )
+
+
+def _source(data: object, batch_size: int | None, needs_row_order: bool, ranks: Ranks | None) -> Source:
+    try:
+        return source_of(data, batch_size, needs_row_order, ranks)
+    except NoRowsError:
+        if ranks is None:
+            raise
+        return tuple
 
 
 def _collect(batches: Batches) -> None:

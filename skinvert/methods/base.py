@@ -176,6 +176,11 @@ class InverseOperator(TensorState, ABC):
         return True
 
     @property
+    def takes_products(self) -> bool:
+        """Whether a solve takes products with the exact curvature: to iterate, or to judge its solutions."""
+        return self.keeps_operator or (self.exact is not None and (self.judges or not self.approximate))
+
+    @property
     def eigenvalues(self) -> torch.Tensor | None:
         """Those of A that the method computed, ascending."""
         return None

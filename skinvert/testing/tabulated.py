@@ -26,7 +26,8 @@ class Tabulated(LinearOperator):
 
     def __init__(self, A: LinearOperator, dtype: torch.dtype = torch.float64) -> None:
         super().__init__(A.size, dtype, A.device)
-        self.faces = A.faces  # type: ignore[misc]  # Those of the operator that is written out.
+        # Those of the operator that is written out.
+        self.faces = A.faces
         self.is_psd, self.hint = A.is_psd, A.hint
         self.penalty = None if A.penalty is None else A.penalty.to(dtype)
         self.matrix = symmetrise(A.apply(torch.eye(A.size, dtype=A.dtype))).to(dtype)

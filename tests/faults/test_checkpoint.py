@@ -449,6 +449,11 @@ def test_a_method_without_checkpoints_says_so_before_the_data_are_read(name, tmp
     assert os.listdir(tmp_path) == []
 
 
+def test_processes_together_have_none(tmp_path):
+    with pytest.raises(ValueError, match="checkpoint must be None for a fit with process_group"):
+        checkpoint.check_checkpoint(tmp_path / "fit", EKFAC(), together=True)
+
+
 def test_a_path_is_a_string_or_a_path():
     with pytest.raises(TypeError, match="checkpoint must be None or a path. Got int"):
         inverter("ekfac", 3).fit(nn.Linear(2, 1), Unread())
