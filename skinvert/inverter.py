@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Self, overload
@@ -17,6 +18,7 @@ from ._arguments import check_fit_arguments, check_fits_rows, check_method, chec
 from ._autograd import ordinary
 from ._callbacks import TakesCallbacks, followed
 from ._check import check_choice, check_shift, must_be
+from ._checkpoint import NOWHERE, Checkpoint
 from ._checksum import checksum
 from ._distributed import Ranks, as_one, ranks_of
 from ._fitting import SharesModel, fit_whole
@@ -50,6 +52,7 @@ from ._types import (
     TrainedModel,
 )
 from .answers import OPTIONAL, answer, check_answer, file_fields
+from .checkpoint import check_checkpoint, open_checkpoint
 from .columns import NamedColumns
 from .curvature import Sampled
 from .data import as_data
@@ -119,6 +122,12 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
     check_residual : bool, default=True
         Whether an approximate method spends one product with the exact curvature per solve to report its true
         ``residual`` and to warn where x = 0 would be better. False leaves ``residual`` NaN and ``converged`` False.
+    checkpoint : str or Path, default=None
+        A file to which ``fit`` writes what it has done, at most every second and for at most 5 % of its time, and from
+        which the same fit goes on after an interruption, a kill too, to the same result. It is removed once the fit is
+        done, and a file of any other fit (another model, other data, settings or versions) is refused. In a folder that
+        exists each fit has its own file, as a search needs it. For ``"arnoldi"``, ``"nystroem"``, ``"kfac"`` and
+        ``"ekfac"``.
     process_group : None, "world" or ProcessGroup, default=None
         The processes of ``torch.distributed`` that fit together, each with its own share of the data as ``fit``'s: rows
         of its own, perhaps none, or a DataLoader with a DistributedSampler, each of whose rows counts once. What is
@@ -218,6 +227,7 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         dtype: DType = None,
         random_state: RandomState = None,
         check_residual: bool = True,
+        checkpoint: str | os.PathLike[str] | None = None,
         process_group: ProcessGroup = None,
         verbose: int = 0,
     ) -> None:
@@ -234,6 +244,7 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         self.dtype = dtype
         self.random_state = random_state
         self.check_residual = check_residual
+        self.checkpoint = checkpoint
         self.process_group = process_group
         self.verbose = verbose
 
@@ -298,9 +309,18 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         self.hessian_perturbation_ = check_shift(shift, system.curvature.dtype)
         self.inverse_ = None
         if isinstance(self.method_, Method):
-            self.method_, self.inverse_ = system.invert(self.method_, shift, self.verbose)
+            checkpoint = self._checkpoint(self.method_, system, setting)
+            self.method_, self.inverse_ = system.invert(self.method_, shift, self.verbose, checkpoint)
             if self.inverse_.eigenvalues is not None:
                 self.eigenvalues_ = self.inverse_.eigenvalues.cpu().numpy()
+            checkpoint.remove()
+
+    def _checkpoint(self, method: Method, system: System, shift: float | str) -> Checkpoint:
+        if self.checkpoint is None:
+            return NOWHERE
+        names = ("curvature", "loss", "blocks", "batch_size", "random_state")
+        settings = {"hessian_perturbation": shift, **{name: vars(self)[name] for name in names}}
+        return open_checkpoint(self.checkpoint, method, system, settings, self.verbose)
 
     def _model_system(self, model: object, data: object, sample_weight: object) -> System:
         if data is None:
@@ -327,6 +347,7 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         sample_weight: object,
         home: torch.device | None = None,
     ) -> System:
+        check_checkpoint(self.checkpoint, self.method_, together=self._ranks is not None)
         return assemble(
             model_or_rows,
             data,
@@ -611,19 +632,21 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         if not self._serves_alone():
             hint = "It solves with model and data, which a file of arrays cannot hold. Try pickle or joblib."
             raise ValueError(must_be("method for save", "one that factorises, such as 'direct'", self.method_, hint))
-        state = {name: value for name, value in self.__getstate__().items() if name not in UNSAVED}
+        # Where it was fitted is of no use elsewhere.
+        left_out = {*UNSAVED, "checkpoint"}
+        state = {name: value for name, value in self.__getstate__().items() if name not in left_out}
         if "eigenvalues_" in state:
             state["eigenvalues_"] = to_numpy(state["eigenvalues_"])
         return {**state, "answer": answer(self._factorised("save"))}
 
     @classmethod
     def _file_fields(cls) -> tuple[Mapping[str, str], frozenset[str]]:
-        return file_fields(cls), OPTIONAL
+        return {name: words for name, words in file_fields(cls).items() if name != "checkpoint"}, OPTIONAL
 
     @classmethod
     def _restored(cls, state: State) -> Self:
         check_answer(state)
-        return super()._restored(state)
+        return super()._restored({**state, "checkpoint": None})
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from sklearn.utils import check_random_state
 
 from ._autograd import ordinary
 from ._check import check_number, check_sample_weight, check_shift, must_be, resolve_device, resolve_dtype
+from ._checkpoint import NOWHERE, Checkpoint
 from ._checksum import checksum
 from ._distributed import Ranks
 from ._memory import available_memory, readable, working_memory
@@ -85,24 +86,28 @@ class System:
     blocks: BlockDiagonal | None = None
 
     @ordinary
-    def invert(self, method: Method, hessian_perturbation: float, verbose: int = 0) -> tuple[Method, InverseOperator]:
+    def invert(
+        self, method: Method, hessian_perturbation: float, verbose: int = 0, checkpoint: Checkpoint = NOWHERE
+    ) -> tuple[Method, InverseOperator]:
         """Return the method that inverts, which is what ``method`` chooses, and the inverse at λ."""
         A, shift = self.curvature, check_shift(hessian_perturbation, self.curvature.dtype)
         check_requirements(method, A)
         self._say(shift, verbose)
-        chosen, inverse = self._inverted(method, shift, verbose)
+        chosen, inverse = self._inverted(method, shift, verbose, checkpoint)
         if verbose:
             kept = "and solves with the curvature" if inverse.keeps_operator else "and serves alone"
             left = readable(available_memory(A.device))
             say(f"memory: the inverse holds {readable(held_bytes(inverse))} {kept}; {left} left on {A.device}", verbose)
         return chosen, inverse
 
-    def _inverted(self, method: Method, shift: float, verbose: int) -> tuple[Method, InverseOperator]:
+    def _inverted(
+        self, method: Method, shift: float, verbose: int, checkpoint: Checkpoint
+    ) -> tuple[Method, InverseOperator]:
         if self.blocks is not None:
-            return method, invert_blocks(method, self.blocks, shift, verbose).judged_by(self.curvature)
+            return method, invert_blocks(method, self.blocks, shift, verbose, checkpoint).judged_by(self.curvature)
         chosen, why = method.explain(self.curvature, shift)
         say(f"method {chosen.name or type(chosen).__name__}: {why}", verbose)
-        return chosen, chosen.invert(self.curvature, shift, verbose)
+        return chosen, chosen.resume(self.curvature, shift, checkpoint, verbose)
 
     def _say(self, shift: float, verbose: int) -> None:
         A, numbers = self.curvature, str(self.curvature.dtype).removeprefix("torch.")

@@ -34,6 +34,7 @@ FLOORS = {
     "_check": 0,
     "_memory": 0,
     "_checksum": 0,
+    "_checkpoint": 0,
     "_distributed": 0,
     "_lazy": 0,
     "_state": 0,

@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from .._check import must_be
+from .._check import all_finite, must_be
 from .._progress import progress
 from .._types import Array, Batch
 from ..data import Batches
@@ -213,7 +213,8 @@ class Objective(MeanLoss):
             raise ValueError(must_be("The per-sample losses", must, f"shape {tuple(losses.shape)}"))
         self._values.add(outputs, batch, losses)
         gradient = self.first_pass.gradient((losses * weights).sum())
-        if not bool(torch.isfinite(gradient).all()):
+        # Of a loss by `where` the gradient may be finite where the loss is not.
+        if not (all_finite(gradient) and all_finite(losses.detach())):
             raise ValueError(explain_not_finite(self.model, batch, index, rows))
         self.gradient += gradient
         self.weight_sum += float(weights.sum())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .._check import must_be
+from .._checkpoint import NOWHERE, Checkpoint
 from .._checksum import checksum
 from .._distributed import Ranks
 from .._memory import available_memory
@@ -186,7 +187,11 @@ class Sharded(SumOverRanks):
         return SumOverRanks(found[0], self.local, self.ranks, self.penalty, scale)
 
     def kronecker_factors(
-        self, approx: str = "expand", unsupported: str = "error", verbose: int = 0
+        self,
+        approx: str = "expand",
+        unsupported: str = "error",
+        verbose: int = 0,
+        checkpoint: Checkpoint = NOWHERE,
     ) -> KroneckerFactors:
         """Return the factors of each layer, summed over the ranks; so is the diagonal that ``refit`` returns."""
         found: list[KroneckerFactors] = []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from .._autograd import own_tensor
-from .._check import all_finite, check_sample_weight, must_be, to_plain_array
+from .._check import all_finite, check_sample_weight, finite_rows, must_be, to_plain_array
 from .._checksum import checksum
 from .._distributed import Ranks
 from .._memory import working_memory
@@ -36,6 +37,8 @@ class Batches:
         Number of batches in a pass over ``source``.
     fixed : bool
         Whether their size was asked for, and so is kept.
+    checksums : list
+        Of the raw batches of the first pass, where later ones are held against it.
     sample_weight : ndarray of shape (n,) or None
         None is a weight of one for each row.
     shard : Shard or None
@@ -50,6 +53,7 @@ class Batches:
     kept: list[Batch] | None = None
     n_batches: int = 0
     fixed: bool = False
+    checksums: list[list[object]] = field(default_factory=list, repr=False)
     shard: Shard | None = None
 
     def __len__(self) -> int:
@@ -147,8 +151,10 @@ def as_batches(
     batches are read as pairs (inputs, targets). With ``ranks`` the data are this process's share, which may be empty.
     """
     source = _source(data, batch_size, needs_row_order or sample_weight is not None, ranks)
-    batches = Batches(_SameEveryPass(source, dtype, device, hold), dtype, device, fixed=batch_size is not None)
+    passes = _SameEveryPass(source, dtype, device, hold)
+    batches = Batches(passes, dtype, device, fixed=batch_size is not None)
     _collect(batches)
+    batches.checksums = passes.seen or []
     if not batches.n_samples and ranks is None:
         raise ValueError(must_be("data", "one with at least one row", "0 samples: minimum of 1 is required"))
     batches.sample_weight = check_sample_weight(sample_weight, batches.n_samples, vanishing=ranks is not None)
@@ -203,10 +209,11 @@ def _collect(batches: Batches) -> None:
     kept: list[Batch] | None = []
     size = 0
     for batch in batches.raw():
+        start = batches.n_samples
         batches.n_samples += leading_length(batch)
         batches.n_batches += 1
         size += _nbytes(batch)
-        map_tensors(_check_finite, batch)
+        map_tensors(partial(_check_finite, start=start, stop=batches.n_samples), batch)
         kept = [*kept, map_tensors(torch.clone, batch)] if kept is not None and size <= working_memory() else None
     batches.kept = kept
 
@@ -295,7 +302,8 @@ def _to_tensors(batch: Batch, dtype: torch.dtype, device: torch.device) -> Batch
 def _tensor(value: object, dtype: torch.dtype, device: torch.device, target: bool = False) -> Batch:
     """Return a part of a batch: floats in ``dtype``, short integers widened, but the bytes of inputs as they are."""
     if isinstance(value, np.ndarray | np.generic) or is_numbers(value):
-        value = torch.from_numpy(np.array(to_plain_array(value, "A batch"), copy=True))
+        # In one order: sums of the same numbers, laid out otherwise, round otherwise.
+        value = torch.from_numpy(np.array(to_plain_array(value, "A batch"), copy=True, order="C"))
     if isinstance(value, torch.Tensor):
         if value.is_complex() or value.layout != torch.strided:
             hint = "Try `.to_dense()` in the collate_fn." if value.layout != torch.strided else ""
@@ -338,10 +346,13 @@ def _joined(parts: list[Batch]) -> Batch:
     raise ValueError(must_be("A joined batch", "of tensors", type(first).__name__))
 
 
-def _check_finite(tensor: torch.Tensor) -> None:
+def _check_finite(tensor: torch.Tensor, start: int, stop: int) -> None:
     if tensor.is_floating_point() and not all_finite(tensor):
         kind = "NaN" if bool(tensor.isnan().any()) else "infinity"
-        raise ValueError(must_be("data", "finite", kind, "Try to impute or drop those rows."))
+        place = f"a value that rows {start} to {stop - 1} share"
+        if tensor.ndim and len(tensor) == stop - start:
+            place = f"row {start + int((~finite_rows(tensor.reshape(len(tensor), -1))).nonzero()[0])}"
+        raise ValueError(must_be("data", "finite", f"{kind} in {place}", "Try to impute or drop such rows."))
 
 
 def _nbytes(batch: Batch) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
+import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -76,6 +77,9 @@ class _Rebatched:
         order: dict[str, Any] = {"batch_size": None} if self.batches is None else {"batch_sampler": self.batches}
         if self.at_once:
             order = {"batch_size": None, "sampler": self.batches}
+        if not self.workers:
+            # A seed for workers is drawn even where there are none: not from the user's random state.
+            order["generator"] = torch.Generator("cpu")
         return iter(
             DataLoader(cast("Dataset[Batch]", self.dataset), collate_fn=self.collate, num_workers=self.workers, **order)
         )

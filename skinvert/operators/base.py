@@ -13,6 +13,7 @@ import torch
 
 from .._autograd import ordinary, ordinary_methods
 from .._check import must_be
+from .._checkpoint import NOWHERE, Checkpoint
 from .._memory import available_memory, check_memory, rows_within
 from .._progress import progress
 from .._state import TensorState
@@ -166,7 +167,11 @@ class LinearOperator(TensorState, ABC):
         self._lacks("gradient_rows")
 
     def kronecker_factors(
-        self, approx: str = "expand", unsupported: str = "error", verbose: int = 0
+        self,
+        approx: str = "expand",
+        unsupported: str = "error",
+        verbose: int = 0,
+        checkpoint: Checkpoint = NOWHERE,
     ) -> KroneckerFactors:
         """Return the factors of each layer."""
         self._lacks("kronecker_factors")

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from .._checkpoint import NOWHERE, Checkpoint
 from ..operators import Dense, KroneckerBasis, KroneckerFactors, LinearOperator, symmetrise
 
 __all__ = ["Tabulated"]
@@ -79,7 +80,11 @@ class Tabulated(LinearOperator):
         return super().minibatch(rows) if self.samples is None else Dense(self.samples[rows].mean(0))
 
     def kronecker_factors(
-        self, approx: str = "expand", unsupported: str = "error", verbose: int = 0
+        self,
+        approx: str = "expand",
+        unsupported: str = "error",
+        verbose: int = 0,
+        checkpoint: Checkpoint = NOWHERE,
     ) -> KroneckerFactors:
         """Return the layers' factors; ``refit`` is by the matrix."""
         factors = self.layers[approx]
