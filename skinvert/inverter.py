@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Self, overload
+from typing import ClassVar, Self, overload
 
 import numpy as np
 import scipy.sparse.linalg
@@ -14,13 +13,11 @@ from sklearn.base import TransformerMixin
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from ._arguments import check_fit_arguments, check_fits_rows, check_method, check_shifts, refuse_model_settings
+from ._arguments import check_fits_rows, check_shifts
 from ._autograd import ordinary
 from ._callbacks import TakesCallbacks, followed
 from ._check import check_choice, check_shift, must_be
-from ._checkpoint import NOWHERE, Checkpoint
-from ._checksum import checksum
-from ._distributed import Ranks, as_one, ranks_of
+from ._distributed import as_one, ranks_of
 from ._fitting import SharesModel, fit_whole
 from ._frames import (
     Columned,
@@ -33,8 +30,7 @@ from ._frames import (
 )
 from ._lazy import check_in_memory, is_lazy, over_rows
 from ._linear_map import apply_linear, solve_linear
-from ._memory import working_memory
-from ._namespaces import as_tensor, dispatches, in_kind_of, is_foreign, like_rows, namespace_of, of_kind, to_numpy
+from ._namespaces import as_tensor, in_kind_of, is_foreign, of_kind, to_numpy
 from ._rows import InFloat64, Rows
 from ._scaling import times_powers
 from ._types import (
@@ -52,29 +48,26 @@ from ._types import (
     TrainedModel,
 )
 from .answers import OPTIONAL, answer, check_answer, file_fields
-from .checkpoint import check_checkpoint, open_checkpoint
-from .columns import NamedColumns
+from .at_hand import AtHand
 from .curvature import Sampled
 from .data import as_data
 from .files import UNSAVED, Saved, savable
+from .fitting import Fitting
 from .methods.base import InverseOperator, Method, relative_residual
-from .models import TwiceDifferentiable, as_model, is_model
-from .operators import LinearOperator, Shifted, as_scipy
+from .operators import as_scipy
 from .persistence import require_present
-from .perturbation import check_perturbation, resolve
 from .posterior import Posterior, own_spectrum
-from .registry import find_method
 from .results import InverseHvpResult, Spectrum
 from .scores import HeldOut, held_out, held_out_rows, quadratic_score
 from .solvers.extremes import spectrum
 from .summary import Summary
-from .system import Function, System, assemble, random_seed
+from .system import Function, random_seed
 
 __all__ = ["HessianInverter"]
 
 
 @savable
-class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColumns, TransformerMixin, Saved):
+class HessianInverter(TakesCallbacks, Summary, SharesModel, Fitting, AtHand, Posterior, TransformerMixin, Saved):
     r"""Solve (H + λI) x = b for a trained model's curvature H, one right-hand side per row.
 
     ``fit(model, data)``, ``fit(X, y)`` with ``model`` set, or ``fit(X)`` on plain rows, whose curvature is that of
@@ -280,89 +273,6 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
 
         fit_whole(self, fit)
         return self
-
-    def _fit_at(self, X: object, y: object, sample_weight: object) -> None:
-        check_method(self.method)
-        check_fit_arguments(X, y, self.model)
-        shift = check_perturbation(self.hessian_perturbation, "HessianInverter")
-        if self._ranks is not None:
-            self._ranks.meet("fit", {"hessian_perturbation": shift, "params": self.params, "blocks": self.blocks})
-        check_choice(self.check_residual, "check_residual", [True, False])
-        if is_model(X):
-            system = self._model_system(X, y, sample_weight)
-        elif self.model is not None:
-            system = self._model_system(self.model, as_data(X, y), sample_weight)
-        else:
-            system = self._rows_system(X, y, sample_weight)
-        self._keep(system, shift)
-        if system.layout is None and "eigenvalues_" in vars(self):
-            self.eigenvalues_ = like_rows(X, self.eigenvalues_)
-
-    def _keep(self, system: System, setting: float | str) -> None:
-        """Invert a system at the λ that is set, and keep both."""
-        (shift,) = resolve([setting], system.curvature, self.random_state)
-        self._layout, self._model = system.layout, system.model
-        if system.layout is not None and system.gradient_norm is not None:
-            self.parameter_names_, self.gradient_norm_ = list(system.layout.names), system.gradient_norm
-        self.n_samples_, self.curvature_name_ = system.n_samples, system.curvature_name
-        self.curvature_, self.n_features_in_ = system.curvature, system.curvature.size
-        self.hessian_perturbation_ = check_shift(shift, system.curvature.dtype)
-        self.inverse_ = None
-        if isinstance(self.method_, Method):
-            checkpoint = self._checkpoint(self.method_, system, setting)
-            self.method_, self.inverse_ = system.invert(self.method_, shift, self.verbose, checkpoint)
-            if self.inverse_.eigenvalues is not None:
-                self.eigenvalues_ = self.inverse_.eigenvalues.cpu().numpy()
-            checkpoint.remove()
-
-    def _checkpoint(self, method: Method, system: System, shift: float | str) -> Checkpoint:
-        if self.checkpoint is None:
-            return NOWHERE
-        names = ("curvature", "loss", "blocks", "batch_size", "random_state")
-        settings = {"hessian_perturbation": shift, **{name: vars(self)[name] for name in names}}
-        return open_checkpoint(self.checkpoint, method, system, settings, self.verbose)
-
-    def _model_system(self, model: object, data: object, sample_weight: object) -> System:
-        if data is None:
-            raise ValueError(must_be("fit(model, data)'s data", "given", "None", "Try fit(model, (X, y))."))
-        model, loss = require_present(model, "model"), require_present(self.loss, "loss")
-        adapted = as_model(model, loss, self.weight_decay)
-        self.method_, self._data = find_method(self.method, type(adapted), self.random_state), data
-        return self._assembled(adapted, data, sample_weight)
-
-    def _rows_system(self, X: object, y: object, sample_weight: object) -> System:
-        home = X.device if isinstance(X, torch.Tensor) else torch.device("cpu")
-        self._namespace = namespace_of(X)
-        least = 1 if self._ranks is None else 0
-        X = validate_data(self, to_numpy(X), dtype=[np.float64, np.float32], ensure_min_samples=least)
-        self.method_, self._data = find_method(self.method, None, self.random_state), None
-        if y is not None:
-            refuse_model_settings(self.loss, self.weight_decay, self.params)
-        return self._assembled(torch.from_numpy(np.array(X, order="C", copy=True)), None, sample_weight, home)
-
-    def _assembled(
-        self,
-        model_or_rows: TwiceDifferentiable | torch.Tensor,
-        data: object,
-        sample_weight: object,
-        home: torch.device | None = None,
-    ) -> System:
-        check_checkpoint(self.checkpoint, self.method_, together=self._ranks is not None)
-        return assemble(
-            model_or_rows,
-            data,
-            method=self.method_,
-            curvature=self.curvature,
-            params=self.params,
-            blocks=self.blocks,
-            batch_size=self.batch_size,
-            device=home if self.device is None else self.device,
-            dtype=self.dtype,
-            sample_weight=sample_weight,
-            random_state=self.random_state,
-            verbose=self.verbose,
-            ranks=self._ranks,
-        )
 
     # -- solve -----------------------------------------------------------------------------------------------------
 
@@ -586,18 +496,6 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         check_inputs(data, columns_of(self._data))
         return held_out(model, self.curvature_name_, data, self.batch_size, sample_weight)
 
-    def _judged(self, what: str, hint: str = "Call `solve`.") -> InverseOperator:
-        """Return the inverse, its solutions judged against the exact curvature where that is at hand and asked for."""
-        inverse = self._factorised(what, hint)
-        judges = check_choice(self.check_residual, "check_residual", [True, False])
-        return inverse.judged_by(vars(self).get("curvature_")) if judges else inverse.unjudged()
-
-    def _factorised(self, what: str, hint: str = "Call `solve`.") -> InverseOperator:
-        check_is_fitted(self, "n_features_in_")
-        if self.inverse_ is None:
-            raise TypeError(must_be("method", f"a Method for {what}", "a function", hint))
-        return self.inverse_
-
     def _at(self, shift: float) -> HessianInverter:
         """Return this inverter at another λ, over the same curvature: its factorisation is reused where it can be."""
         inverse = self._factorised("another λ")
@@ -650,25 +548,6 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
-    # The processes that were fitted together; None where this one was alone.
-    _ranks: Ranks | None = None
-
-    def _together(self, step: str, *, of_all: bool | None = None) -> AbstractContextManager[None]:
-        """Return a context in which all ranks fail together, where the step takes products with the rows of all.
-
-        Whether it does, the inverse says where ``of_all`` does not.
-        """
-        if self._ranks is not None and of_all is None:
-            of_all = vars(self).get("inverse_") is not None and self._judged(step).takes_products
-        return as_one(self._ranks if of_all else None, step)
-
-    def _check_alike(self, step: str, rows: Rows, shifts: object = None) -> None:
-        if self._ranks is not None:
-            # It decides how many rows are taken at once.
-            memory = {"scikit-learn's working_memory": working_memory()}
-            hint = "It solves with the rows of all ranks: call it on each of them, with the same right-hand sides."
-            self._ranks.meet(step, {"b": checksum(rows.tensor), "λ": shifts, **memory}, hint=hint)
-
     def _rows(self, b: Array, *, double: bool = False) -> Rows:
         check_is_fitted(self, "n_features_in_")
         if (model := vars(self).get("_model")) is not None:
@@ -697,22 +576,3 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
             )
         dtype = self.solve(np.zeros((1, size), X.dtype)).x.dtype
         return over_rows(self, method, X, size, dtype)
-
-    def _check_namespace(self, X: object, method: str, asked: str = "HessianInverter") -> None:
-        """Raise, where scikit-learn's dispatch is on, for rows of another library than those that were fitted."""
-        fitted, given = vars(self).get("_namespace"), namespace_of(X)
-        if dispatches() and fitted not in (None, given):
-            what = f"Inputs passed to {asked}.{method}()"
-            message = f"{what} must use the same namespace as those passed to fit(), {fitted}. Got {given} instead."
-            raise ValueError(message)
-
-    def _exact(self) -> LinearOperator:
-        return Shifted(self._at_hand("curvature_", "residual"), self.hessian_perturbation_)
-
-    def _at_hand(self, name: str, what: str) -> Any:
-        """Return a fitted attribute that pickles and files leave out; raise where it was."""
-        found = vars(self).get(name)
-        if found is None:
-            hint = "A saved or pickled factorisation leaves out model and data: call `fit` again."
-            raise ValueError(must_be(f"{what}'s model and data", "at hand", "a loaded inverter", hint))
-        return found
