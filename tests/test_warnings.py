@@ -5,6 +5,7 @@ import inspect
 import sys
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -224,6 +225,20 @@ def all_the_data_on_each_rank():
         inverter(process_group="world").fit(Net(), data())
 
 
+def a_checkpoint_that_cannot_be_written():
+    with TemporaryDirectory() as folder:
+        original, calls = skinvert.checkpoint.save_state, []
+
+        def saved(*args):
+            calls.append(1)
+            if len(calls) > 2:
+                raise OSError(28, "No space left on device")
+            original(*args)
+
+        with patch.multiple("skinvert.checkpoint", save_state=saved, EVERY=0.0, SHARE=1.0):
+            inverter("ekfac", checkpoint=f"{folder}/fit").fit(Net(), data())
+
+
 def retraining_that_ends_where_it_began():
     X, y = data()
     X, y = X.numpy(), y.numpy()
@@ -254,6 +269,7 @@ PLACES = [
     (a_loss_that_does_not_shift, "models/labelled.py:_warn_of_a_shift"),
     (a_decoupled_weight_decay, "models/skorch.py:_decay_of"),
     (all_the_data_on_each_rank, "data/shards.py:shared_out"),
+    (a_checkpoint_that_cannot_be_written, "checkpoint.py:_write_when_due"),
     (retraining_that_ends_where_it_began, "metrics/trainers.py:warn_of_no_change"),
 ]
 

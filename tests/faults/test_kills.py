@@ -26,6 +26,7 @@ def check(told, finishes, kills):
     assert told["left"] == 0, told
 
 
+@pytest.mark.slow
 def test_jobs_go_on_after_a_kill(tmp_path):
     found = outcomes(tmp_path, 40, 1, 1, 0, *FOUR)
     assert [told["job"] for told in found] == FOUR
