@@ -21,6 +21,13 @@ def test_operations_are_those_that_are_counted(case):
         assert 0.87 <= found.ratio <= 1.15, found
 
 
+@pytest.mark.parametrize("name, n", [("kfac, ggn", 64), ("direct, ggn", 100)])
+def test_factorisations_are_counted_where_rows_are_few(name, n):
+    (case,) = (case for case in on_paper_check.CASES if case.name == name)
+    fit, _ = on_paper_check.counts(case, n)
+    assert fit.ratio == pytest.approx(1.0, abs=0.1)
+
+
 def test_products_are_counted_where_graphs_are_not_kept():
     for curvature in ("ggn", "hessian"):
         for k in (1, 16):

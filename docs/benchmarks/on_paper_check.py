@@ -321,7 +321,7 @@ SMALL, MATRIX = MLP((24, 40, 36, 10)), MLP((12, 14, 12, 5))
 TIMED = {
     "p = 13,082": (MLP((64, 96, 64, 10)), 8192, ("cg, ggn", "ekfac, ggn")),
     "p = 84,618": (MLP((196, 256, 128, 10)), 4096, ()),
-    "p = 535,818": (MLP((784, 512, 256, 10)), 2048, ("cg, ggn", "ekfac, ggn", "diagonal, ggn")),
+    "p = 535,818": (MLP((784, 512, 256, 10)), 2048, ("cg, ggn", "minres, ggn", "ekfac, ggn", "diagonal, ggn")),
 }
 TIMED_MATRIX = MLP((64, 48, 24, 10)), 4096
 PEAKS = [
@@ -339,9 +339,9 @@ def of_matrix(case: Case) -> bool:
     return case.name.startswith("direct") or case.name == "diagonal, hessian"
 
 
-def counts(case: Case) -> list[Found]:
+def counts(case: Case, n: int = 512) -> list[Found]:
     """Return the operations of a case at the size that is counted."""
-    return operations(case, MATRIX if of_matrix(case) else SMALL, 512, 16)
+    return operations(case, MATRIX if of_matrix(case) else SMALL, n, 16)
 
 
 def report(repeats: int) -> None:
