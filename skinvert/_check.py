@@ -82,8 +82,8 @@ def check_choice(value: Any, name: str, choices: Iterable[Any], hint: str = "") 
     return value
 
 
-def check_sample_weight(sample_weight: Any, n_samples: int | None) -> np.ndarray | None:
-    """Return the weights as a float64 array (n,): finite, none negative, not all zero."""
+def check_sample_weight(sample_weight: Any, n_samples: int | None, *, vanishing: bool = False) -> np.ndarray | None:
+    """Return the weights as a float64 array (n,): finite, none negative; not all zero, save where they may vanish."""
     if sample_weight is None:
         return None
     sample_weight = to_numpy(sample_weight)
@@ -98,7 +98,7 @@ def check_sample_weight(sample_weight: Any, n_samples: int | None) -> np.ndarray
         raise ValueError(must_be("sample_weight", "finite", "NaN or infinity"))
     if (weights < 0).any():
         raise ValueError(must_be("sample_weight", "non-negative", f"{weights.min():.3g}"))
-    if not weights.sum() > 0:
+    if not (vanishing or weights.sum() > 0):
         raise ValueError(must_be("The sum of sample_weight", "positive", "all weights zero"))
     return weights
 

@@ -10,7 +10,7 @@ from sklearn.base import clone
 __all__ = ["SharesModel", "fit_whole"]
 
 # What a fit writes beside the names that end in "_".
-WRITTEN = ("_layout", "_model", "_data", "_totals", "_columns", "_bounds", "_namespace")
+WRITTEN = ("_layout", "_model", "_data", "_totals", "_columns", "_bounds", "_namespace", "_ranks")
 
 
 def fit_whole(estimator: Any, fit: Callable[[Any], object]) -> None:

@@ -14,7 +14,9 @@ from ._types import Array
 
 __all__ = ["check_fields"]
 
-_SHAPED = re.compile(r"(tensor|index|mask)\[([a-z0-9,]*)\]")
+_SHAPED = re.compile(r"(tensor|double|index|mask|bytes)\[([a-z0-9,]*)\]")
+# The dtypes that a kind of tensor alone has.
+_EXACTLY = {"index": torch.int64, "mask": torch.bool, "double": torch.float64, "bytes": torch.uint8}
 # Containers of plain values may hold containers, so deep.
 DEPTH = 4
 
@@ -29,9 +31,10 @@ def check_fields(owner: str, fields: Mapping[str, str], state: Mapping[str, obje
     fields : mapping of str to str
         Each attribute's type: ``"float"`` (finite), ``"int"`` (≥ 0), ``"bool"``, ``"str"``, ``"dtype"``, ``"device"``,
         ``"names"`` (strings), ``"array"`` (1-d, floating), ``"plain"`` (these in lists, tuples and dicts),
-        ``"state"`` (a mapping of names, checked on its own), ``"tensor[p,p]"`` (floating), ``"index[p]"`` (int64) and
-        ``"mask[p]"`` (bool), whose letters stand for one length each, the name of a class of ours, ``"list[Name]"`` of
-        such. Alternatives are separated by ``|``; ``None`` is one, and ``missing`` lets the attribute be left out.
+        ``"state"`` (a mapping of names, checked on its own), ``"tensor[p,p]"`` (floating), ``"double[p]"`` (float64,
+        beside tensors of another dtype), ``"index[p]"`` (int64), ``"mask[p]"`` (bool) and ``"bytes[p]"``, whose letters
+        stand for one length each, the name of a class of ours, ``"list[Name]"`` of such. Alternatives are separated by
+        ``|``; ``None`` is one, and ``missing`` lets the attribute be left out.
     state : mapping
         The attributes.
     optional : frozenset of str
@@ -75,7 +78,7 @@ def _is_a(value: object, name: str) -> bool:
 def _is_shaped(value: object, kind: str, letters: str, bound: dict[str, object]) -> bool:
     if not isinstance(value, torch.Tensor):
         return False
-    wanted = {"index": value.dtype == torch.int64, "mask": value.dtype == torch.bool}
+    wanted = {kind: value.dtype == dtype for kind, dtype in _EXACTLY.items()}
     if kind == "tensor":
         # One floating dtype for all of an object's numbers.
         wanted["tensor"] = value.is_floating_point() and bound.setdefault("dtype", value.dtype) == value.dtype

@@ -19,6 +19,7 @@ __all__ = [
     "Indices",
     "LossLike",
     "Partition",
+    "ProcessGroup",
     "RandomState",
     "State",
     "TrainedModel",
@@ -46,4 +47,6 @@ Device: TypeAlias = str | torch.device | None
 Indices: TypeAlias = int | Sequence[int] | np.ndarray | torch.Tensor
 Globs: TypeAlias = str | Sequence[str] | None
 Partition: TypeAlias = str | Mapping[str, str | Sequence[str]] | None
+# "world", or a ProcessGroup of torch.distributed, which not every build of torch has.
+ProcessGroup: TypeAlias = object
 RandomState: TypeAlias = int | np.random.RandomState | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ import torch
 from ._check import check_choice, check_number, must_be
 from ._memory import check_memory, rows_within
 from ._types import Array
-from .curvature import Curvature, Objective, jacobian_rows, split_batch
+from .curvature import Curvature, Objective, Sharded, jacobian_rows, split_batch
 from .data import Batches
 from .methods.base import InverseOperator
 from .models import TorchTwiceDifferentiable
@@ -90,7 +90,8 @@ def output_variances(
 
 
 def curvature_of(A: LinearOperator | None) -> Curvature:
-    """Return a curvature of a model; TypeError for another operator."""
+    """Return a curvature of a model, of this process's rows; TypeError for another operator."""
+    A = A.local if isinstance(A, Sharded) else A
     if not isinstance(A, Curvature):
         hint = "Fit with a model: `fit(model, (X, y))`."
         raise TypeError(must_be("The curvature", "that of a model", type(A).__name__, hint))
@@ -99,7 +100,7 @@ def curvature_of(A: LinearOperator | None) -> Curvature:
 
 def objective_of(A: LinearOperator | None, what: str) -> Objective:
     """Return the objective of a curvature, which has losses and gradients by row; TypeError where there is none."""
-    objective = curvature_of(A).objective
+    objective = A.objective if isinstance(A, Sharded) else curvature_of(A).objective
     if not isinstance(objective, Objective):
         must, hint = "one with per-sample losses", "Subclass TorchTwiceDifferentiable."
         raise TypeError(must_be(f"The model for {what}", must, type(objective).__name__, hint))
@@ -108,22 +109,37 @@ def objective_of(A: LinearOperator | None, what: str) -> Objective:
 
 def _meat(A: LinearOperator) -> torch.Tensor:
     """Return Σ wᵢ² gᵢgᵢᵀ / (Σw)² (p, p)."""
-    objective, curvature = objective_of(A, 'kind="sandwich"'), curvature_of(A)
-    total = torch.zeros(A.shape, dtype=A.dtype, device=A.device)
-    for batch, weights in _in_chunks(objective):
-        rows = objective.gradients(curvature.data_of(batch)) * (weights / objective.weight_sum)[:, None]
-        total.addmm_(rows.mT, rows)
-    return total
+    curvature = curvature_of(A)
+    objective = objective_of(curvature, 'kind="sandwich"')
+
+    def own() -> torch.Tensor:
+        total = torch.zeros(A.shape, dtype=A.dtype, device=A.device)
+        for batch, weights in _in_chunks(objective):
+            rows = objective.gradients(curvature.data_of(batch)) * (weights / objective.weight_sum)[:, None]
+            total.addmm_(rows.mT, rows)
+        return total
+
+    return _of_all(A, own, "the squares of the gradients")
 
 
 def _total_loss(A: LinearOperator | None) -> float:
     """Return Σ wᵢℓᵢ, without the penalty."""
-    objective, curvature = objective_of(A, "its loss"), curvature_of(A)
-    losses = (
-        float((objective.losses(curvature.data_of(batch)).detach().double() * weights).sum())
-        for batch, weights in objective.batches
-    )
-    return math.fsum(losses)
+    curvature = curvature_of(A)
+    objective = objective_of(curvature, "its loss")
+
+    def own() -> torch.Tensor:
+        losses = (
+            float((objective.losses(curvature.data_of(batch)).detach().double() * weights).sum())
+            for batch, weights in objective.batches
+        )
+        return torch.tensor(math.fsum(losses), dtype=torch.float64, device="cpu")
+
+    return float(_of_all(A, own, "the loss"))
+
+
+def _of_all(A: LinearOperator | None, own: Callable[[], torch.Tensor], step: str) -> torch.Tensor:
+    """Return what this process's rows add up to, or where several share a curvature those of all."""
+    return A.ranks.summed(step, lambda: [own()])[0] if isinstance(A, Sharded) else own()
 
 
 def _in_chunks(objective: Objective) -> Iterator[tuple[Array, torch.Tensor]]:

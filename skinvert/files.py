@@ -21,8 +21,8 @@ __all__ = ["UNSAVED", "Saved", "Whole", "load", "savable"]
 # The classes that a file may be of, by their names: a closed list.
 KINDS: dict[str, type[Saved]] = {}
 
-# What a file leaves out: requests of metadata, callbacks, and the library of the rows that were fitted.
-UNSAVED = ("_metadata_request", "_skl_callbacks", "_namespace")
+# What a file leaves out: requests of metadata, callbacks, the library of the rows that were fitted, other processes.
+UNSAVED = ("_metadata_request", "_skl_callbacks", "_namespace", "_ranks")
 
 
 def savable(cls: type[Saved]) -> type[Saved]:
@@ -68,7 +68,10 @@ class Saved(BaseEstimator, ABC):
 
     def _whole_state(self) -> State:
         """Return all that it has, model and data too."""
-        state = super().__getstate__()
+        state = dict(super().__getstate__())
+        if "process_group" in state:
+            # A connection between processes.
+            state["process_group"] = left_out(state["process_group"])
         return {name: pack(value) if name in ("device", "dtype") else value for name, value in state.items()}
 
     def __setstate__(self, state: State) -> None:

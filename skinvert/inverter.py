@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Self, overload
+from typing import ClassVar, Self, overload
 
 import numpy as np
 import scipy.sparse.linalg
@@ -12,10 +13,11 @@ from sklearn.base import TransformerMixin
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from ._arguments import check_fit_arguments, check_fits_rows, check_method, check_shifts, refuse_model_settings
+from ._arguments import check_fits_rows, check_shifts
 from ._autograd import ordinary
 from ._callbacks import TakesCallbacks, followed
 from ._check import check_choice, check_shift, must_be
+from ._distributed import as_one, ranks_of
 from ._fitting import SharesModel, fit_whole
 from ._frames import (
     Columned,
@@ -28,7 +30,7 @@ from ._frames import (
 )
 from ._lazy import check_in_memory, is_lazy, over_rows
 from ._linear_map import apply_linear, solve_linear
-from ._namespaces import as_tensor, dispatches, in_kind_of, is_foreign, like_rows, namespace_of, of_kind, to_numpy
+from ._namespaces import as_tensor, in_kind_of, is_foreign, of_kind, to_numpy
 from ._rows import InFloat64, Rows
 from ._scaling import times_powers
 from ._types import (
@@ -40,33 +42,32 @@ from ._types import (
     Globs,
     LossLike,
     Partition,
+    ProcessGroup,
     RandomState,
     State,
     TrainedModel,
 )
 from .answers import OPTIONAL, answer, check_answer, file_fields
-from .columns import NamedColumns
+from .at_hand import AtHand
 from .curvature import Sampled
 from .data import as_data
 from .files import UNSAVED, Saved, savable
+from .fitting import Fitting
 from .methods.base import InverseOperator, Method, relative_residual
-from .models import TwiceDifferentiable, as_model, is_model
-from .operators import LinearOperator, Shifted, as_scipy
+from .operators import as_scipy
 from .persistence import require_present
-from .perturbation import check_perturbation, resolve
 from .posterior import Posterior, own_spectrum
-from .registry import find_method
 from .results import InverseHvpResult, Spectrum
 from .scores import HeldOut, held_out, held_out_rows, quadratic_score
 from .solvers.extremes import spectrum
 from .summary import Summary
-from .system import Function, System, assemble, random_seed
+from .system import Function, random_seed
 
 __all__ = ["HessianInverter"]
 
 
 @savable
-class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColumns, TransformerMixin, Saved):
+class HessianInverter(TakesCallbacks, Summary, SharesModel, Fitting, AtHand, Posterior, TransformerMixin, Saved):
     r"""Solve (H + λI) x = b for a trained model's curvature H, one right-hand side per row.
 
     ``fit(model, data)``, ``fit(X, y)`` with ``model`` set, or ``fit(X)`` on plain rows, whose curvature is that of
@@ -114,6 +115,17 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
     check_residual : bool, default=True
         Whether an approximate method spends one product with the exact curvature per solve to report its true
         ``residual`` and to warn where x = 0 would be better. False leaves ``residual`` NaN and ``converged`` False.
+    checkpoint : str or Path, default=None
+        A file to which ``fit`` writes what it has done, at most every second and for at most 5 % of its time, and from
+        which the same fit goes on after an interruption, a kill too, to the same result. It is removed once the fit is
+        done, and a file of any other fit (another model, other data, settings or versions) is refused. In a folder that
+        exists each fit has its own file, as a search needs it. For ``"arnoldi"``, ``"nystroem"``, ``"kfac"`` and
+        ``"ekfac"``.
+    process_group : None, "world" or ProcessGroup, default=None
+        The processes of ``torch.distributed`` that fit together, each with its own share of the data as ``fit``'s: rows
+        of its own, perhaps none, or a DataLoader with a DistributedSampler, each of whose rows counts once. What is
+        fitted is that of all rows, on every rank. None fits this process's data alone, whatever is initialised;
+        "world" is the default group.
     verbose : int, default=0
         1 says on stderr what was chosen and why, and shows progress bars on long work.
 
@@ -189,6 +201,8 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
     inverse_: InverseOperator | None
     feature_names_in_: np.ndarray
     eigenvalues_: np.ndarray
+    # A group of processes is no setting of which there could be two.
+    _shared: ClassVar[tuple[str, ...]] = (*SharesModel._shared, "process_group")
 
     def __init__(
         self,
@@ -206,6 +220,8 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         dtype: DType = None,
         random_state: RandomState = None,
         check_residual: bool = True,
+        checkpoint: str | os.PathLike[str] | None = None,
+        process_group: ProcessGroup = None,
         verbose: int = 0,
     ) -> None:
         self.method = method
@@ -221,6 +237,8 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         self.dtype = dtype
         self.random_state = random_state
         self.check_residual = check_residual
+        self.checkpoint = checkpoint
+        self.process_group = process_group
         self.verbose = verbose
 
     # -- fit -------------------------------------------------------------------------------------------------------
@@ -246,78 +264,15 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         HessianInverter
             Itself.
         """
-        check_method(self.method)
-        check_fit_arguments(X, y, self.model)
-        shift = check_perturbation(self.hessian_perturbation, "HessianInverter")
-        fit_whole(self, lambda fresh: fresh._fit_at(X, y, sample_weight, shift))
+        ranks = ranks_of(require_present(self.process_group, "process_group"))
+
+        def fit(fresh: HessianInverter) -> None:
+            with as_one(ranks, "fit"):
+                fresh._ranks = ranks
+                fresh._fit_at(X, y, sample_weight)
+
+        fit_whole(self, fit)
         return self
-
-    def _fit_at(self, X: object, y: object, sample_weight: object, shift: float | str) -> None:
-        """Fit at λ = ``shift``."""
-        check_choice(self.check_residual, "check_residual", [True, False])
-        if is_model(X):
-            system = self._model_system(X, y, sample_weight)
-        elif self.model is not None:
-            system = self._model_system(self.model, as_data(X, y), sample_weight)
-        else:
-            system = self._rows_system(X, y, sample_weight)
-        self._keep(system, shift)
-        if system.layout is None and "eigenvalues_" in vars(self):
-            self.eigenvalues_ = like_rows(X, self.eigenvalues_)
-
-    def _keep(self, system: System, setting: float | str) -> None:
-        """Invert a system at the λ that is set, and keep both."""
-        (shift,) = resolve([setting], system.curvature, self.random_state)
-        self._layout, self._model = system.layout, system.model
-        if system.layout is not None and system.gradient_norm is not None:
-            self.parameter_names_, self.gradient_norm_ = list(system.layout.names), system.gradient_norm
-        self.n_samples_, self.curvature_name_ = system.n_samples, system.curvature_name
-        self.curvature_, self.n_features_in_ = system.curvature, system.curvature.size
-        self.hessian_perturbation_ = check_shift(shift, system.curvature.dtype)
-        self.inverse_ = None
-        if isinstance(self.method_, Method):
-            self.method_, self.inverse_ = system.invert(self.method_, shift, self.verbose)
-            if self.inverse_.eigenvalues is not None:
-                self.eigenvalues_ = self.inverse_.eigenvalues.cpu().numpy()
-
-    def _model_system(self, model: object, data: object, sample_weight: object) -> System:
-        if data is None:
-            raise ValueError(must_be("fit(model, data)'s data", "given", "None", "Try fit(model, (X, y))."))
-        model, loss = require_present(model, "model"), require_present(self.loss, "loss")
-        adapted = as_model(model, loss, self.weight_decay)
-        self.method_, self._data = find_method(self.method, type(adapted), self.random_state), data
-        return self._assembled(adapted, data, sample_weight)
-
-    def _rows_system(self, X: object, y: object, sample_weight: object) -> System:
-        home = X.device if isinstance(X, torch.Tensor) else torch.device("cpu")
-        self._namespace = namespace_of(X)
-        X = validate_data(self, to_numpy(X), dtype=[np.float64, np.float32])
-        self.method_, self._data = find_method(self.method, None, self.random_state), None
-        if y is not None:
-            refuse_model_settings(self.loss, self.weight_decay, self.params)
-        return self._assembled(torch.from_numpy(np.array(X, order="C", copy=True)), None, sample_weight, home)
-
-    def _assembled(
-        self,
-        model_or_rows: TwiceDifferentiable | torch.Tensor,
-        data: object,
-        sample_weight: object,
-        home: torch.device | None = None,
-    ) -> System:
-        return assemble(
-            model_or_rows,
-            data,
-            method=self.method_,
-            curvature=self.curvature,
-            params=self.params,
-            blocks=self.blocks,
-            batch_size=self.batch_size,
-            device=home if self.device is None else self.device,
-            dtype=self.dtype,
-            sample_weight=sample_weight,
-            random_state=self.random_state,
-            verbose=self.verbose,
-        )
 
     # -- solve -----------------------------------------------------------------------------------------------------
 
@@ -387,6 +342,10 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
 
     @ordinary
     def _solve(self, b: Array, x0: Array | None = None) -> InverseHvpResult:
+        with self._together("solve"):
+            return self._solved(b, x0)
+
+    def _solved(self, b: Array, x0: Array | None) -> InverseHvpResult:
         rows = self._rows(b)
         if not isinstance(self.method_, Method):
             if x0 is not None:
@@ -395,6 +354,8 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
             result: InverseHvpResult = function(model, self._data, rows.source, self.hessian_perturbation_)
             return result
         inverse: InverseOperator = rows.through(self._judged("solve"))
+        if inverse.takes_products:
+            self._check_alike("solve", rows)
         if x0 is not None:
             inverse = inverse.started_at(self._start(x0, rows))
         return rows.result(*inverse.solve(rows.tensor))
@@ -429,11 +390,14 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
 
     @ordinary
     def _path(self, b: Array, shifts: list[float]) -> Array:
-        rows = self._rows(b)
-        for shift in shifts:
-            check_shift(shift, rows.tensor.dtype)
-        inverse = self._judged("path", "Call `solve` for each λ.")
-        return rows.back(rows.through(inverse).path(rows.tensor, shifts))
+        with self._together("path"):
+            rows = self._rows(b)
+            for shift in shifts:
+                check_shift(shift, rows.tensor.dtype)
+            inverse = self._judged("path", "Call `solve` for each λ.")
+            if inverse.takes_products:
+                self._check_alike("path", rows, shifts)
+            return rows.back(rows.through(inverse).path(rows.tensor, shifts))
 
     @ordinary
     def spectrum(self, *, of: str = "curvature", n_probes: int = 10, steps: int = 60) -> Spectrum:
@@ -459,7 +423,8 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         seed = None if self.random_state is None else random_seed(self.random_state)
         known = None if self.inverse_ is None else self.inverse_.all_eigenvalues
         curvature, settings = vars(self).get("curvature_"), {"n_probes": n_probes, "steps": steps}
-        return spectrum(curvature, known, **settings, random_state=seed, verbose=self.verbose)
+        with self._together("spectrum", of_all=known is None):
+            return spectrum(curvature, known, **settings, random_state=seed, verbose=self.verbose)
 
     def inverse_transform(self, X: Array) -> Array:
         """Return (H + λI) x for rows x (k, p), with the operator that the method inverts."""
@@ -477,11 +442,15 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
     @ordinary
     def residual(self, b: Array, x: Array) -> Array:
         """Return ‖(H + λI)x − b‖ / ‖b‖ (k,) against the exact curvature, whatever the method inverts."""
+        with self._together("residual", of_all=True):
+            residual = self._residual(b, x)
+        return residual if isinstance(b, torch.Tensor) else residual.cpu().numpy()
+
+    def _residual(self, b: Array, x: Array) -> torch.Tensor:
         B, X = self._rows(b), self._rows(x)
         if B.tensor.shape != X.tensor.shape:
             raise ValueError(must_be("x", f"of b's shape {tuple(b.shape)}", f"shape {tuple(x.shape)}"))
-        residual = relative_residual(self._exact(), B.tensor, times_powers(X.tensor, X.powers - B.powers))
-        return residual if isinstance(b, torch.Tensor) else residual.cpu().numpy()
+        return relative_residual(self._exact(), B.tensor, times_powers(X.tensor, X.powers - B.powers))
 
     @ordinary
     def score(self, X: Data, y: Data | None = None, sample_weight: Array | None = None) -> float:
@@ -527,18 +496,6 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         check_inputs(data, columns_of(self._data))
         return held_out(model, self.curvature_name_, data, self.batch_size, sample_weight)
 
-    def _judged(self, what: str, hint: str = "Call `solve`.") -> InverseOperator:
-        """Return the inverse, its solutions judged against the exact curvature where that is at hand and asked for."""
-        inverse = self._factorised(what, hint)
-        judges = check_choice(self.check_residual, "check_residual", [True, False])
-        return inverse.judged_by(vars(self).get("curvature_")) if judges else inverse.unjudged()
-
-    def _factorised(self, what: str, hint: str = "Call `solve`.") -> InverseOperator:
-        check_is_fitted(self, "n_features_in_")
-        if self.inverse_ is None:
-            raise TypeError(must_be("method", f"a Method for {what}", "a function", hint))
-        return self.inverse_
-
     def _at(self, shift: float) -> HessianInverter:
         """Return this inverter at another λ, over the same curvature: its factorisation is reused where it can be."""
         inverse = self._factorised("another λ")
@@ -573,19 +530,21 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         if not self._serves_alone():
             hint = "It solves with model and data, which a file of arrays cannot hold. Try pickle or joblib."
             raise ValueError(must_be("method for save", "one that factorises, such as 'direct'", self.method_, hint))
-        state = {name: value for name, value in self.__getstate__().items() if name not in UNSAVED}
+        # Where it was fitted is of no use elsewhere.
+        left_out = {*UNSAVED, "checkpoint"}
+        state = {name: value for name, value in self.__getstate__().items() if name not in left_out}
         if "eigenvalues_" in state:
             state["eigenvalues_"] = to_numpy(state["eigenvalues_"])
         return {**state, "answer": answer(self._factorised("save"))}
 
     @classmethod
     def _file_fields(cls) -> tuple[Mapping[str, str], frozenset[str]]:
-        return file_fields(cls), OPTIONAL
+        return {name: words for name, words in file_fields(cls).items() if name != "checkpoint"}, OPTIONAL
 
     @classmethod
     def _restored(cls, state: State) -> Self:
         check_answer(state)
-        return super()._restored(state)
+        return super()._restored({**state, "checkpoint": None})
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
@@ -610,24 +569,10 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Posterior, NamedColu
         size = self.n_features_in_
         if X.ndim != 2 or X.shape[1] != size:
             raise ValueError(must_be("A Dask array", f"of shape (k, {size})", f"shape {X.shape}"))
+        if self._ranks is not None and self._factorised(method).takes_products:
+            hint = "Its blocks would be solved in another order on each rank. Try rows in memory, or another method."
+            raise ValueError(
+                must_be("Rows for what several processes solve together", "in memory", "a Dask array", hint)
+            )
         dtype = self.solve(np.zeros((1, size), X.dtype)).x.dtype
         return over_rows(self, method, X, size, dtype)
-
-    def _check_namespace(self, X: object, method: str, asked: str = "HessianInverter") -> None:
-        """Raise, where scikit-learn's dispatch is on, for rows of another library than those that were fitted."""
-        fitted, given = vars(self).get("_namespace"), namespace_of(X)
-        if dispatches() and fitted not in (None, given):
-            what = f"Inputs passed to {asked}.{method}()"
-            message = f"{what} must use the same namespace as those passed to fit(), {fitted}. Got {given} instead."
-            raise ValueError(message)
-
-    def _exact(self) -> LinearOperator:
-        return Shifted(self._at_hand("curvature_", "residual"), self.hessian_perturbation_)
-
-    def _at_hand(self, name: str, what: str) -> Any:
-        """Return a fitted attribute that pickles and files leave out; raise where it was."""
-        found = vars(self).get(name)
-        if found is None:
-            hint = "A saved or pickled factorisation leaves out model and data: call `fit` again."
-            raise ValueError(must_be(f"{what}'s model and data", "at hand", "a loaded inverter", hint))
-        return found

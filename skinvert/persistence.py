@@ -25,7 +25,7 @@ from ._state import unpack
 from ._types import Array, State
 from .encoding import LeftOut, Writer, decode_state, plain
 
-__all__ = ["left_out", "load_state", "refusing_damage", "require_present", "save_state"]
+__all__ = ["left_out", "load_state", "refusing_damage", "replacing", "require_present", "save_state"]
 
 FORMAT, VERSION = "skinvert", 4
 HEADER = ("format", "version", "kind", "state", "sha256")
@@ -95,7 +95,7 @@ def save_state(
     needed = len(text) + sum(array.nbytes for array in writer.arrays.values())
     if len(text) > HEADER_BYTES // 2:
         raise ValueError(must_be("What save writes beside arrays", "small", f"{len(text):,} bytes", "Try pickle."))
-    with _replacing(path, needed) as temporary:
+    with replacing(path, needed) as temporary:
         try:
             save_file(writer.arrays, temporary, header)
         except _safetensors().SafetensorError as error:
@@ -203,7 +203,7 @@ def _damaged(path: str | os.PathLike[str], got: str) -> str:
 
 
 @contextmanager
-def _replacing(path: str | os.PathLike[str], needed: int) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], needed: int) -> Iterator[Path]:
     """Yield a path beside ``path``; what is written there then takes its place at once, or is removed."""
     # Through a link to what it points at: a rename would replace the link itself.
     target = Path(os.path.realpath(os.fspath(path)))
@@ -211,7 +211,7 @@ def _replacing(path: str | os.PathLike[str], needed: int) -> Iterator[Path]:
     _remove_abandoned(target.parent)
     temporary = target.with_name(f"{_own_prefix()}{os.getpid()}-{secrets.token_hex(8)}.tmp")
     try:
-        temporary.touch(exist_ok=False)
+        _touch(temporary)
         # Whatever writes the file, its permissions are those of an ordinary one, or of the one before.
         mode = (target if target.exists() else temporary).stat().st_mode
         yield temporary
@@ -228,6 +228,14 @@ def _replacing(path: str | os.PathLike[str], needed: int) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _touch(temporary: Path) -> None:
+    try:
+        temporary.touch(exist_ok=False)
+    except PermissionError as error:
+        message = must_be("The folder of path", "one that can be written to", repr(str(temporary.parent)))
+        raise PermissionError(errno.EACCES, message) from error
 
 
 def _own_prefix() -> str:

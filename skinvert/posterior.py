@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from ._memory import rows_within
 from ._rows import Rows
 from ._types import Array, Data, RandomState
 from .covariance import checked_dispersion, evidence, output_variances, parameter_covariance
-from .curvature import Curvature
+from .curvature import Curvature, Sharded
 from .data import batches_of, holds_tensors, is_data
 from .methods.base import InverseOperator, Method
 from .methods.quadratic import QuadraticForms
@@ -91,9 +92,10 @@ class Posterior(ABC):
         >>> forms.values.round(3), forms.bounds.round(3), bool(abs(forms.values - 3.0) <= forms.bounds)
         (array([[2.64]]), array([[0.8]]), True)
         """
-        inverse = self._certified("quadratic")
-        g, b = self._rows(G, double=True), None if B is None else self._rows(B, double=True)
-        forms = inverse.quadratic(g.tensor, None if b is None else b.tensor, one_sided=one_sided)
+        with self._together("quadratic", of_all="curvature_" in vars(self)):
+            inverse = self._certified("quadratic")
+            g, b = self._rows(G, double=True), None if B is None else self._rows(B, double=True)
+            forms = inverse.quadratic(g.tensor, None if b is None else b.tensor, one_sided=one_sided)
         forms = forms.times(2 * g.powers if b is None else g.powers[:, None] + b.powers)
         return QuadraticForms(**g.back_info(vars(forms)))
 
@@ -314,10 +316,14 @@ class Posterior(ABC):
     @abstractmethod
     def _rows(self, b: Array, *, double: bool = False) -> Rows: ...
 
+    @abstractmethod
+    def _together(self, step: str, *, of_all: bool | None = None) -> AbstractContextManager[None]: ...
+
     def _weight_sum(self) -> float:
         """Return Σw; of plain rows, whose weights count in proportion alone, n."""
         A = self._at_hand("curvature_", "covariance")
-        return A.objective.weight_sum if isinstance(A, Curvature) else float(self.n_samples_)
+        objective = A.objective if isinstance(A, Curvature | Sharded) else None
+        return float(self.n_samples_) if objective is None else objective.weight_sum
 
     def _some_targets(self, X: Any) -> Any:
         """Return as many targets as inputs: the first one of the training data, repeated."""

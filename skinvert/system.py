@@ -11,7 +11,10 @@ from sklearn.utils import check_random_state
 
 from ._autograd import ordinary
 from ._check import check_number, check_sample_weight, check_shift, must_be, resolve_device, resolve_dtype
-from ._memory import available_memory, readable
+from ._checkpoint import NOWHERE, Checkpoint
+from ._checksum import checksum
+from ._distributed import Ranks
+from ._memory import available_memory, readable, working_memory
 from ._progress import say
 from ._state import held_bytes
 from ._types import Device, Globs, Partition, RandomState
@@ -19,16 +22,17 @@ from .curvature import (
     CURVATURES,
     Gram,
     Sampled,
+    Sharded,
     build_blocks,
     build_curvature,
     curvature_name,
     faces_of,
     seeded_curvature,
 )
-from .data import Batches, batches_of
+from .data import Batches, Shard, batches_of
 from .methods.base import InverseOperator, Method
 from .methods.blocks import invert_blocks
-from .models import TwiceDifferentiable
+from .models import TorchTwiceDifferentiable, TwiceDifferentiable
 from .operators import BlockDiagonal, LinearOperator
 from .parameters import ParameterLayout, split_blocks
 
@@ -82,28 +86,34 @@ class System:
     blocks: BlockDiagonal | None = None
 
     @ordinary
-    def invert(self, method: Method, hessian_perturbation: float, verbose: int = 0) -> tuple[Method, InverseOperator]:
+    def invert(
+        self, method: Method, hessian_perturbation: float, verbose: int = 0, checkpoint: Checkpoint = NOWHERE
+    ) -> tuple[Method, InverseOperator]:
         """Return the method that inverts, which is what ``method`` chooses, and the inverse at λ."""
         A, shift = self.curvature, check_shift(hessian_perturbation, self.curvature.dtype)
         check_requirements(method, A)
         self._say(shift, verbose)
-        chosen, inverse = self._inverted(method, shift, verbose)
+        chosen, inverse = self._inverted(method, shift, verbose, checkpoint)
         if verbose:
             kept = "and solves with the curvature" if inverse.keeps_operator else "and serves alone"
             left = readable(available_memory(A.device))
             say(f"memory: the inverse holds {readable(held_bytes(inverse))} {kept}; {left} left on {A.device}", verbose)
         return chosen, inverse
 
-    def _inverted(self, method: Method, shift: float, verbose: int) -> tuple[Method, InverseOperator]:
+    def _inverted(
+        self, method: Method, shift: float, verbose: int, checkpoint: Checkpoint
+    ) -> tuple[Method, InverseOperator]:
         if self.blocks is not None:
-            return method, invert_blocks(method, self.blocks, shift, verbose).judged_by(self.curvature)
+            return method, invert_blocks(method, self.blocks, shift, verbose, checkpoint).judged_by(self.curvature)
         chosen, why = method.explain(self.curvature, shift)
         say(f"method {chosen.name or type(chosen).__name__}: {why}", verbose)
-        return chosen, chosen.invert(self.curvature, shift, verbose)
+        return chosen, chosen.resume(self.curvature, shift, checkpoint, verbose)
 
     def _say(self, shift: float, verbose: int) -> None:
         A, numbers = self.curvature, str(self.curvature.dtype).removeprefix("torch.")
         rows = f"{self.n_samples:,} rows" + (f" (batches: {len(self.batches):,})" if self.batches is not None else "")
+        if self.batches is not None and (shard := self.batches.shard) is not None:
+            rows += f" on {shard.ranks.size} ranks, {shard.counts[shard.ranks.rank]:,} of them here"
         say(f"curvature {self.curvature_name}: {A.size:,} parameters, {rows}, {numbers} on {A.device}", verbose)
         say(f"λ = {shift:.4g}", verbose)
 
@@ -123,41 +133,83 @@ def assemble(
     sample_weight: object = None,
     random_state: RandomState = None,
     verbose: int = 0,
+    ranks: Ranks | None = None,
 ) -> System:
     """Return the system of an adapted model over its data, or of plain rows (n, p).
 
     The settings are those of ``HessianInverter``. A method that draws is seeded by ``seeded_method`` before, so that a
-    generator is drawn from in one order whoever asks.
+    generator is drawn from in one order whoever asks. With ``ranks`` the data are this process's share, and the system
+    is that of all shares.
     """
     if batch_size is not None:
         check_number(batch_size, "batch_size", owner="HessianInverter", low=1, integer=True)
     if isinstance(model_or_rows, torch.Tensor):
-        return _of_rows(model_or_rows, curvature, blocks, device, dtype, sample_weight)
+        return _of_rows(model_or_rows, curvature, blocks, device, dtype, sample_weight, ranks)
     model = model_or_rows.at_point(params, dtype, device)
     default = method.default_curvature if isinstance(method, Method) else "hessian"
     chosen = seeded_curvature(default if curvature == "auto" else curvature, random_state)
     name = curvature_name(chosen)
-    batches = batches_of(model, data, batch_size=batch_size, sample_weight=sample_weight)
+    if ranks is not None:
+        _check_alike(ranks, model, method, chosen)
+    batches = batches_of(model, data, batch_size=batch_size, sample_weight=sample_weight, ranks=ranks)
+    if ranks is not None and isinstance(model, TorchTwiceDifferentiable):
+        hint = "It is found in the data. Give `loss`, and pairs (inputs, targets)."
+        ranks.meet("fit", {"how labels meet the loss": model.reading}, hint=hint)
     A: Any = build_curvature(chosen, model, batches, verbose)
     parts = None
     if blocks is not None:
         if not isinstance(method, Method):
             raise ValueError(must_be("blocks", "None for a method that is a function", repr(blocks)))
         parts = build_blocks(chosen, model, batches, split_blocks(model.layout.names, blocks), verbose)
-    return System(A, name, batches.n_samples, A.gradient_norm, model, batches, model.layout, parts)
+    n_samples = batches.n_samples if batches.shard is None else batches.shard.n_samples
+    return System(A, name, n_samples, A.gradient_norm, model, batches, model.layout, parts)
+
+
+def _check_alike(ranks: Ranks, model: TwiceDifferentiable, method: Method | Function, curvature: object) -> None:
+    """Raise on all ranks where they have other settings or another model."""
+    if not isinstance(method, Method):
+        raise ValueError(must_be("process_group", "None for a method that is a function", "a group"))
+    memory = {"scikit-learn's working_memory": working_memory()}
+    ranks.meet("fit", {"method": method, "curvature": curvature, "dtype": model.dtype, **memory})
+    if not isinstance(model, TorchTwiceDifferentiable):
+        ranks.meet("fit", {"parameters": [checksum(torch.as_tensor(tensor)) for tensor in model.parameters]})
+        return
+    ranks.meet("fit", {"selected parameters": model.layout, "weight decay": model.weight_decay})
+    hint = (
+        "Running means differ after training, each of its rank's last batches. Try "
+        "`torch.distributed.broadcast(tensor.detach(), 0)` for each of `net.parameters()` and `net.buffers()`."
+    )
+    parts = {"parameter": model.module.named_parameters(), "buffer": model.module.named_buffers()}
+    for what, named in parts.items():
+        # The first that differs, by its name.
+        ranks.meet("the model", {f"{what} {name}": checksum(tensor) for name, tensor in named}, hint=hint)
 
 
 def _of_rows(
-    rows: torch.Tensor, curvature: object, blocks: object, device: Device, dtype: object, sample_weight: object
+    rows: torch.Tensor,
+    curvature: object,
+    blocks: object,
+    device: Device,
+    dtype: object,
+    sample_weight: object,
+    ranks: Ranks | None,
 ) -> System:
-    weights = check_sample_weight(sample_weight, len(rows))
+    weights = check_sample_weight(sample_weight, len(rows), vanishing=ranks is not None)
     if blocks is not None:
         raise ValueError(must_be("blocks for plain rows", "None", repr(blocks), "They have no layers."))
     if curvature not in ("auto", "gram"):
         hint = "Plain rows have one curvature, XᵀX/n. For a model's, give a model."
         raise ValueError(must_be("curvature for plain rows", "'auto'", repr(curvature), hint))
     rows = rows.detach().to(resolve_device(device, rows.device), resolve_dtype(dtype, rows.dtype))
-    return System(Gram(rows, None if weights is None else torch.from_numpy(weights).to(rows)), "gram", len(rows))
+    own = None if weights is None else torch.from_numpy(weights).to(rows)
+    if ranks is None:
+        return System(Gram(rows, own), "gram", len(rows))
+    ranks.meet("fit", {"width of the rows": rows.shape[1], "dtype": rows.dtype})
+    told = ranks.gathered((len(rows), float(len(rows) if weights is None else weights.sum())), "the rows")
+    shard, total = Shard(ranks, [count for count, _ in told], dealt=False), sum(part for _, part in told)
+    if not total > 0:
+        raise ValueError(must_be("The rows of all ranks", "at least one, of a positive weight", "none"))
+    return System(Sharded(Gram(rows, own, total), shard, None), "gram", shard.n_samples)
 
 
 def seeded_method(method: Method, random_state: RandomState) -> Method:

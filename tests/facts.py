@@ -18,6 +18,8 @@ EVERY = list(KINDS)
 ITERATIVE = [name for name, kind in KINDS.items() if kind.keeps_operator]
 # Exact to fewer digits: more would take them long.
 LOOSE = [name for name, kind in KINDS.items() if kind.accuracy > 1e-8]
+# An interrupted fit goes on from its checkpoint.
+RESUMING = [name for name, kind in KINDS.items() if kind.resumes]
 # Others do their work.
 CHOOSING = [name for name, kind in KINDS.items() if kind.choose is not Method.choose]
 # A positive semi-definite curvature that the method takes.

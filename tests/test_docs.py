@@ -15,6 +15,8 @@ MODULES = [
     "skinvert",
     *(f"skinvert.{name}" for name in ("influence", "metrics", "metrics.baselines", "methods", "plotting", "testing")),
 ]
+# Run by torchrun: tests/distributed.
+OF_SEVERAL_PROCESSES = {"distributed"}
 # By another kind of fence: shown, not run.
 SHOWN = {"text", "sh", "{toctree}", "{eval-rst}", "{include}", "{doctest}"}
 
@@ -35,7 +37,9 @@ PUBLISHED = published()
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if "```python" in page.read_text("utf-8")], ids=lambda p: p.stem
+    "page",
+    [page for page in PAGES if "```python" in page.read_text("utf-8") and page.stem not in OF_SEVERAL_PROCESSES],
+    ids=lambda p: p.stem,
 )
 def test_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -28,6 +28,7 @@ def test_mislabelled_digits_are_found(tmp_path):
     assert str(tmp_path / "output" / "mislabelled_digits.png") in text
 
 
+@pytest.mark.slow
 def test_pipelines_agree(tmp_path):
     found = dict(re.findall(r"^(\w+) .*: ([+-]\d\.\d+)$", printed("pipelines", tmp_path), re.MULTILINE))
     assert float(found["projected"]) > 0.8
@@ -41,6 +42,7 @@ def test_dask_writes_what_memory_holds(tmp_path):
     assert float(re.search(r"as in memory to (\S+)", text)[1]) < 1e-10
 
 
+@pytest.mark.slow
 def test_every_method_is_shown(tmp_path):
     text = printed("methods_error_against_time", tmp_path)
     lines = [line.split(maxsplit=1) for line in text.splitlines()]
@@ -65,6 +67,7 @@ def test_numbers_of_the_whole_test_set_are_mended(tmp_path):
         assert abs(by_newton - trained) < max(abs(by_sum - trained), 0.02)
 
 
+@pytest.mark.slow
 def test_sentences_that_help_are_found(tmp_path):
     text = printed("transformer", tmp_path)
     lines = re.findall(r"^without the (.*?) +(\d.*)$", text, re.MULTILINE)

@@ -23,7 +23,6 @@ from sklearn.model_selection import GridSearchCV
 
 import skinvert
 from skinvert import HessianInverter
-from skinvert.answers import OPTIONAL, file_fields
 from skinvert.methods import CG, Arnoldi, Direct, Nystroem
 from skinvert.methods.dense import CholeskyInverse
 from skinvert.operators import Dense
@@ -422,7 +421,7 @@ def test_a_device_that_is_not_there_is_named(tmp_path):
 
 def test_operators_move_to_the_device(tmp_path):
     on_rows().save(tmp_path / "file")
-    kinds = {"HessianInverter": (file_fields(HessianInverter), OPTIONAL)}
+    kinds = {"HessianInverter": HessianInverter._file_fields()}
     _, state = load_state(tmp_path / "file", kinds, torch.device("meta"))
     inverse = state["inverse_"]
     assert inverse.device.type == inverse.curvature.matrix.device.type == inverse.cholesky.device.type == "meta"

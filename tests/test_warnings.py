@@ -5,7 +5,9 @@ import inspect
 import sys
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from torch import nn
 
 import skinvert
 from skinvert import HessianInverter, InfluenceFunction, InversionRegistry, TwiceDifferentiable
+from skinvert._distributed import Ranks
 from skinvert.methods import CG, Arnoldi, Direct
 from skinvert.metrics import leave_one_out
 from skinvert.operators import LowRank
@@ -48,6 +51,23 @@ class Net(nn.Module):
 
 def inverter(method="direct", shift=0.1, curvature="ggn", **settings):
     return HessianInverter(method, shift, curvature=curvature, loss="cross_entropy", **settings)
+
+
+class Mirrored(Ranks):
+    """Two ranks, of which the other one does what this one does."""
+
+    def __init__(self):
+        super().__init__(None, 0, 2, of_world=False)
+
+    def meet(self, step, facts=None, *, error=None, hint=""):
+        if error is not None:
+            raise error
+
+    def gathered(self, value, step):
+        return [value, value]
+
+    def _sum(self, part, step):
+        return 2 * part
 
 
 # -- the places ----------------------------------------------------------------------------------------------------
@@ -200,6 +220,25 @@ def a_decoupled_weight_decay():
     HessianInverter("direct", 5.0, curvature="ggn").fit(net, (X.numpy(), y.numpy()))
 
 
+def all_the_data_on_each_rank():
+    with patch("skinvert.inverter.ranks_of", lambda group: Mirrored()):
+        inverter(process_group="world").fit(Net(), data())
+
+
+def a_checkpoint_that_cannot_be_written():
+    with TemporaryDirectory() as folder:
+        original, calls = skinvert.checkpoint.save_state, []
+
+        def saved(*args):
+            calls.append(1)
+            if len(calls) > 2:
+                raise OSError(28, "No space left on device")
+            original(*args)
+
+        with patch.multiple("skinvert.checkpoint", save_state=saved, EVERY=0.0, SHARE=1.0):
+            inverter("ekfac", checkpoint=f"{folder}/fit").fit(Net(), data())
+
+
 def retraining_that_ends_where_it_began():
     X, y = data()
     X, y = X.numpy(), y.numpy()
@@ -229,6 +268,8 @@ PLACES = [
     (a_cast_inside, "models/leaks.py:warn_of_casts"),
     (a_loss_that_does_not_shift, "models/labelled.py:_warn_of_a_shift"),
     (a_decoupled_weight_decay, "models/skorch.py:_decay_of"),
+    (all_the_data_on_each_rank, "data/shards.py:shared_out"),
+    (a_checkpoint_that_cannot_be_written, "checkpoint.py:_write_when_due"),
     (retraining_that_ends_where_it_began, "metrics/trainers.py:warn_of_no_change"),
 ]
 

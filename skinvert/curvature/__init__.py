@@ -25,6 +25,7 @@ from .objective import Objective
 from .per_sample import RowValues, gradient_rows, jacobian_rows, split_batch
 from .products import Share
 from .sampled_ggn import SampledGGN
+from .sharded import Sharded
 
 __all__ = [
     "CURVATURES",
@@ -43,6 +44,7 @@ __all__ = [
     "SampledFisher",
     "SampledGGN",
     "Share",
+    "Sharded",
     "build_blocks",
     "build_curvature",
     "curvature_name",

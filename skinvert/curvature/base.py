@@ -30,7 +30,8 @@ class Curvature(LinearOperator):
 
     A subclass defines ``graph``; all the rest follows, whatever the batches: the mean, the penalty, the memory,
     minibatches. hᵢ is a curvature of ℓᵢ, the row's loss on the scale of L (``objective.losses``). A curvature with a
-    factor, hᵢ = FᵢᵀFᵢ, is a ``Factored`` one. ``register_curvature`` gives it a name for ``HessianInverter``.
+    factor, hᵢ = FᵢᵀFᵢ, is a ``Factored`` one. ``register_curvature`` gives it a name for ``HessianInverter``. Where
+    processes share the data, each makes one of its own rows, over the denominators of all, and these are added up.
 
     Parameters
     ----------

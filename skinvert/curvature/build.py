@@ -23,8 +23,9 @@ from .first_pass import warn_of_unreached
 from .fisher import Fisher, SampledFisher
 from .ggn import GGN
 from .hessian import GenericHessian, Hessian
-from .objective import GenericObjective, Objective
+from .objective import GenericObjective, MeanLoss, Objective
 from .sampled_ggn import SampledGGN
+from .sharded import Sharded
 
 __all__ = [
     "CURVATURES",
@@ -104,10 +105,10 @@ def faces_of(name: str) -> frozenset[str]:
 @ordinary
 def build_curvature(
     curvature: str | Sampled, model: TwiceDifferentiable, batches: Batches, verbose: int = 0
-) -> Curvature:
+) -> Curvature | Sharded:
     """Return the curvature, given by name or by its settings, of a model at a fixed point over all the data.
 
-    Parameters that no loss reaches are warned of.
+    Parameters that no loss reaches are warned of. Of batches that are one process's share it is that of all shares.
     """
     built = _build(curvature, model, batches, verbose)
     # Through `HessianInverter.fit`, to its caller.
@@ -115,19 +116,28 @@ def build_curvature(
     return built
 
 
-def _build(curvature: str | Sampled, model: TwiceDifferentiable, batches: Batches, verbose: int) -> Curvature:
+def _build(curvature: str | Sampled, model: TwiceDifferentiable, batches: Batches, verbose: int) -> Curvature | Sharded:
     name = curvature_name(curvature)
     curvature = seeded_curvature(curvature)
     if not isinstance(model, TorchTwiceDifferentiable):
         if CURVATURES[name] is not Hessian:
             hint = "Its grad and mvp define no outputs. Subclass TorchTwiceDifferentiable for the other curvatures."
             raise ValueError(must_be(f"curvature for {type(model).__name__}", "'hessian'", repr(name), hint))
-        return GenericHessian(GenericObjective(model, batches))
+        generic = GenericObjective(model, batches)
+        return _of_all(GenericHessian(generic.share()), generic) if batches.shard else GenericHessian(generic)
     objective = Objective(model, batches, verbose)
-    built = curvature.build(objective) if isinstance(curvature, Sampled) else CURVATURES[name](objective)
+    own = objective if batches.shard is None else objective.share()
+    built = curvature.build(own) if isinstance(curvature, Sampled) else CURVATURES[name](own)
     if not isinstance(built, Curvature):
         raise TypeError(must_be(f"What is registered as {name!r}", "what builds a Curvature", type(built).__name__))
-    return built
+    return built if own is objective else _of_all(built, objective)
+
+
+def _of_all(own: Curvature, objective: MeanLoss) -> Sharded:
+    """Return the curvature of all processes' rows, given that of this process's."""
+    shard = objective.batches.shard
+    assert shard is not None
+    return Sharded(own, shard, objective.penalty, objective)
 
 
 def build_blocks(

@@ -87,7 +87,7 @@ class Drawn(GGN):
 
 @dataclass
 class _Draws:
-    """Batches, each with the draws of its rows: the same for a row whatever the batches are."""
+    """Batches, each with the draws of its rows: the same for a row whatever the batches are, and whoever holds it."""
 
     batches: Batches
     shape: tuple[int, ...]
@@ -95,21 +95,39 @@ class _Draws:
     signs: bool
 
     def __call__(self) -> Iterator[Batch]:
-        generator = np.random.default_rng(self.seed)
+        bits, place, start = np.random.PCG64(self.seed), 0, 0
         for batch in self.batches.raw():
-            draws = self._of(generator, (leading_length(batch), *self.shape))
-            yield batch, torch.from_numpy(draws).to(self.batches.device, self.batches.dtype)
+            m, shard, parts = leading_length(batch), self.batches.shard, []
+            rows = torch.arange(start, start + m, device="cpu") if shard is None else shard.numbers(start, m)
+            for first, count in _runs(rows.numpy()):
+                # To the row's own place in the sequence; backwards is round its whole period.
+                bits.advance((first * self._words - place) % 2**128)
+                parts.append(self._of(np.random.Generator(bits), (count, *self.shape)))
+                place = (first + count) * self._words
+            yield batch, torch.from_numpy(np.concatenate(parts)).to(self.batches.device, self.batches.dtype)
+            start += m
+
+    @property
+    def _words(self) -> int:
+        """How many numbers of the generator, of 64 bits, the draws of a row take: whole ones."""
+        count = math.prod(self.shape)
+        return math.ceil(count / 64) if self.signs else count
 
     def _of(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         if self.signs:
-            # Whole words a row: what a batch leaves of one would be lost to the next.
             rows, count = shape[0], math.prod(shape[1:])
-            width = 8 * math.ceil(count / 64)
-            bits = np.frombuffer(generator.bytes(rows * width), np.uint8).reshape(rows, width)
+            bits = np.frombuffer(generator.bytes(8 * rows * self._words), np.uint8).reshape(rows, -1)
             return 1 - 2 * np.unpackbits(bits, axis=1, count=count).reshape(shape).astype(np.int8)
         # Within the open interval in float32 too: the inverse of a distribution function is infinite at its ends.
         tiny = float(torch.finfo(torch.float32).eps)
         return generator.random(shape).clip(tiny, 1 - tiny)
+
+
+def _runs(numbers: np.ndarray) -> list[tuple[int, int]]:
+    """Return the first of numbers that follow each other, and how many do, for each run of them."""
+    stops = [*(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
+    starts = [0, *stops[:-1]]
+    return [(int(numbers[start]), stop - start) for start, stop in zip(starts, stops, strict=True)]
 
 
 def with_draws(objective: Objective, shape: tuple[int, ...], seed: int, *, signs: bool = False) -> Objective:

@@ -73,11 +73,6 @@ class FirstPass:
         flat = [torch.zeros_like(t) if part is None else part for t, part in zip(theta, parts, strict=True)]
         return torch.cat([part.reshape(-1) for part in flat]).detach()
 
-    @property
-    def unreached(self) -> list[str]:
-        """The names of the selected parameters that no loss has depended on."""
-        return [n for n, reached in zip(self.model.layout.names, self.reached, strict=True) if not reached]
-
 
 def warn_of_unreached(names: Sequence[str]) -> None:
     """Name the selected parameters that no loss depends on: their derivatives are zeros that nobody meant."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from .._check import must_be
+from .._checkpoint import NOWHERE, Checkpoint
 from .._memory import check_memory, rows_within
 from .._types import Batch
 from ..models import FactoredHessian, OutputHessian, map_tensors
@@ -152,14 +153,18 @@ class GGN(Layered):
         return super().diagonal() if self.rank <= self.size else Curvature.diagonal(self)
 
     def kronecker_factors(
-        self, approx: str = "expand", unsupported: str = "error", verbose: int = 0
+        self,
+        approx: str = "expand",
+        unsupported: str = "error",
+        verbose: int = 0,
+        checkpoint: Checkpoint = NOWHERE,
     ) -> KroneckerFactors:
         """Return the factors of each layer."""
         if self.rank > MOST_PASSES:
             must = f"at most {MOST_PASSES:,} for Kronecker factors, which take a backward pass for each"
             hint = "Try curvature=SampledGGN(), or another method."
             raise ValueError(must_be("The columns of the curvature's factor", must, f"{self.rank:,} outputs", hint))
-        return super().kronecker_factors(approx, unsupported, verbose)
+        return super().kronecker_factors(approx, unsupported, verbose, checkpoint)
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 

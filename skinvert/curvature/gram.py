@@ -24,6 +24,8 @@ class Gram(LowRank):
         Rows; never written to.
     weights : tensor of shape (n,) or None
         Sample weights.
+    total : float, default=None
+        Σ wᵢ, where these are some of the rows; None is theirs.
 
     Examples
     --------
@@ -32,9 +34,10 @@ class Gram(LowRank):
             [ 7., 10.]])
     """
 
-    def __init__(self, X: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        ones = torch.ones(len(X), dtype=X.dtype, device=X.device)
-        shares = ones / len(X) if weights is None else weights / weights.sum()
+    def __init__(self, X: torch.Tensor, weights: torch.Tensor | None = None, total: float | None = None) -> None:
+        if weights is None:
+            weights, total = torch.ones(len(X), dtype=X.dtype, device=X.device), total or len(X)
+        shares = weights / (weights.sum() if total is None else total)
         super().__init__(X * shares.sqrt()[:, None])
         self.shares = shares
         _check_range(self.rows)

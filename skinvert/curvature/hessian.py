@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from .._checkpoint import NOWHERE, Checkpoint
 from .._telling import warn
 from .._types import Batch
 from ..models.second_derivative import SecondDerivativeError
@@ -103,10 +104,14 @@ class Hessian(Curvature):
         return None if self.differenced is not None else super().in_float64()
 
     def kronecker_factors(
-        self, approx: str = "expand", unsupported: str = "error", verbose: int = 0
+        self,
+        approx: str = "expand",
+        unsupported: str = "error",
+        verbose: int = 0,
+        checkpoint: Checkpoint = NOWHERE,
     ) -> KroneckerFactors:
         """Return the factors of each layer of the GGN: the Hessian has none of its own."""
-        return GGN(self.objective).kronecker_factors(approx, unsupported, verbose)
+        return GGN(self.objective).kronecker_factors(approx, unsupported, verbose, checkpoint)
 
     def psd_companion(self) -> GGN | None:
         """Return the GGN, which is the Hessian without the curvature of the outputs; None where the loss has none."""

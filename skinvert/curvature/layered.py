@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 import torch
 
+from .._checkpoint import NOWHERE, Checkpoint
 from .._types import Batch
 from ..operators import KroneckerFactors, add_to_diagonal
 from .factored import Factored
@@ -27,10 +28,14 @@ class Layered(Factored):
         """Return values of the m rows of a batch and the directions at them, √wᵢ included, with Σ gᵣgᵣᵀ = Σ wᵢhᵢ."""
 
     def kronecker_factors(
-        self, approx: str = "expand", unsupported: str = "error", verbose: int = 0
+        self,
+        approx: str = "expand",
+        unsupported: str = "error",
+        verbose: int = 0,
+        checkpoint: Checkpoint = NOWHERE,
     ) -> KroneckerFactors:
         """Return the factors of each layer."""
-        return kronecker_factors(self, approx, unsupported, verbose)
+        return kronecker_factors(self, approx, unsupported, verbose, checkpoint)
 
     def to_dense(self, verbose: int = 0) -> torch.Tensor:
         """Return the matrix (p, p).

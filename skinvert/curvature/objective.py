@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from .._check import must_be
+from .._check import all_finite, must_be
 from .._progress import progress
 from .._types import Array, Batch
 from ..data import Batches
@@ -57,6 +57,8 @@ class MeanLoss:
         The penalty's Hessian, a diagonal.
     unreached : tuple of str
         Selected parameters that no row's loss depends on.
+    penalised : bool
+        Whether the penalty is part of it: not of a process's ``share``.
     """
 
     def __init__(self, size: int, batches: Batches, dtype: torch.dtype, device: torch.device) -> None:
@@ -64,12 +66,19 @@ class MeanLoss:
         self.weight_sum = 0.0
         self.gradient = torch.zeros(size, dtype=dtype, device=device)
         self.penalty: torch.Tensor | None = None
+        self.penalised = True
         self.unreached: tuple[str, ...] = ()
 
     @property
     def gradient_norm(self) -> float:
         """‖∇L(θ)‖."""
         return float(self.gradient.norm())
+
+    def share(self) -> Self:
+        """Return this process's share of L, over the denominators of all: a penalty is no process's own."""
+        part = copy.copy(self)
+        part.penalty, part.penalised = None, False
+        return part
 
     def on_samples(self, rows: torch.Tensor) -> Self:
         """Return the objective over m of the n samples, its denominators times m/n; the gradient stays that of all."""
@@ -84,6 +93,15 @@ class MeanLoss:
 
     def _scale_denominators(self, share: float) -> None:
         self.weight_sum *= share
+
+    def _over_ranks(self, numbers: list[float]) -> list[float]:
+        """Sum the gradient, and return the sums of these ``numbers``, over the processes that share the data."""
+        if self.batches.shard is None:
+            return numbers
+        own = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        ranks = self.batches.shard.ranks
+        self.gradient, sums = ranks.summed("the loss and gradient", lambda: [self.gradient, own])
+        return sums.tolist()
 
 
 class Objective(MeanLoss):
@@ -112,14 +130,17 @@ class Objective(MeanLoss):
         self.model, self.layout, self.verbose = model, model.layout, verbose
         self.mass_sum = 0.0
         check_layers(model)
-        model.settle(batches)
+        own = type(model).settle is not TorchTwiceDifferentiable.settle
+        model.settle(batches if batches.shard is None or not own else batches.shard.labelled(batches))
         self._values, self._alone, start = LossValues(model), False, 0
         self.first_pass = FirstPass(model)
         for index, (batch, weights) in enumerate(progress(batches, "loss and gradient", verbose)):
             self._add(batch, weights, index, slice(start, start + len(weights)))
             start += len(weights)
         self._merge()
-        self.unreached = tuple(self.first_pass.unreached)
+        reached = [float(seen) for seen in self.first_pass.reached]
+        self.weight_sum, self.mass_sum, *reached = self._over_ranks([self.weight_sum, self.mass_sum, *reached])
+        self.unreached = tuple(name for name, seen in zip(model.layout.names, reached, strict=True) if not seen)
         del self._values, self.first_pass
         self._check_joined()
         if not self.mass_sum > 0:
@@ -154,7 +175,10 @@ class Objective(MeanLoss):
         """
         batch, _ = next(iter(self.batches))
         model = self.model.doubled(batch)
-        return None if model is None else Objective(model, self.batches.in_float64())
+        if model is None:
+            return None
+        double = Objective(model, self.batches.in_float64())
+        return double if self.penalised else double.share()
 
     def places(self, names: Collection[str]) -> torch.Tensor:
         """Return where the entries of the named parameters lie in a flat row, in its order."""
@@ -189,7 +213,8 @@ class Objective(MeanLoss):
             raise ValueError(must_be("The per-sample losses", must, f"shape {tuple(losses.shape)}"))
         self._values.add(outputs, batch, losses)
         gradient = self.first_pass.gradient((losses * weights).sum())
-        if not bool(torch.isfinite(gradient).all()):
+        # Of a loss by `where` the gradient may be finite where the loss is not.
+        if not (all_finite(gradient) and all_finite(losses.detach())):
             raise ValueError(explain_not_finite(self.model, batch, index, rows))
         self.gradient += gradient
         self.weight_sum += float(weights.sum())
@@ -234,6 +259,7 @@ class GenericObjective(MeanLoss):
             self.weight_sum += float(weights.sum())
             for x, y, weight in self.parts(batch, weights):
                 self.gradient += weight * self.tensor(model.grad(x, y))
+        (self.weight_sum,) = self._over_ranks([self.weight_sum])
         self.gradient /= self.weight_sum
 
     def parts(self, batch: Batch, weights: torch.Tensor) -> Iterator[tuple[Array, Array, float]]:

@@ -2,9 +2,11 @@
 
 from .batches import Batches, as_batches, batches_of
 from .forms import as_data, as_pair, check_row_order, count, holds_tensors, is_data, take, with_any_targets
+from .shards import Shard
 
 __all__ = [
     "Batches",
+    "Shard",
     "as_batches",
     "as_data",
     "as_pair",

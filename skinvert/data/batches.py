@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from .._autograd import own_tensor
-from .._check import all_finite, check_sample_weight, must_be, to_plain_array
+from .._check import all_finite, check_sample_weight, finite_rows, must_be, to_plain_array
 from .._checksum import checksum
+from .._distributed import Ranks
 from .._memory import working_memory
 from .._types import Batch
 from ..models import TwiceDifferentiable, labels_key, leading_length, map_tensors, rebuilt
-from .loaders import Source
-from .sources import is_numbers, source_of
+from .loaders import NoRowsError, Source, dealt_out
+from .shards import Shard, shared_out
+from .sources import is_empty, is_numbers, source_of
 
 __all__ = ["Batches", "as_batches", "batches_of"]
 
@@ -34,8 +37,12 @@ class Batches:
         Number of batches in a pass over ``source``.
     fixed : bool
         Whether their size was asked for, and so is kept.
+    checksums : list
+        Of the raw batches of the first pass, where later ones are held against it.
     sample_weight : ndarray of shape (n,) or None
         None is a weight of one for each row.
+    shard : Shard or None
+        What these rows are among those of other processes; None where they are all of the data.
     """
 
     source: Source
@@ -46,6 +53,8 @@ class Batches:
     kept: list[Batch] | None = None
     n_batches: int = 0
     fixed: bool = False
+    checksums: list[list[object]] = field(default_factory=list, repr=False)
+    shard: Shard | None = None
 
     def __len__(self) -> int:
         """Return the number of batches, as the first pass counted them."""
@@ -133,19 +142,26 @@ def as_batches(
     sample_weight: object = None,
     needs_row_order: bool = False,
     hold: bool = True,
+    ranks: Ranks | None = None,
 ) -> Batches:
     """Return ``data``, in any accepted form, as ``Batches``; collated once and kept where it fits the memory.
 
     What is kept is a copy, which later changes of the user's arrays do not reach; what is not is held against the
     checksums of the first pass, unless ``hold`` is False: for what one pass alone decides. A ``model`` says how its
-    batches are read as pairs (inputs, targets).
+    batches are read as pairs (inputs, targets). With ``ranks`` the data are this process's share, which may be empty.
     """
-    source = source_of(data, batch_size, needs_row_order or sample_weight is not None)
-    batches = Batches(_SameEveryPass(source, dtype, device, hold), dtype, device, fixed=batch_size is not None)
+    source = _source(data, batch_size, needs_row_order or sample_weight is not None, ranks)
+    passes = _SameEveryPass(source, dtype, device, hold)
+    batches = Batches(passes, dtype, device, fixed=batch_size is not None)
     _collect(batches)
-    if not batches.n_samples:
+    batches.checksums = passes.seen or []
+    if not batches.n_samples and ranks is None:
         raise ValueError(must_be("data", "one with at least one row", "0 samples: minimum of 1 is required"))
-    batches.sample_weight = check_sample_weight(sample_weight, batches.n_samples)
+    batches.sample_weight = check_sample_weight(sample_weight, batches.n_samples, vanishing=ranks is not None)
+    if ranks is not None:
+        batches.shard = shared_out(batches, ranks, dealt_out(data))
+        if batches.shard.empty:
+            batches.sample_weight = np.zeros(1)
     if model is not None:
         model.learn_labels(batches.raw)
         batches.source = _Paired(batches.source, model)
@@ -161,10 +177,13 @@ def batches_of(
     sample_weight: object = None,
     needs_row_order: bool = False,
     hold: bool = True,
+    ranks: Ranks | None = None,
 ) -> Batches:
     """Return ``data`` as a model reads it, as ``Batches`` in its dtype and on its device."""
+    # scikit-learn reads no empty arrays.
+    nothing = ranks is not None and is_empty(data)
     return as_batches(
-        model.read(data),
+        [] if nothing else model.read(data),
         dtype=model.dtype,
         device=model.device,
         model=model,
@@ -172,7 +191,17 @@ def batches_of(
         sample_weight=sample_weight,
         needs_row_order=needs_row_order,
         hold=hold,
+        ranks=ranks,
     )
+
+
+def _source(data: object, batch_size: int | None, needs_row_order: bool, ranks: Ranks | None) -> Source:
+    try:
+        return source_of(data, batch_size, needs_row_order, ranks)
+    except NoRowsError:
+        if ranks is None:
+            raise
+        return tuple
 
 
 def _collect(batches: Batches) -> None:
@@ -180,10 +209,11 @@ def _collect(batches: Batches) -> None:
     kept: list[Batch] | None = []
     size = 0
     for batch in batches.raw():
+        start = batches.n_samples
         batches.n_samples += leading_length(batch)
         batches.n_batches += 1
         size += _nbytes(batch)
-        map_tensors(_check_finite, batch)
+        map_tensors(partial(_check_finite, start=start, stop=batches.n_samples), batch)
         kept = [*kept, map_tensors(torch.clone, batch)] if kept is not None and size <= working_memory() else None
     batches.kept = kept
 
@@ -272,7 +302,8 @@ def _to_tensors(batch: Batch, dtype: torch.dtype, device: torch.device) -> Batch
 def _tensor(value: object, dtype: torch.dtype, device: torch.device, target: bool = False) -> Batch:
     """Return a part of a batch: floats in ``dtype``, short integers widened, but the bytes of inputs as they are."""
     if isinstance(value, np.ndarray | np.generic) or is_numbers(value):
-        value = torch.from_numpy(np.array(to_plain_array(value, "A batch"), copy=True))
+        # In one order: sums of the same numbers, laid out otherwise, round otherwise.
+        value = torch.from_numpy(np.array(to_plain_array(value, "A batch"), copy=True, order="C"))
     if isinstance(value, torch.Tensor):
         if value.is_complex() or value.layout != torch.strided:
             hint = "Try `.to_dense()` in the collate_fn." if value.layout != torch.strided else ""
@@ -315,10 +346,13 @@ def _joined(parts: list[Batch]) -> Batch:
     raise ValueError(must_be("A joined batch", "of tensors", type(first).__name__))
 
 
-def _check_finite(tensor: torch.Tensor) -> None:
+def _check_finite(tensor: torch.Tensor, start: int, stop: int) -> None:
     if tensor.is_floating_point() and not all_finite(tensor):
         kind = "NaN" if bool(tensor.isnan().any()) else "infinity"
-        raise ValueError(must_be("data", "finite", kind, "Try to impute or drop those rows."))
+        place = f"a value that rows {start} to {stop - 1} share"
+        if tensor.ndim and len(tensor) == stop - start:
+            place = f"row {start + int((~finite_rows(tensor.reshape(len(tensor), -1))).nonzero()[0])}"
+        raise ValueError(must_be("data", "finite", f"{kind} in {place}", "Try to impute or drop such rows."))
 
 
 def _nbytes(batch: Batch) -> int:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
+import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -19,11 +21,16 @@ from torch.utils.data import (
 )
 
 from .._check import must_be
+from .._distributed import Ranks
 from .._types import Batch
 
-__all__ = ["Indexed", "Reiterable", "Source", "length", "loader_source", "rebatched"]
+__all__ = ["Indexed", "NoRowsError", "Reiterable", "Source", "dealt_out", "length", "loader_source", "rebatched"]
 
 Source: TypeAlias = Callable[[], Iterable[Batch]]
+
+
+class NoRowsError(ValueError):
+    """Data without a row, which one of several processes may have."""
 
 
 @runtime_checkable
@@ -70,6 +77,9 @@ class _Rebatched:
         order: dict[str, Any] = {"batch_size": None} if self.batches is None else {"batch_sampler": self.batches}
         if self.at_once:
             order = {"batch_size": None, "sampler": self.batches}
+        if not self.workers:
+            # A seed for workers is drawn even where there are none: not from the user's random state.
+            order["generator"] = torch.Generator("cpu")
         return iter(
             DataLoader(cast("Dataset[Batch]", self.dataset), collate_fn=self.collate, num_workers=self.workers, **order)
         )
@@ -84,7 +94,7 @@ def rebatched(
 ) -> _Rebatched:
     """Return batches of these rows of a map-style data set, in this order."""
     if len(indices) == 0:
-        raise ValueError(must_be("data", "one with at least one row", "an empty data set: 0 samples"))
+        raise NoRowsError(must_be("data", "one with at least one row", "an empty data set: 0 samples"))
     return _Rebatched(dataset, _chunks(indices, size or 1024), collate, workers)
 
 
@@ -97,8 +107,14 @@ def length(dataset: Indexed) -> int:
         raise TypeError(must_be("A map-style Dataset", "one with a length", type(dataset).__name__, hint)) from error
 
 
-def loader_source(loader: DataLoader[Batch], batch_size: int | None, needs_row_order: bool) -> Source:
-    """Read a map-style loader in data set order, whatever it shuffles or drops."""
+def loader_source(
+    loader: DataLoader[Batch], batch_size: int | None, needs_row_order: bool, ranks: Ranks | None = None
+) -> Source:
+    """Read a map-style loader in data set order, whatever it shuffles or drops.
+
+    Of a ``DistributedSampler`` where there are ``ranks``: each row on one of them, whatever the sampler shuffles, pads
+    or drops.
+    """
     if isinstance(loader.dataset, IterableDataset):
         _refuse_a_dropped_rest(loader)
         return Reiterable(loader)
@@ -106,26 +122,39 @@ def loader_source(loader: DataLoader[Batch], batch_size: int | None, needs_row_o
     dataset, collate, workers = cast("Indexed", loader.dataset), loader.collate_fn, loader.num_workers
     if loader.batch_sampler is None and isinstance(loader.sampler, BatchSampler):
         # The data set is given the indices of a batch, and returns it whole.
-        rows = _rows_of(loader.sampler.sampler, length(dataset), needs_row_order)
+        rows = _rows_of(loader.sampler.sampler, length(dataset), needs_row_order, ranks)
         batches = [list(part) for part in _chunks(rows, batch_size or loader.sampler.batch_size)]
         return _Rebatched(dataset, batches, collate, workers, at_once=True)
     batched: Any = loader.batch_sampler if loader.batch_size is None else None
     if batched is not None and type(batched) is not BatchSampler:
         return _Rebatched(dataset, _drawn_batches(batched, length(dataset), needs_row_order), collate, workers)
     sampler = loader.sampler if batched is None else batched.sampler
-    indices = _rows_of(sampler, length(dataset), needs_row_order)
+    indices = _rows_of(sampler, length(dataset), needs_row_order, ranks)
     if loader.batch_sampler is None:
         whole = isinstance(indices, range)
+        if whole and isinstance(sampler, DistributedSampler):
+            hint = "Try a `torch.utils.data.Subset` of each rank's items, and a plain DataLoader."
+            raise ValueError(must_be("A DistributedSampler", "one of rows", "one of items that are batches", hint))
         return _Rebatched(dataset if whole else Subset(loader.dataset, indices), None, collate, workers)
     own = loader.batch_size if batched is None else batched.batch_size
     return rebatched(dataset, indices, batch_size or own, collate, workers)
+
+
+def dealt_out(data: object) -> int | None:
+    """Return how many rows a loader's data set has where a ``DistributedSampler`` deals them out; else None."""
+    if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
+        return None
+    sampler: Any = data.sampler if data.batch_size is not None or data.batch_sampler is None else data.batch_sampler
+    while isinstance(sampler, BatchSampler):
+        sampler = sampler.sampler
+    return length(cast("Indexed", data.dataset)) if isinstance(sampler, DistributedSampler) else None
 
 
 def _chunks(rows: Sequence[int], size: int) -> list[Sequence[int]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def _rows_of(sampler: Any, n: int, needs_row_order: bool) -> Sequence[int]:
+def _rows_of(sampler: Any, n: int, needs_row_order: bool, ranks: Ranks | None) -> Sequence[int]:
     """Return the rows of the data set that a sampler stands for: all of them, or a fixed subset drawn once."""
     name = type(sampler).__name__
     if type(sampler) in (SequentialSampler, RandomSampler):
@@ -137,14 +166,33 @@ def _rows_of(sampler: Any, n: int, needs_row_order: bool) -> Sequence[int]:
     if needs_row_order:
         hint = "Its rows cannot be told apart from their order. Try `torch.utils.data.Subset` with a plain DataLoader."
         raise ValueError(must_be("A DataLoader here", "one without its own sampler", name, hint))
+    if isinstance(sampler, _Replicated) and (ranks is not None or sampler.num_replicas > 1):
+        return _share_of(sampler, n, ranks)
     drawn = [list(itertools.islice(iter(sampler), n + 1)) for _ in range(2)]
     if len(set(drawn[0])) < len(drawn[0]) or set(drawn[0]) != set(drawn[1]):
         hint = "It repeats rows, or draws other ones each time. Try a DataLoader without it, or `Subset`."
         raise ValueError(must_be("A DataLoader's sampler", "one of fixed rows, each once", name, hint))
-    if isinstance(sampler, _Replicated) and sampler.num_replicas > 1:
-        hint = "It yields one process's share of the rows. Try a DataLoader without it."
-        raise ValueError(must_be("A DataLoader's sampler", "one of all rows", name, hint))
     return drawn[0]
+
+
+def _share_of(sampler: Any, n: int, ranks: Ranks | None) -> range:
+    """Return the rows of one rank: dealt out as the sampler does, but without its order, and without its padding."""
+    name = type(sampler).__name__
+    if ranks is None:
+        hint = (
+            'It yields one process\'s share of the rows. Try `HessianInverter(process_group="world")`, which fits all '
+            "processes' rows together, or a DataLoader without it."
+        )
+        raise ValueError(must_be("A DataLoader's sampler", "one of all rows", name, hint))
+    if type(sampler) is not DistributedSampler:
+        hint = "Try torch's, or give each rank a `torch.utils.data.Subset` of its rows and a plain DataLoader."
+        raise ValueError(must_be("A sampler of one rank's rows", "a DistributedSampler itself", name, hint))
+    place, own = (sampler.rank, sampler.num_replicas), (ranks.rank, ranks.size)
+    if place != own:
+        got = f"rank {place[0]} of {place[1]}"
+        hint = "Try `DistributedSampler(dataset, num_replicas=..., rank=...)` with those of the process group."
+        raise ValueError(must_be("A DistributedSampler", f"that of rank {own[0]} of {own[1]}", got, hint))
+    return range(ranks.rank, n, ranks.size)
 
 
 def _drawn_batches(sampler: Iterable[Iterable[int]], n: int, needs_row_order: bool) -> list[list[int]]:

@@ -11,12 +11,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from .._check import must_be
+from .._distributed import Ranks
 from .._types import Batch
 from ..models import labels_key
 from .arrays import array_source
 from .loaders import Indexed, Reiterable, Source, length, loader_source, rebatched
 
-__all__ = ["is_numbers", "is_sample", "source_of"]
+__all__ = ["is_empty", "is_numbers", "is_sample", "source_of"]
 
 ACCEPTED = (
     "an (X, y) tuple, a map-style Dataset, a DataLoader, a skorch SliceDict or SliceDataset with y, "
@@ -24,15 +25,15 @@ ACCEPTED = (
 )
 
 
-def source_of(data: object, batch_size: int | None, needs_row_order: bool) -> Source:
-    """Return what yields the raw batches of ``data`` anew at each call."""
+def source_of(data: object, batch_size: int | None, needs_row_order: bool, ranks: Ranks | None = None) -> Source:
+    """Return what yields the raw batches of ``data`` anew at each call; this process's share where there are others."""
     if isinstance(data, tuple) and len(data) == 2 and data[1] is None and isinstance(data[0], Dataset | DataLoader):
         # As skorch's `fit(dataset, None)` has it.
         data = data[0]
     if isinstance(data, tuple):
         return array_source(data, batch_size)
     if isinstance(data, DataLoader):
-        return loader_source(data, batch_size, needs_row_order)
+        return loader_source(data, batch_size, needs_row_order, ranks)
     if _is_map_style(data) or (isinstance(data, list) and data and is_sample(data[0])):
         return rebatched(data, range(length(data)), batch_size, _collate)
     if isinstance(data, Mapping) and labels_key(data) is not None:
@@ -46,6 +47,13 @@ def source_of(data: object, batch_size: int | None, needs_row_order: bool) -> So
         hint = "It yields its batches only once, and a solve reads them many times. Try `list(...)`."
         raise TypeError(must_be("data", ACCEPTED, f"a {type(data).__name__}", hint))
     return Reiterable(data)
+
+
+def is_empty(data: object) -> bool:
+    """Return whether ``(X, y)`` are arrays without rows."""
+    if not isinstance(data, tuple) or len(data) != 2:
+        return False
+    return all(isinstance(part, torch.Tensor | np.ndarray) and part.ndim > 0 and not len(part) for part in data)
 
 
 def _is_map_style(data: object) -> TypeGuard[Indexed]:

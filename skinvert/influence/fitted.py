@@ -9,7 +9,7 @@ import torch
 
 from .._check import must_be
 from .._memory import working_memory
-from ..curvature import Objective
+from ..curvature import Objective, Sharded
 from ..data import Batches, batches_of
 from ..inverter import HessianInverter
 from ..models import TorchTwiceDifferentiable
@@ -53,7 +53,15 @@ class Fitted:
         if self.inverter.curvature_name_ == "gram":
             hint = "Fit it on a model and data: `fit(model, (X, y))`."
             raise TypeError(must_be("InfluenceFunction's inverter", "of a model", "one of plain rows", hint))
-        found: object = self.inverter._at_hand("curvature_", "InfluenceFunction").of_data
+        curvature = self.inverter._at_hand("curvature_", "InfluenceFunction")
+        if isinstance(curvature, Sharded):
+            hint = (
+                "For the scores of each rank's own rows: solve for the test gradients on every rank, and multiply by "
+                "those rows' PerSampleGradient; docs/howto/distributed.md has an example."
+            )
+            must, got = "one of one process", "one of several, by process_group"
+            raise ValueError(must_be("InfluenceFunction's inverter", must, got, hint))
+        found: object = curvature.of_data
         if not isinstance(found, Objective):
             hint = "Its rows need losses of their own."
             raise TypeError(must_be("InfluenceFunction's model", "a TorchTwiceDifferentiable", "another", hint))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from .._check import must_be
 from .._types import Array
+from ..persistence import replacing
 
 __all__ = ["Destination", "Out", "destination", "fingerprint"]
 
@@ -84,16 +86,24 @@ def _file(path: Path, shape: tuple[int, int], dtype: np.dtype, known_by: str) ->
     """Return the file of a matrix: an unfinished one is gone on with, one of another computation refused."""
     note = path.with_name(path.name + ".json")
     if path.exists():
-        known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
-        if known != {"scores": known_by}:
+        if not note.exists() or note.read_text(encoding="utf-8") != _told(known_by):
             hint = "Delete it, or give another name."
             raise ValueError(must_be("out", "a new file, or one of the same scores", f"{path}, of others", hint))
         return Destination(np.lib.format.open_memmap(path, mode="r+"), resumed=True)
     # The note first: a matrix without one is taken for another's.
-    note.write_text(json.dumps({"scores": known_by}), encoding="utf-8")
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    array[:] = np.nan
-    return Destination(array, resumed=True)
+    with replacing(note, len(known_by)) as temporary:
+        temporary.write_text(_told(known_by), encoding="utf-8")
+    # Whole or not at all: of a file that was cut off the zeros that no one has filled would count as scores.
+    with replacing(path, math.prod(shape) * dtype.itemsize) as temporary:
+        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
+        array[:] = np.nan
+        array.flush()
+        del array
+    return Destination(np.lib.format.open_memmap(path, mode="r+"), resumed=True)
+
+
+def _told(known_by: str) -> str:
+    return json.dumps({"scores": known_by})
 
 
 def fingerprint(settings: Sequence[object], parts: Sequence[torch.Tensor]) -> str:

@@ -8,6 +8,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from .._check import check_choice, check_number, must_be
+from .._checkpoint import NOWHERE, Checkpoint
 from .._telling import warn
 from ..operators import Eigenvectors, LinearOperator, zero_cut
 from ..solvers.lanczos import by_magnitude, eigenpairs, seeded
@@ -60,6 +61,7 @@ class Arnoldi(Method):
 
     name: ClassVar[str] = "arnoldi"
     gaussian: ClassVar[bool] = True
+    resumes: ClassVar[bool] = True
     cost: ClassVar[str] = "some 4 products per rank, once; 2 r p a row"
     memory: ClassVar[str] = "r p"
     exactness: ClassVar[str] = "the r largest eigenvalues, and a rule for the rest; exact for r = p"
@@ -86,10 +88,16 @@ class Arnoldi(Method):
 
     def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> InverseOperator:
         """Decompose A, or take the decomposition given."""
+        return self.resume(A, hessian_perturbation, NOWHERE, verbose)
+
+    def resume(
+        self, A: LinearOperator, hessian_perturbation: float, checkpoint: Checkpoint, verbose: int = 0
+    ) -> InverseOperator:
+        """Decompose A from where ``checkpoint`` has the Krylov space."""
         check_choice(self.complement, "The 'complement' parameter of Arnoldi", ["shift", "trace", "drop"])
         if self.rank is not None:
             check_number(self.rank, "rank", owner="Arnoldi", low=1, integer=True)
-        values, vectors = self._decompose(A, verbose) if self.decomposition is None else self._given(A)
+        values, vectors = self._decompose(A, checkpoint, verbose) if self.decomposition is None else self._given(A)
         # By rounding alone, unless they were given: those may be of another matrix.
         if A.is_psd and (self.decomposition is None or bool((values >= -zero_cut(values, A.size)).all())):
             values = values.clamp(min=0)
@@ -99,7 +107,7 @@ class Arnoldi(Method):
         )
         return inverse.judged_by(A)
 
-    def _decompose(self, A: LinearOperator, verbose: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _decompose(self, A: LinearOperator, checkpoint: Checkpoint, verbose: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the eigenvalues, ascending, and the eigenvectors."""
         rank = min(A.size, 50 if self.rank is None else self.rank)
         dimension = 2 * rank + 20 if self.krylov_dimension is None else self.krylov_dimension
@@ -120,6 +128,7 @@ class Arnoldi(Method):
             maxiter=maxiter,
             generator=seeded(self.random_state, "Arnoldi"),
             verbose=verbose,
+            checkpoint=checkpoint,
         )
         if not pairs.converged:
             self._warn(pairs.values, pairs.errors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from .._memory import available_memory, readable
+from .._memory import readable
 from ..operators import LinearOperator
 from .base import InverseOperator, Method
 from .cg import CG
@@ -52,7 +52,7 @@ class Auto(Method):
 
     def explain(self, A: LinearOperator, hessian_perturbation: float) -> tuple[Method, str]:
         """Return the method for A, and which row of the table it is."""
-        available, p = available_memory(A.device), A.size
+        available, p = A.available_memory(), A.size
         free = available // A.dtype.itemsize
         room = f"{readable(4 * p**2 * A.dtype.itemsize)} for 4 p² numbers"
         if p <= SIDE and 4 * p**2 < free:

@@ -14,6 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from .._autograd import ordinary_methods
 from .._check import finite_rows, must_be
+from .._checkpoint import Checkpoint
 from .._progress import progress
 from .._state import TensorState
 from .._telling import warn
@@ -44,6 +45,8 @@ class Method(TensorState, BaseEstimator, ABC):
         Whether it refuses a curvature with a negative eigenvalue, whatever λ is.
     keeps_operator : bool
         Whether a solve needs the operator itself, and with it the model and the data.
+    resumes : bool
+        Whether ``resume`` goes on where an interrupted run left off.
     accuracy : float
         The relative residual that ``tight`` settings reach in float64 where the method is exact.
     default_curvature : str
@@ -63,6 +66,7 @@ class Method(TensorState, BaseEstimator, ABC):
     gaussian: ClassVar[bool] = False
     needs_psd: ClassVar[bool] = False
     keeps_operator: ClassVar[bool] = False
+    resumes: ClassVar[bool] = False
     accuracy: ClassVar[float] = 1e-8
 
     @classmethod
@@ -81,6 +85,15 @@ class Method(TensorState, BaseEstimator, ABC):
     @abstractmethod
     def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> InverseOperator:
         """Do all the work that does not depend on the right-hand sides, and return the inverse."""
+
+    def resume(
+        self, A: LinearOperator, hessian_perturbation: float, checkpoint: Checkpoint, verbose: int = 0
+    ) -> InverseOperator:
+        """Return what ``invert`` does, by stages that tell ``checkpoint`` their state and start from it.
+
+        To the last bit the same, wherever an earlier run was interrupted.
+        """
+        return self.invert(A, hessian_perturbation, verbose)
 
 
 class InverseOperator(TensorState, ABC):
@@ -161,6 +174,11 @@ class InverseOperator(TensorState, ABC):
     def moves(self) -> bool:
         """Whether ``at`` serves another λ from what is kept, without factorising anew."""
         return True
+
+    @property
+    def takes_products(self) -> bool:
+        """Whether a solve takes products with the exact curvature: to iterate, or to judge its solutions."""
+        return self.keeps_operator or (self.exact is not None and (self.judges or not self.approximate))
 
     @property
     def eigenvalues(self) -> torch.Tensor | None:

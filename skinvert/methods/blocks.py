@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from sklearn.base import clone
 
+from .._checkpoint import NOWHERE, Checkpoint
 from .._progress import say
 from ..operators import BlockDiagonal, LinearOperator
 from ..reasons import Reason
@@ -27,14 +28,20 @@ FAILURES = (
 )
 
 
-def invert_blocks(method: Method, A: BlockDiagonal, hessian_perturbation: float, verbose: int = 0) -> BlockInverse:
+def invert_blocks(
+    method: Method,
+    A: BlockDiagonal,
+    hessian_perturbation: float,
+    verbose: int = 0,
+    checkpoint: Checkpoint = NOWHERE,
+) -> BlockInverse:
     """Return the inverse of each block by ``method`` (or what it chooses for the block)."""
     inverses = []
     for number, operator in enumerate(A.operators, start=1):
         own, why = clone(method).explain(operator, hessian_perturbation)
         place = f"block {number} of {len(A.operators)}, {operator.size:,} parameters"
         say(f"{place}: method {own.name or type(own).__name__}, {why}", verbose)
-        inverses.append(own.invert(operator, hessian_perturbation, verbose))
+        inverses.append(own.resume(operator, hessian_perturbation, checkpoint.within(f"block {number}"), verbose))
     return BlockInverse(inverses, A, hessian_perturbation)
 
 

@@ -69,6 +69,11 @@ class CholeskyInverse(InverseOperator):
         return False
 
     @property
+    def takes_products(self) -> bool:
+        """Whether a solve takes products with the exact curvature: the matrix is at hand."""
+        return False
+
+    @property
     def all_eigenvalues(self) -> torch.Tensor | None:
         """All eigenvalues, where another λ was asked for."""
         return None if self._spectral is None else self._spectral.all_eigenvalues

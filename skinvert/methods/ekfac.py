@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from .._checkpoint import NOWHERE, Checkpoint
 from ..operators import LinearOperator
 from .base import Method
-from .kfac import factors_of, inverse_of_layers, with_penalty
+from .kfac import decomposed, factors_of, inverse_of_layers, with_penalty
 from .spectral_inverse import SpectralInverse
 
 __all__ = ["EKFAC"]
@@ -54,6 +55,7 @@ class EKFAC(Method):
 
     name: ClassVar[str] = "ekfac"
     gaussian: ClassVar[bool] = True
+    resumes: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("kronecker_factors",)
     default_curvature: ClassVar[str] = "ggn"
     cost: ClassVar[str] = "as kfac, and a second pass"
@@ -67,8 +69,14 @@ class EKFAC(Method):
 
     def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> SpectralInverse:
         """Compute the factors, their eigenbases and the eigenvalues in them."""
-        factors = factors_of(A, self.approx, self.unsupported, verbose)
-        bases = [block.decompose()[0] for block in factors.blocks]
+        return self.resume(A, hessian_perturbation, NOWHERE, verbose)
+
+    def resume(
+        self, A: LinearOperator, hessian_perturbation: float, checkpoint: Checkpoint, verbose: int = 0
+    ) -> SpectralInverse:
+        """Compute them from where ``checkpoint`` has them."""
+        factors = factors_of(A, self.approx, self.unsupported, verbose, checkpoint)
+        bases = [basis for basis, _ in decomposed(factors.blocks, checkpoint)]
         refitted = zip(factors.blocks, bases, factors.refit(bases), strict=True)
         pairs = [(basis, with_penalty(block, basis, eigenvalues)) for block, basis, eigenvalues in refitted]
         return inverse_of_layers(factors, pairs, hessian_perturbation, name=self.name).judged_by(A)

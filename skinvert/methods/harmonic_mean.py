@@ -114,6 +114,11 @@ class HarmonicMeanInverse(InverseOperator):
         double = self.exact is None and self.rows.dtype == torch.float64
         return self.operator if double else super().truth
 
+    @property
+    def takes_products(self) -> bool:
+        """Whether a solve takes products with the exact curvature: the gradients are at hand."""
+        return False
+
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the mean of the samples' solutions.
 

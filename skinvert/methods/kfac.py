@@ -7,7 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from .._check import check_choice
+from .._check import all_finite, check_choice, must_be
+from .._checkpoint import NOWHERE, Checkpoint, like
+from .._memory import naming_memory
 from ..operators import (
     Basis,
     BlockBasis,
@@ -85,6 +87,7 @@ class KFAC(Method):
 
     name: ClassVar[str] = "kfac"
     gaussian: ClassVar[bool] = True
+    resumes: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("kronecker_factors",)
     default_curvature: ClassVar[str] = "ggn"
     cost: ClassVar[str] = "c backward passes once; (d + i) d i a layer and row"
@@ -98,21 +101,55 @@ class KFAC(Method):
 
     def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> SpectralInverse:
         """Compute the factors and their eigenbases."""
-        factors = factors_of(A, self.approx, self.unsupported, verbose)
-        pairs = []
-        for block in factors.blocks:
-            basis, eigenvalues = block.decompose()
-            pairs.append((basis, with_penalty(block, basis, eigenvalues)))
+        return self.resume(A, hessian_perturbation, NOWHERE, verbose)
+
+    def resume(
+        self, A: LinearOperator, hessian_perturbation: float, checkpoint: Checkpoint, verbose: int = 0
+    ) -> SpectralInverse:
+        """Compute them from where ``checkpoint`` has them."""
+        factors = factors_of(A, self.approx, self.unsupported, verbose, checkpoint)
+        found = zip(factors.blocks, decomposed(factors.blocks, checkpoint), strict=True)
+        pairs = [(basis, with_penalty(block, basis, eigenvalues)) for block, (basis, eigenvalues) in found]
         sources = [_own(block, *pair) for block, pair in zip(factors.blocks, pairs, strict=True)]
         inverse = inverse_of_layers(factors, pairs, hessian_perturbation, name=self.name, sources=sources)
         return inverse.judged_by(A)
 
 
-def factors_of(A: LinearOperator, approx: str, unsupported: str, verbose: int) -> KroneckerFactors:
+def factors_of(
+    A: LinearOperator, approx: str, unsupported: str, verbose: int, checkpoint: Checkpoint
+) -> KroneckerFactors:
     """Return the factors of a layered curvature, for checked settings."""
     check_choice(approx, "approx", ["expand", "reduce"])
     check_choice(unsupported, "unsupported", ["error", "diagonal"])
-    return A.kronecker_factors(approx=approx, unsupported=unsupported, verbose=verbose)
+    if not checkpoint.keeps:
+        # An operator of one's own need not know of any.
+        return A.kronecker_factors(approx=approx, unsupported=unsupported, verbose=verbose)
+    return A.kronecker_factors(approx=approx, unsupported=unsupported, verbose=verbose, checkpoint=checkpoint)
+
+
+def decomposed(blocks: Sequence[KroneckerBlock], checkpoint: Checkpoint) -> list[tuple[KroneckerBasis, torch.Tensor]]:
+    """Return each layer's eigenbasis and eigenvalues, flat; ValueError, with its name, where they are not finite.
+
+    A basis is kept, not made again: another one of the same eigenspace may come out, and sums in it are of no use.
+    """
+    found = []
+    for j, block in enumerate(blocks):
+        right = like({"right": block.right})["right"] + ("|None" if block.right.ndim == 1 else "")
+        fields = {**like({"left": block.left}), "right": right, "eigenvalues": f"tensor[{block.index.numel()}]"}
+        known = checkpoint.resumed(f"eigenbasis {j}", fields)
+        if known is None:
+            with naming_memory(f"The eigenbasis of {block.name}", "Try `params` with fewer parameters."):
+                basis, eigenvalues = block.decompose()
+        else:
+            basis = KroneckerBasis(known["left"], known["right"], block.index.shape[-1])
+            eigenvalues = known["eigenvalues"]
+        if not all_finite(eigenvalues):
+            hint = "Try dtype=torch.float64."
+            raise ValueError(must_be(f"The eigenvalues of {block.name}", "finite", "NaN or infinity", hint))
+        state = {"left": basis.left, "right": basis.right, "eigenvalues": eigenvalues}
+        checkpoint.finish(f"eigenbasis {j}", state)
+        found.append((basis, eigenvalues))
+    return found
 
 
 def with_penalty(block: KroneckerBlock, basis: KroneckerBasis, eigenvalues: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 import torch
 
 from .._check import check_number, must_be
+from .._checkpoint import NOWHERE, Checkpoint
 from ..operators import Eigenvectors, LinearOperator, zero_cut
 from ..solvers.extremes import extreme_eigenvalues
 from ..solvers.lanczos import seeded
@@ -55,6 +56,7 @@ class Nystroem(Method):
 
     name: ClassVar[str] = "nystroem"
     gaussian: ClassVar[bool] = True
+    resumes: ClassVar[bool] = True
     cost: ClassVar[str] = "r products once; 2 r p a row"
     memory: ClassVar[str] = "r p"
     exactness: ClassVar[str] = "the r largest eigenvalues, at random; exact for r = p"
@@ -71,15 +73,22 @@ class Nystroem(Method):
 
     def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> InverseOperator:
         """Check that A is positive semi-definite, and sketch it."""
+        return self.resume(A, hessian_perturbation, NOWHERE, verbose)
+
+    def resume(
+        self, A: LinearOperator, hessian_perturbation: float, checkpoint: Checkpoint, verbose: int = 0
+    ) -> InverseOperator:
+        """Sketch it from where ``checkpoint`` has the sketch."""
         tol = check_number(self.tol, "tol", owner="Nystroem", low=0.0)
         rank = A.size if self.rank == "adaptive" else self._checked_rank(A)
         if hessian_perturbation == 0 and (self.rank == "adaptive" or rank < A.size):
             hint = "The part of the parameters outside the sketch is divided by it. Try 1e-3."
             raise ValueError(must_be("hessian_perturbation for nystroem", "> 0", hessian_perturbation, hint))
         generator = seeded(self.random_state, "Nystroem")
-        if not A.is_psd:
+        sketch = Sketch(A, generator, verbose, checkpoint)
+        # An earlier run has checked it before it drew any row.
+        if not A.is_psd and not len(sketch.Omega):
             _check_psd(A, *extreme_eigenvalues(A, random_state=self.random_state or 0))
-        sketch = Sketch(A, generator, verbose)
         if self.rank == "adaptive":
             sketch.grow_until(tol * hessian_perturbation)
         else:

@@ -100,6 +100,11 @@ class SampleSpaceInverse(InverseOperator):
         return False
 
     @property
+    def takes_products(self) -> bool:
+        """Whether a solve takes products with the exact curvature: its factor is at hand."""
+        return False
+
+    @property
     def tolerance(self) -> float:
         """``rtol``."""
         return self.rtol

@@ -175,6 +175,11 @@ class SpectralInverse(InverseOperator):
         other._set(hessian_perturbation)
         return other
 
+    @property
+    def takes_products(self) -> bool:
+        """Whether a solve takes products with the exact curvature: not where the matrix is at hand."""
+        return super().takes_products and (self.approximate or self.source is None)
+
     def untold(self) -> Self:
         """Return this inverse without warnings of rows that it does not solve, for callers that solve them anew."""
         other = copy.copy(self)

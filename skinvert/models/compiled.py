@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Uncompiled", "eager", "is_compiled", "is_compiled_function", "unwrapped"]
+from .._check import must_be
+
+__all__ = ["Uncompiled", "eager", "is_compiled", "is_compiled_function", "refuse_sharded", "unwrapped"]
 
 # Where the wrappers live; it is imported where something is compiled, and by nothing here: that takes seconds.
 _COMPILER = "torch._dynamo"
+_SHARDING, _DISTRIBUTED_TENSORS = "torch.distributed.fsdp", "torch.distributed.tensor"
 
 
 class Uncompiled(nn.Module):
@@ -53,6 +56,25 @@ def unwrapped(module: nn.Module) -> nn.Module:
             module = module.module
         else:
             return module
+
+
+def refuse_sharded(module: nn.Module) -> None:
+    """Raise where the parameters are shared out among processes, as FSDP and tensor parallelism leave them."""
+    names = [name for name, parameter in module.named_parameters() if _is_sharded(parameter)]
+    wrapped = any(type(child).__module__.startswith(_SHARDING) for child in module.modules())
+    if not (names or wrapped):
+        return
+    got = f"{names[0]} in parts" if names else "a FullyShardedDataParallel"
+    hint = (
+        "Load `torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+        "options=StateDictOptions(full_state_dict=True))` into a plain module on every rank."
+    )
+    raise TypeError(must_be("The model's parameters", "whole in every process", got, hint))
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    # A DTensor, whose module is imported where one was made.
+    return any(kind.__module__.startswith(_DISTRIBUTED_TENSORS) for kind in type(parameter).__mro__)
 
 
 def eager() -> AbstractContextManager[Any]:

@@ -20,7 +20,7 @@ from ..parameters import ParameterLayout, select_parameters
 from .affine_outputs import has_affine_outputs
 from .base import TwiceDifferentiable
 from .batches import call, check_pair, map_tensors, split_labels
-from .compiled import eager
+from .compiled import eager, refuse_sharded
 from .conversion import Conversion
 from .labelled import Reading, gives_its_loss, logits_of, reading_of
 from .leaks import Watch
@@ -81,6 +81,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     def __init__(self, model: nn.Module, loss: Any, weight_decay: Decay = 0.0) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(must_be("model", "a torch.nn.Module", type(model).__name__))
+        refuse_sharded(model)
         self.model, self.weight_decay = model, weight_decay
         # A model of labels may give its own loss: `learn_labels` says which it is.
         pending = loss is None and (self._own_loss() or gives_its_loss(model))
@@ -309,7 +310,10 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         return not self._own_loss() and type(self).outputs is TorchTwiceDifferentiable.outputs
 
     def settle(self, batches: Iterable[Batch]) -> None:
-        """Take from the training data, once, what L depends on beside them: nothing here."""
+        """Take from the training data, once, what L depends on beside them: nothing here.
+
+        Where processes share the data, the batches are one of all targets, without inputs.
+        """
 
     def adopt(self, totals: Any) -> None:
         """Take what another object of this model settled."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 import scipy.sparse.linalg
@@ -13,7 +13,8 @@ import torch
 
 from .._autograd import ordinary, ordinary_methods
 from .._check import must_be
-from .._memory import check_memory, rows_within
+from .._checkpoint import NOWHERE, Checkpoint
+from .._memory import available_memory, check_memory, rows_within
 from .._progress import progress
 from .._state import TensorState
 from .factors import KroneckerFactors
@@ -71,7 +72,8 @@ class LinearOperator(TensorState, ABC):
     is_psd: bool = False
     hint: str = ""
     penalty: torch.Tensor | None = None
-    faces: ClassVar[frozenset[str]] = frozenset()
+    # Of the class, save where an operator stands for another.
+    faces: frozenset[str] = frozenset()
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Note the faces; let products and factors be right under ``no_grad``, ``inference_mode`` and ``autocast``."""
@@ -108,6 +110,15 @@ class LinearOperator(TensorState, ABC):
         for part, product in self._identity_products():
             diagonal[part] = product[:, part].diagonal()
         return diagonal
+
+    @property
+    def has_own_diagonal(self) -> bool:
+        """Whether its class has a way to the diagonal other than p products."""
+        return type(self).diagonal is not LinearOperator.diagonal
+
+    def available_memory(self) -> int:
+        """Return the bytes that can still be allocated on its device: of processes that share it, the least of all."""
+        return available_memory(self.device)
 
     def psd_companion(self) -> LinearOperator | None:
         """Return a positive semi-definite operator that stands for this one in preconditioners; None where none is."""
@@ -156,7 +167,11 @@ class LinearOperator(TensorState, ABC):
         self._lacks("gradient_rows")
 
     def kronecker_factors(
-        self, approx: str = "expand", unsupported: str = "error", verbose: int = 0
+        self,
+        approx: str = "expand",
+        unsupported: str = "error",
+        verbose: int = 0,
+        checkpoint: Checkpoint = NOWHERE,
     ) -> KroneckerFactors:
         """Return the factors of each layer."""
         self._lacks("kronecker_factors")

@@ -88,7 +88,7 @@ def _forms(A: LinearOperator, V: torch.Tensor) -> torch.Tensor:
 def _gives_its_diagonal(A: LinearOperator) -> bool:
     """Return whether its class has a way to the diagonal other than p products, and one of few numbers."""
     numbers = 0 if A.factor_shape is None else math.prod(A.factor_shape)
-    return type(A).diagonal is not LinearOperator.diagonal and numbers <= MOST_NUMBERS
+    return A.has_own_diagonal and numbers <= MOST_NUMBERS
 
 
 def _signs(k: int, A: LinearOperator, generator: torch.Generator) -> torch.Tensor:

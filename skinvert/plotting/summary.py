@@ -121,7 +121,8 @@ def _draw_bars(below: SubFigure, helpful: TopRows, harmful: TopRows, names: np.n
         ax.set_yticks(np.arange(len(rows)), [str(names[row]) for row in rows], fontsize=8)
         ax.invert_yaxis()
         ax.locator_params(axis="x", nbins=4)
-        ax.ticklabel_format(axis="x", scilimits=(-2, 3))
+        # Powers of ten at each tick: beside the axis they would lie in its label.
+        ax.xaxis.set_major_formatter("{x:.2g}")
         ax.axvline(0, color="0.4", linewidth=0.8)
         ax.set_title(f"Test row {i}", fontsize=10)
         ax.set_xlabel("Change when removed: helps (blue), harms (red)", fontsize=8)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from .._check import check_number, must_be
+from .._checkpoint import NOWHERE, Checkpoint
 from .._memory import check_memory
 from .._progress import progress
+from .._types import State
 from ..operators import LinearOperator, check_dense_memory
 
 __all__ = ["RitzPairs", "by_magnitude", "eigenpairs", "from_both_ends", "gaussian_rows", "seeded"]
@@ -18,6 +20,12 @@ __all__ = ["RitzPairs", "by_magnitude", "eigenpairs", "from_both_ends", "gaussia
 BLOCK = 4
 # Products of a block of random rows after which an eigenvalue that was missed would show.
 DEPTH = 5
+# What a checkpoint calls a space, and holds of it.
+SPACE = "Krylov space"
+FIELDS = {
+    **{"T": "double[f,f]", "done": "int", "depth": "int", "left": "int", "found": "double[c]|None"},
+    "generator": "bytes[g]",
+}
 
 Order = Callable[[torch.Tensor], torch.Tensor]
 
@@ -82,6 +90,7 @@ def eigenpairs(
     generator: torch.Generator,
     repeated: bool = True,
     verbose: int = 0,
+    checkpoint: Checkpoint = NOWHERE,
 ) -> RitzPairs:
     """Return the first ``count`` eigenpairs of A in the given order.
 
@@ -108,29 +117,53 @@ def eigenpairs(
         Most times that the space is filled.
     repeated : bool
         Whether all copies of a repeated eigenvalue are wanted, and a converged result is tested for them.
+    checkpoint : Checkpoint
+        Where the space is kept, product by product.
 
     References
     ----------
     Wu & Simon (2000), "Thick-restart Lanczos method for large symmetric eigenvalue problems", Alg. 3, in blocks;
     Parlett (1998), "The Symmetric Eigenvalue Problem", sec. 6.9 (twice is enough) and thm. 4.5.1 (the error).
     """
-    if dimension + 2 * BLOCK >= A.size:
-        return _dense_eigenpairs(A, count, order, verbose)
-    space = _KrylovSpace(A, dimension, generator)
-    found: torch.Tensor | None = None
-    for left in progress(range(maxiter - 1, -1, -1), "Lanczos", verbose, maxiter):
+    fields = {"values": "double[r]", "vectors": f"tensor[r,{A.size}]", "errors": "double[r]", "converged": "bool"}
+    known = checkpoint.resumed("eigenpairs", fields)
+    if known is not None:
+        pairs = RitzPairs(**known)
+    elif dimension + 2 * BLOCK >= A.size:
+        pairs = _dense_eigenpairs(A, count, order, verbose)
+    else:
+        space = _KrylovSpace(A, dimension, generator, maxiter, checkpoint)
+        pairs = _restarted(space, count, order, tol, floor, maxiter, repeated, verbose)
+    checkpoint.finish("eigenpairs", vars(pairs), replaces=SPACE)
+    return pairs
+
+
+def _restarted(
+    space: _KrylovSpace,
+    count: int,
+    order: Order,
+    tol: float,
+    floor: float,
+    maxiter: int,
+    repeated: bool,
+    verbose: int,
+) -> RitzPairs:
+    """Return the pairs of a space that is filled and restarted until they have converged."""
+    dimension = space.dimension
+    for left in progress(range(space.left, -1, -1), "Lanczos", verbose, maxiter):
+        space.left = left
         values, errors = space.fill()
         first, least = order(values), floor * float(values.abs().max())
         wanted, sizes = first[:count], values[first[:count]].abs()
         limit = (tol * sizes).clamp(min=least)
         converged = bool((errors[wanted] <= limit).all())
-        same = found is not None and bool(((sizes - found).abs() <= limit).all())
+        same = space.found is not None and bool(((sizes - space.found).abs() <= limit).all())
         settled = space.depth >= DEPTH and bool(errors[first[count]] <= max(0.1 * float(sizes.min()), least))
         done = converged and (not repeated or (same and settled))
         if done or not left:
             break
         fresh = converged and not same
-        found = sizes if fresh else found
+        space.found = sizes if fresh else space.found
         space.restart(wanted if fresh else first[: count + (dimension - count) // 3], fresh)
     return RitzPairs(values[wanted], space.vectors(wanted), errors[wanted], done)
 
@@ -146,9 +179,14 @@ def _dense_eigenpairs(A: LinearOperator, count: int, order: Order, verbose: int)
 
 
 class _KrylovSpace:
-    """Orthonormal rows Q, of which A has been applied to the first ``done``, and T = Q A Qᵀ of those."""
+    """Orthonormal rows Q, of which A has been applied to the first ``done``, and T = Q A Qᵀ of those.
 
-    def __init__(self, A: LinearOperator, dimension: int, generator: torch.Generator) -> None:
+    Beside them how often the space may be filled again, ``left``, and the sizes ``found`` of a result under test.
+    """
+
+    def __init__(
+        self, A: LinearOperator, dimension: int, generator: torch.Generator, maxiter: int, checkpoint: Checkpoint
+    ) -> None:
         capacity = min(A.size, dimension + 2 * BLOCK)
         check_memory(
             2 * capacity * A.size * A.dtype.itemsize,
@@ -160,11 +198,18 @@ class _KrylovSpace:
         self.Q = torch.empty(capacity, A.size, dtype=A.dtype, device=A.device)
         self.T = torch.zeros(capacity, capacity, dtype=torch.float64, device=A.device)
         self.done = self.filled = self.depth = 0
-        self._append(self.Q[:0])
+        self.left, self.checkpoint = maxiter - 1, checkpoint
+        self.found: torch.Tensor | None = None
+        known = checkpoint.resumed(SPACE, {**FIELDS, "Q": f"tensor[f,{A.size}]"})
+        if known is None:
+            self._append(self.Q[:0])
+        else:
+            self._restore(known)
 
     def fill(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Apply A until ``dimension`` rows are done; return the Ritz values, ascending, and their errors."""
         while self.done < self.dimension:
+            self.checkpoint.keep(SPACE, self._state)
             last = slice(self.done, self.filled)
             W = self.A.apply(self.Q[last])
             _check_finite(W)
@@ -175,6 +220,22 @@ class _KrylovSpace:
             coupling = self._append(W)
         self.values, self.S = torch.linalg.eigh(self.T[: self.done, : self.done])
         return self.values, (self.S[last].mT @ coupling.to(torch.float64)).norm(dim=1)
+
+    def _state(self) -> State:
+        kept = slice(0, self.filled)
+        return {
+            **{"Q": self.Q[kept], "T": self.T[kept, kept], "done": self.done, "depth": self.depth},
+            **{"left": self.left, "found": self.found, "generator": self.generator.get_state()},
+        }
+
+    def _restore(self, known: State) -> None:
+        self.filled, self.done, self.depth = len(known["Q"]), known["done"], known["depth"]
+        self.left, self.found = known["left"], known["found"]
+        if not self.done < min(self.filled, self.dimension) or self.filled > len(self.Q):
+            got = f"{self.done} of {self.filled} rows"
+            raise ValueError(must_be("The Krylov space of a checkpoint", f"one of {self.dimension} rows", got))
+        self.Q[: self.filled], self.T[: self.filled, : self.filled] = known["Q"], known["T"]
+        self.generator.set_state(known["generator"].cpu())
 
     def vectors(self, which: torch.Tensor) -> torch.Tensor:
         """Return the Ritz vectors as rows."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
-from .._check import must_be
+from .._check import all_finite, must_be
+from .._checkpoint import NOWHERE, Checkpoint
 from .._memory import check_memory, rows_within
 from .._progress import progress
 from .._scaling import norms
+from .._types import State
 from ..operators import Eigenvectors, LinearOperator, Spectral
 from .lanczos import gaussian_rows
 
@@ -19,42 +22,66 @@ __all__ = ["Sketch", "not_psd"]
 FIRST_RANK, POWER_ITERATIONS = 16, 20
 # Products at once: enough for their speed, few enough for a bar to move.
 AT_ONCE = 64
+# What a checkpoint calls it.
+SKETCH = "sketch"
 
 
 class Sketch:
-    """Orthonormal rows Ω (r, p) and their products Y = Ω A; ``verbose`` of 1 shows how many there are to come."""
+    """Orthonormal rows Ω (r, p) and their products Y = Ω A; ``verbose`` of 1 shows how many there are to come.
 
-    def __init__(self, A: LinearOperator, generator: torch.Generator, verbose: int = 0) -> None:
-        self.A, self.generator, self.verbose = A, generator, verbose
+    ``checkpoint`` keeps both, so that a sketch begins with what an earlier run left: rows, and products of the first.
+    """
+
+    def __init__(
+        self, A: LinearOperator, generator: torch.Generator, verbose: int = 0, checkpoint: Checkpoint = NOWHERE
+    ) -> None:
+        self.A, self.generator, self.verbose, self.checkpoint = A, generator, verbose, checkpoint
         self.Omega = self.Y = torch.empty(0, A.size, dtype=A.dtype, device=A.device)
         self._found: tuple[torch.Tensor, torch.Tensor] | None = None
+        known = checkpoint.resumed(
+            SKETCH, {"Omega": f"tensor[r,{A.size}]", "Y": f"tensor[s,{A.size}]", "generator": "bytes[g]"}
+        )
+        if known is not None:
+            self.Omega, self.Y = known["Omega"], known["Y"]
+            generator.set_state(known["generator"].cpu())
 
-    def grow(self, count: int) -> None:
-        """Add ``count`` random rows."""
+    def grow(self, rank: int) -> None:
+        """Add random rows until there are ``rank`` of them, and their products."""
         check_memory(
-            5 * (len(self.Y) + count) * self.A.size * self.A.dtype.itemsize,
-            f"A Nyström sketch of rank {len(self.Y) + count:,}",
+            5 * rank * self.A.size * self.A.dtype.itemsize,
+            f"A Nyström sketch of rank {rank:,}",
             "Try a smaller rank.",
             self.A.device,
         )
+        if rank > len(self.Omega):
+            self._draw(rank - len(self.Omega))
+        left, step = self.Omega[len(self.Y) :], rows_within(4 * self.A.size * self.A.dtype.itemsize, AT_ONCE)
+        # Of no rows `split` makes one part.
+        parts, products = left.split(step) if len(left) else (), [self.Y]
+        for part in progress(parts, f"sketch of rank {rank:,}", self.verbose, len(parts)):
+            products.append(self.A.apply(part))
+            if not all_finite(products[-1]):
+                raise ValueError(must_be("The curvature", "finite", "NaN or infinity", "Look at the parameters."))
+            self.checkpoint.keep(SKETCH, partial(self._state, products))
+        self.Y, self._found = torch.cat(products), None
+        self.checkpoint.finish(SKETCH, self._state([self.Y]))
+
+    def _state(self, products: list[torch.Tensor]) -> State:
+        return {"Omega": self.Omega, "Y": torch.cat(products), "generator": self.generator.get_state()}
+
+    def _draw(self, count: int) -> None:
         rows = gaussian_rows(count, self.A, self.generator)
         # Orthogonal to the rows so far: their span is that of one Gaussian draw all the same.
         for _ in range(2):
             rows = rows - (rows @ self.Omega.mT) @ self.Omega
             rows = torch.linalg.qr(rows.mT).Q.mT.contiguous()
-        parts = rows.split(rows_within(4 * self.A.size * self.A.dtype.itemsize, AT_ONCE))
-        bar = progress(parts, f"sketch of rank {len(self.Y) + count:,}", self.verbose, len(parts))
-        products = torch.cat([self.A.apply(part) for part in bar])
-        if not bool(torch.isfinite(products).all()):
-            raise ValueError(must_be("The curvature", "finite", "NaN or infinity", "Look at the parameters."))
-        self.Omega, self.Y = torch.cat([self.Omega, rows]), torch.cat([self.Y, products])
-        self._found = None
+        self.Omega = torch.cat([self.Omega, rows])
 
     def grow_until(self, tolerance: float) -> None:
         """Double the rank until the estimate of ‖A − Â‖ is within the tolerance."""
-        self.grow(min(FIRST_RANK, self.A.size))
+        self.grow(max(min(FIRST_RANK, self.A.size), len(self.Omega)))
         while len(self.Y) < self.A.size and self._exceeds(tolerance):
-            self.grow(min(len(self.Y), self.A.size - len(self.Y)))
+            self.grow(min(2 * len(self.Y), self.A.size))
 
     def decompose(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return Λ (r,), ascending, and U (r, p) with Â = Uᵀ diag(Λ) U."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from .._checkpoint import NOWHERE, Checkpoint
 from ..operators import Dense, KroneckerBasis, KroneckerFactors, LinearOperator, symmetrise
 
 __all__ = ["Tabulated"]
@@ -25,7 +26,8 @@ class Tabulated(LinearOperator):
 
     def __init__(self, A: LinearOperator, dtype: torch.dtype = torch.float64) -> None:
         super().__init__(A.size, dtype, A.device)
-        self.faces = A.faces  # type: ignore[misc]  # Those of the operator that is written out.
+        # Those of the operator that is written out.
+        self.faces = A.faces
         self.is_psd, self.hint = A.is_psd, A.hint
         self.penalty = None if A.penalty is None else A.penalty.to(dtype)
         self.matrix = symmetrise(A.apply(torch.eye(A.size, dtype=A.dtype))).to(dtype)
@@ -78,7 +80,11 @@ class Tabulated(LinearOperator):
         return super().minibatch(rows) if self.samples is None else Dense(self.samples[rows].mean(0))
 
     def kronecker_factors(
-        self, approx: str = "expand", unsupported: str = "error", verbose: int = 0
+        self,
+        approx: str = "expand",
+        unsupported: str = "error",
+        verbose: int = 0,
+        checkpoint: Checkpoint = NOWHERE,
     ) -> KroneckerFactors:
         """Return the layers' factors; ``refit`` is by the matrix."""
         factors = self.layers[approx]

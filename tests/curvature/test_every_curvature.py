@@ -283,7 +283,9 @@ def test_a_search_scores_as_the_cross_validation_does(name):
 
 def test_an_unknown_name_lists_the_registered_ones():
     case = case_of()
-    with pytest.raises(ValueError, match="'empirical_fisher', 'by_class', 'pair', 'loaded', 'sampled_fisher'"):
+    with pytest.raises(
+        ValueError, match="'empirical_fisher', 'by_class', 'pair', 'loaded', 'sampled_ggn', 'sampled_fisher'"
+    ):
         HessianInverter(curvature="typo", **case.settings()).fit(case.module, case.data)
 
 
@@ -311,7 +313,7 @@ class Incomplete(Factored):
     [
         (3, Factored, TypeError, "A curvature's name must be a string"),
         ("", Factored, ValueError, "another than ''"),
-        ("auto", Factored, ValueError, "auto, gram, sampled_fisher"),
+        ("auto", Factored, ValueError, "auto, gram, sampled_ggn, sampled_fisher"),
         ("mine", dict, TypeError, "subclass of Curvature, or a function"),
         ("mine", 3, TypeError, "subclass of Curvature, or a function"),
         ("mine", Incomplete, TypeError, "does not define factor_of"),

@@ -335,3 +335,20 @@ def test_eigenvalues_of_any_scale_have_the_digits_asked_for(size):
     U = inverse.basis.rows
     errors = (A.apply(U) - inverse.eigenvalues[:, None] * U).norm(dim=1)
     assert bool((errors <= 2e-9 * inverse.eigenvalues).all())
+
+
+def test_the_complement_has_the_mean_of_an_uneven_penalty():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    X, y = torch.randn(30, 4, dtype=torch.float64), torch.arange(30) % 3
+    settings = {"curvature": "ggn", "loss": "cross_entropy", "weight_decay": {"*weight": 0.3}}
+    fitted = HessianInverter(Arnoldi(rank=4), 0.1, **settings).fit(net, (X, y))
+    H = fitted.curvature_.to_dense().numpy()
+    R = np.concatenate([np.full(t.numel(), 0.3 if t.ndim == 2 else 0.0) for t in net.parameters()])
+    values, vectors = np.linalg.eigh(H)
+    rest = vectors[:, :-4]
+    tau = np.trace(rest.T @ (R[:, None] * rest)) / rest.shape[1]
+    stands = (vectors[:, -4:] * values[-4:]) @ vectors[:, -4:].T + tau * rest @ rest.T
+    b = np.random.default_rng(0).standard_normal((3, len(H)))
+    expected = np.linalg.solve(stands + 0.1 * np.eye(len(H)), b.T).T
+    np.testing.assert_allclose(fitted.transform(b), expected, rtol=1e-6)

@@ -34,7 +34,7 @@ def test_chooses(A, shift, expected):
 
 
 def test_a_small_memory_keeps_no_matrix(monkeypatch):
-    monkeypatch.setattr("skinvert.methods.auto.available_memory", lambda device: 4 * 4 * 100**2)
+    monkeypatch.setattr("skinvert.operators.base.available_memory", lambda device: 4 * 4 * 100**2)
     assert type(Auto().choose(hessian(100), 0.0)) is MINRES
     assert type(Auto().choose(hessian(99), 0.0)) is Direct
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ..._check import check_choice
+from ..._checkpoint import NOWHERE, Checkpoint, like
 from ..._memory import check_memory
+from ..._types import State
 from ...operators import KroneckerBasis, KroneckerBlock, KroneckerFactors
 from ..objective import Objective
 from .found import refuse
@@ -20,9 +23,16 @@ from .squares import Squares, SquaresOfSums, add_squares
 
 __all__ = ["kronecker_factors"]
 
+# What a checkpoint calls the sums of the two passes.
+FACTORS, EIGENVALUES = "Kronecker factors", "eigenvalues"
+
 
 def kronecker_factors(
-    curvature: PulledBack, approx: str = "expand", unsupported: str = "error", verbose: int = 0
+    curvature: PulledBack,
+    approx: str = "expand",
+    unsupported: str = "error",
+    verbose: int = 0,
+    checkpoint: Checkpoint = NOWHERE,
 ) -> KroneckerFactors:
     r"""Return a curvature's factors, layer by layer.
 
@@ -46,6 +56,8 @@ def kronecker_factors(
         What to do with parameters outside the layers that have factors.
     verbose : int, default=0
         1 shows a progress bar.
+    checkpoint : Checkpoint
+        Where the sums are kept, chunk by chunk.
 
     Returns
     -------
@@ -60,47 +72,82 @@ def kronecker_factors(
     check_choice(approx, "approx", ["expand", "reduce"])
     check_choice(unsupported, "unsupported", ["error", "diagonal"])
     found, row_bytes = probe(curvature)
+    known = checkpoint.resumed("layers left out", {"reasons": "plain"})
+    if known is not None:
+        found = found.without(known["reasons"])
     while True:
         if found.reasons and unsupported == "error":
             refuse(found.reasons)
         _check_memory(found.layers, row_bytes, curvature.objective)
         try:
-            return _summed(Passes(curvature, found, row_bytes, verbose), approx)
+            return _summed(Passes(curvature, found, row_bytes, verbose), approx, checkpoint)
         except UnexplainedError as error:
             found = found.without(error.reasons)
+            checkpoint.finish("layers left out", {"reasons": found.reasons}, replaces=FACTORS)
 
 
-def _summed(passes: Passes, approx: str) -> KroneckerFactors:
+def _summed(passes: Passes, approx: str, checkpoint: Checkpoint) -> KroneckerFactors:
     objective, layers = passes.curvature.objective, passes.found.layers
     sums = [
         _Factors(layer, objective, approx) if isinstance(layer, KroneckerLayer) else Squares(layer) for layer in layers
     ]
-    kept = Kept([j for j, one in enumerate(sums) if isinstance(one, _Factors)])
-    for seen, mass, inputs in passes.over(layers):
+    done = _restored(sums, checkpoint)
+    # What an earlier run has seen, this one has not.
+    kept = Kept([j for j, one in enumerate(sums) if isinstance(one, _Factors)], whole=done == 0)
+    for seen, mass, inputs in passes.over(layers, done):
         for one, a in zip(sums, inputs, strict=True):
             if a is not None:
                 one.add_inputs(a, mass)
-        for parts in kept.taken(inputs, passes.signals(seen, inputs, check=True)):
+        for parts in kept.taken(passes, inputs, passes.signals(seen, inputs, check=True)):
             for one, g in zip(sums, parts, strict=True):
                 if g is not None:
                     one.add_signals(g)
-    places, values = _rest(passes, [one for one in sums if isinstance(one, Squares)])
+        passes.check_finite("Kronecker factors", layers, [one.scales() for one in sums])
+        done = passes.rows.stop
+        checkpoint.keep(FACTORS, partial(_state, sums, done))
+    checkpoint.finish(FACTORS, _state(sums, done))
+    places, values = _rest(passes, [one for one in sums if isinstance(one, Squares)], checkpoint)
     blocks = []
     # Its sums are the block's own now.
     while sums:
         if isinstance(one := sums.pop(0), _Factors):
             blocks.append(one.block(passes.curvature.penalty))
-    refit = _Refit(passes, [layer for layer in layers if isinstance(layer, KroneckerLayer)], kept)
+    refit = _Refit(passes, [layer for layer in layers if isinstance(layer, KroneckerLayer)], kept, checkpoint)
     return KroneckerFactors(tuple(blocks), places, values, refit)
 
 
-def _rest(passes: Passes, norms: Sequence[Squares]) -> tuple[torch.Tensor, torch.Tensor]:
+def _rest(passes: Passes, norms: Sequence[Squares], checkpoint: Checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the places of the parameters without factors, those of norms first, and the exact diagonal there."""
     curvature, reasons = passes.curvature, passes.found.reasons
-    places = [*(one.layer.index for one in norms), curvature.objective.places(reasons)]
-    values = [one.entries(curvature.penalty) for one in norms] + ([curvature.diagonal_at(reasons)] if reasons else [])
+    own = curvature.objective.places(reasons)
+    values = [one.entries(curvature.penalty) for one in norms]
+    if reasons:
+        known = checkpoint.resumed("diagonal of the rest", {"values": f"tensor[{len(own)}]"})
+        values.append(curvature.diagonal_at(reasons) if known is None else known["values"])
+        checkpoint.finish("diagonal of the rest", {"values": values[-1]})
     empty = torch.empty(0, dtype=curvature.objective.dtype, device=curvature.objective.device)
-    return torch.cat(places), torch.cat([*values, empty])
+    return torch.cat([*(one.layer.index for one in norms), own]), torch.cat([*values, empty])
+
+
+def _state(sums: Sequence[_Factors | Squares], done: int) -> State:
+    tensors = {f"{j} {name}": tensor for j, one in enumerate(sums) for name, tensor in one.tensors().items()}
+    return _with_rows(tensors, done)
+
+
+def _with_rows(tensors: dict[str, torch.Tensor], done: int) -> State:
+    return {"rows": done, **tensors}
+
+
+def _restored(sums: Sequence[_Factors | Squares], checkpoint: Checkpoint) -> int:
+    """Set the sums to what an earlier run left, and return how many rows of the data are in them."""
+    fields = {f"{j} {name}": words for j, one in enumerate(sums) for name, words in one.fields().items()}
+    known = checkpoint.resumed(FACTORS, {"rows": "int", **fields})
+    if known is None:
+        return 0
+    for j, one in enumerate(sums):
+        one.restore({name: known[f"{j} {name}"] for name in one.tensors()})
+    rows: int = known["rows"]
+    return rows
 
 
 @dataclass
@@ -110,20 +157,33 @@ class _Refit:
     passes: Passes
     layers: list[KroneckerLayer]
     kept: Kept
+    checkpoint: Checkpoint
 
     def __call__(self, bases: Sequence[KroneckerBasis]) -> list[torch.Tensor]:
         """Return Σ (U_Gᵀ (Σₜ gₜaₜᵀ) U_A)² of each layer: the exact diagonal of H, without the penalty, in its basis."""
         sums = [SquaresOfSums(layer, basis) for layer, basis in zip(self.layers, bases, strict=True)]
-        for inputs, signals in self._chunks():
+        named = {f"{j} sums": one.total for j, one in enumerate(sums)}
+        known, done = self.checkpoint.resumed(EIGENVALUES, {"rows": "int", **like(named)}), 0
+        if known is not None:
+            done = known["rows"]
+            for name, total in named.items():
+                total.copy_(known[name])
+        for inputs, signals in self._chunks(done):
             add_squares(sums, inputs, signals)
-        return [one.total for one in sums]
+            self.passes.check_finite("eigenvalues", self.layers, list(named.values()))
+            done = self.passes.rows.stop
+            self.checkpoint.keep(EIGENVALUES, partial(_with_rows, named, done))
+        self.checkpoint.finish(EIGENVALUES, _with_rows(named, done))
+        return list(named.values())
 
-    def _chunks(self) -> Iterator[Chunk]:
-        """Yield each chunk's inputs, and its signals direction by direction."""
+    def _chunks(self, done: int) -> Iterator[Chunk]:
+        """Yield each chunk's inputs, and its signals direction by direction; not of the first rows."""
         if self.kept.whole:
-            yield from self.kept.chunks
+            for batch, rows, chunk in self.kept.chunks:
+                self.passes.batch, self.passes.rows = batch, rows
+                yield chunk
             return
-        for seen, _, inputs in self.passes.over(self.layers):
+        for seen, _, inputs in self.passes.over(self.layers, done):
             yield inputs, self.passes.signals(seen, inputs)
 
 
@@ -155,6 +215,24 @@ class _Factors:
     def add_signals(self, g: torch.Tensor) -> None:
         rows = g.sum(-2, keepdim=True) if self.approx == "reduce" else g
         self.left += symmetric_gram(rows, rows) / rows.shape[-2]
+
+    def scales(self) -> torch.Tensor:
+        """Return the diagonals: where they are finite, all entries are."""
+        right = self.right if self.right.ndim == 1 else self.right.diagonal(dim1=-2, dim2=-1)
+        return torch.cat([self.left.diagonal(dim1=-2, dim2=-1).reshape(-1), right.reshape(-1)])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"left": self.left, "right": self.right}
+
+    def fields(self) -> dict[str, str]:
+        fields, width = like(self.tensors()), self.right.shape[-1]
+        return {**fields, "right": f"{fields['right']}|tensor[{width},{width}]"}
+
+    def restore(self, known: State) -> None:
+        if known["right"].ndim > self.right.ndim:
+            self._make_dense()
+        self.left.copy_(known["left"])
+        self.right.copy_(known["right"])
 
     def block(self, penalty: torch.Tensor | None) -> KroneckerBlock:
         own = None if penalty is None else penalty[self.layer.index]

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import torch
 
+from ..._check import all_finite, must_be
 from ..._memory import rows_within, working_memory
 from ..._progress import progress
 from ...models import map_tensors
@@ -45,6 +46,13 @@ class Passes:
         What a sample takes.
     verbose : int
         1 shows a progress bar.
+
+    Attributes
+    ----------
+    batch : int
+        The batch of the chunk at hand.
+    rows : slice
+        The chunk's rows of the data.
     """
 
     curvature: PulledBack
@@ -52,6 +60,8 @@ class Passes:
     row_bytes: int
     verbose: int
     chunks: int = 0
+    batch: int = 0
+    rows: slice = field(default_factory=lambda: slice(0, 0))
 
     def signals(
         self, seen: Captured, inputs: list[Inputs | None], check: bool = False
@@ -68,13 +78,20 @@ class Passes:
                 raise UnexplainedError(wrong)
             yield signals
 
-    def over(self, layers: Sequence[Layer]) -> Iterator[tuple[Captured, torch.Tensor, list[Inputs | None]]]:
-        """Yield what was captured of each chunk, wᵢmᵢ / Σ wm (m,), and each layer's inputs."""
+    def over(
+        self, layers: Sequence[Layer], done: int = 0
+    ) -> Iterator[tuple[Captured, torch.Tensor, list[Inputs | None]]]:
+        """Yield what was captured of each chunk, wᵢmᵢ / Σ wm (m,), and each layer's inputs; not of the first rows."""
         objective = self.curvature.objective
-        chunk, self.chunks = rows_within(self.row_bytes), 0
-        for batch, weights in progress(objective.batches if layers else (), "layers", self.verbose):
-            for start in range(0, len(weights), chunk):
+        chunk, self.chunks, offset = rows_within(self.row_bytes), 0, 0
+        left = layers and done < objective.batches.n_samples
+        batches = progress(objective.batches if left else (), "layers", self.verbose)
+        for self.batch, (batch, weights) in enumerate(batches):
+            first = min(max(0, done - offset), len(weights))
+            self.chunks += -(-first // chunk)
+            for start in range(first, len(weights), chunk):
                 rows = slice(start, start + chunk)
+                self.rows = slice(offset + start, offset + min(start + chunk, len(weights)))
                 part = map_tensors(lambda tensor, rows=rows: tensor[rows], batch)
                 own = weights[rows] / objective.weight_sum
                 seen = captured(self.curvature, layers, self.found.attentions, part, own)
@@ -82,6 +99,18 @@ class Passes:
                     raise UnexplainedError(reasons)
                 yield seen, objective.scale * own * seen.mass, seen.inputs(objective.dtype)
                 self.chunks += 1
+            offset += len(weights)
+
+    def check_finite(self, what: str, layers: Sequence[Layer], sums: Sequence[torch.Tensor]) -> None:
+        """Raise ValueError, with the name of the layer and the batch, where a layer's sums are not finite any more."""
+        # One look at the device for all of them.
+        if not sums or all_finite(torch.stack([tensor.sum() for tensor in sums])):
+            return
+        for layer, tensor in zip(layers, sums, strict=True):
+            if not all_finite(tensor):
+                place = f"batch {self.batch} (rows {self.rows.start} to {self.rows.stop - 1})"
+                hint = "Try dtype=torch.float64, or look at these rows."
+                raise ValueError(must_be(f"The {what} of {layer.name}", "finite", f"NaN or infinity in {place}", hint))
 
 
 @dataclass
@@ -95,24 +124,24 @@ class Kept:
 
     Attributes
     ----------
-    chunks : list of Chunk
-        Of those layers; empty where they are too many, and then ``whole`` is False.
+    chunks : list of (int, slice, Chunk)
+        Batch, rows of the data, and what those layers saw; empty where they are too many, and then ``whole`` is False.
     """
 
     places: list[int]
-    chunks: list[Chunk] = field(default_factory=list)
+    chunks: list[tuple[int, slice, Chunk]] = field(default_factory=list)
     whole: bool = True
     left: int = field(default_factory=lambda: working_memory() // SHARE)
 
     def taken(
-        self, inputs: list[Inputs | None], signals: Iterable[list[torch.Tensor | None]]
+        self, passes: Passes, inputs: list[Inputs | None], signals: Iterable[list[torch.Tensor | None]]
     ) -> Iterator[list[torch.Tensor | None]]:
         """Yield the signals as they come, and keep those of the next pass."""
         seen = [inputs[j] for j in self.places]
         self._pay(tensor for own in seen if own is not None for tensor in own)
         held: list[list[torch.Tensor | None]] = []
         if self.whole:
-            self.chunks.append((seen, held))
+            self.chunks.append((passes.batch, passes.rows, (seen, held)))
         for parts in signals:
             own = [parts[j] for j in self.places]
             self._pay(g for g in own if g is not None)

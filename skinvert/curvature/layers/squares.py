@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ..._checkpoint import like
 from ..._memory import rows_within
+from ..._types import State
 from ...operators import KroneckerBasis
 from .found import layers_of
 from .kinds import Inputs, KroneckerLayer, Layer, gram
@@ -35,6 +37,22 @@ class Squares:
     def entries(self, penalty: torch.Tensor | None) -> torch.Tensor:
         """Return the diagonal."""
         return self.sums if penalty is None else self.sums + penalty[self.layer.index]
+
+    def scales(self) -> torch.Tensor:
+        """Return what is finite where all sums are."""
+        return self.sums
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the sums, for a checkpoint."""
+        return {"sums": self.sums}
+
+    def fields(self) -> dict[str, str]:
+        """Return the types of ``tensors``."""
+        return like(self.tensors())
+
+    def restore(self, known: State) -> None:
+        """Go on with the sums of a checkpoint."""
+        self.sums.copy_(known["sums"])
 
 
 class SquaresOfSums:

@@ -1,0 +1,265 @@
+"""A fit's checkpoint as a file: what its stages have done, and of which fit; never mixed with another one's."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import sklearn
+import torch
+
+from ._check import must_be
+from ._checkpoint import Checkpoint
+from ._checksum import checksum
+from ._progress import say
+from ._schema import check_fields
+from ._telling import warn
+from ._types import State
+from .curvature import Curvature
+from .methods.base import Method
+from .models import TorchTwiceDifferentiable
+from .operators import LinearOperator
+from .persistence import load_state, save_state
+from .registry import InversionRegistry
+from .system import Function, System, is_method
+
+__all__ = ["CheckpointFile", "check_checkpoint", "open_checkpoint"]
+
+KIND = "checkpoint"
+FIELDS = {"fit": "plain", "product": "tensor[1,p]", "stages": "state"}
+# Seconds between two writes: no fewer, and so many that writing takes no more than this share of the time.
+EVERY, SHARE = 1.0, 0.05
+# And until the next attempt after one that failed.
+RETRY = 60.0
+
+
+def check_checkpoint(path: object, method: Method | Function, together: bool = False) -> None:
+    """Raise, before any work, where there can be no checkpoint at ``path``, or ``method`` cannot go on from one.
+
+    ``together`` with other processes none can: each would go on from another step.
+    """
+    if path is None:
+        return
+    if together:
+        raise ValueError(must_be("checkpoint", "None for a fit with process_group", repr(path)))
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(must_be("checkpoint", "None or a path", type(path).__name__))
+    if not isinstance(method, Method) or not method.resumes:
+        names = sorted({kind.name for kind in InversionRegistry.registry.values() if is_method(kind) and kind.resumes})
+        got = method.name if isinstance(method, Method) else "a function"
+        raise ValueError(must_be("The method of a fit with a checkpoint", f"one of {names}", repr(got)))
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str], method: Method, system: System, settings: Mapping[str, object], verbose: int = 0
+) -> CheckpointFile:
+    """Return the checkpoint of a fit: as an interrupted run of it left the file, or an empty one, written at once.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file; or a folder that exists, in which the file has a name of the fit's own.
+    method : Method
+        With its settings.
+    system : System
+        What it is to invert.
+    settings : mapping
+        Further settings that decide the result, by the words to name them by.
+    verbose : int, default=0
+        1 says what is gone on with.
+
+    Raises
+    ------
+    ValueError
+        Where the file is that of another fit, damaged, or none of ours; it is left as it is.
+    OSError
+        Where it cannot be written.
+    """
+    fit, product = _identity(method, system, settings), _product(system.curvature)
+    # Through a link to what it points at, as `save_state` writes.
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        target /= hashlib.sha256(repr(sorted(fit.items())).encode()).hexdigest()[:32] + ".safetensors"
+    opened = CheckpointFile(target, fit, product)
+    if target.exists():
+        opened.stages = _read(target, fit, product)
+        say(f"checkpoint: goes on with {str(target)!r}, {', '.join(opened.stages) or 'nothing done'}", verbose)
+    else:
+        opened.write()
+    return opened
+
+
+class CheckpointFile(Checkpoint):
+    """The states of a fit's stages in a file, which is written now and then, whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        Of the file.
+    fit : mapping of str to str
+        What tells this fit from others.
+    product : tensor of shape (1, p)
+        Of the curvature, or its first batch, with a row that is always the same.
+    """
+
+    keeps = True
+
+    def __init__(self, path: Path, fit: Mapping[str, str], product: torch.Tensor) -> None:
+        self.path, self.fit, self.product = path, dict(fit), product
+        # A state of a stage at work is asked for when it is written.
+        self.stages: dict[str, State | Callable[[], State]] = {}
+        self._due = time.monotonic() + EVERY
+
+    def resumed(self, stage: str, fields: Mapping[str, str]) -> State | None:
+        """Return what an earlier run left of a stage."""
+        known = self.stages.get(stage)
+        if not isinstance(known, dict):
+            return None
+        try:
+            check_fields(stage, fields, known, frozenset())
+        except ValueError as error:
+            raise ValueError(_refusal(self.path, f"one that no fit left ({error})")) from error
+        return known
+
+    def keep(self, stage: str, state: Callable[[], State]) -> None:
+        """Take the state after a step, and write it where it is time."""
+        self.stages[stage] = state
+        self._write_when_due()
+
+    def finish(self, stage: str, result: State, replaces: str = "") -> None:
+        """Take the result of a stage, and write it where it is time."""
+        self.stages.pop(replaces, None)
+        known = isinstance(self.stages.get(stage), dict)
+        self.stages[stage] = result
+        # A result that the file has already is no reason to write it again.
+        if not known:
+            self._write_when_due()
+
+    def within(self, part: str) -> Checkpoint:
+        """Return the checkpoint of one part, in the same file."""
+        return _Part(self, part)
+
+    def write(self) -> None:
+        """Write the states as they are."""
+        start = time.monotonic()
+        stages = {name: state if isinstance(state, dict) else state() for name, state in self.stages.items()}
+        save_state(self.path, KIND, {"fit": self.fit, "product": self.product, "stages": stages}, FIELDS)
+        now = time.monotonic()
+        self._due = now + max(EVERY, (now - start) * (1 - SHARE) / SHARE)
+
+    def remove(self) -> None:
+        """Remove the file: the fit is done."""
+        self.path.unlink(missing_ok=True)
+
+    def _write_when_due(self) -> None:
+        if time.monotonic() < self._due:
+            return
+        try:
+            self.write()
+        except (OSError, MemoryError) as error:
+            # What was done so far is worth more than its checkpoint.
+            self._due = time.monotonic() + RETRY
+            warn(f"The checkpoint was not written, and the fit goes on without: {error}", RuntimeWarning)
+
+
+class _Part(Checkpoint):
+    """One part's stages in the checkpoint of the whole."""
+
+    keeps = True
+
+    def __init__(self, whole: Checkpoint, part: str) -> None:
+        self.whole, self.part = whole, part
+
+    def resumed(self, stage: str, fields: Mapping[str, str]) -> State | None:
+        return self.whole.resumed(f"{self.part}, {stage}", fields)
+
+    def keep(self, stage: str, state: Callable[[], State]) -> None:
+        self.whole.keep(f"{self.part}, {stage}", state)
+
+    def finish(self, stage: str, result: State, replaces: str = "") -> None:
+        self.whole.finish(f"{self.part}, {stage}", result, f"{self.part}, {replaces}")
+
+    def within(self, part: str) -> Checkpoint:
+        return _Part(self, part)
+
+
+# -- of which fit ------------------------------------------------------------------------------------------------------
+
+
+def _identity(method: Method, system: System, settings: Mapping[str, object]) -> dict[str, str]:
+    """Return what decides the result of a fit, by the words to name it by, each as a short text."""
+    A, model, batches = system.curvature, system.model, system.batches
+    own: list[object] = [A.penalty]
+    if isinstance(model, TorchTwiceDifferentiable):
+        module = model.module
+        own += [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    elif model is not None:
+        own += model.parameters
+    data: list[object] = [*A.gradient_rows()] if batches is None else [batches.checksums, batches.sample_weight]
+    parts = {
+        "method": [type(method), sorted(method.get_params().items(), key=lambda item: item[0])],
+        "curvature": [system.curvature_name, A.dtype, A.device.type],
+        "model": [type(model), model.module if isinstance(model, TorchTwiceDifferentiable) else None],
+        "parameters": [system.layout, own],
+        "data": [system.n_samples, data],
+        "working_memory": [sklearn.get_config()["working_memory"]],
+        **{name: [value] for name, value in settings.items()},
+    }
+    versions = {
+        "skinvert": vars(sys.modules[__name__.partition(".")[0]])["__version__"],
+        "torch": str(torch.__version__),
+    }
+    told = {name: hashlib.sha256(_text(part).encode()).hexdigest()[:16] for name, part in parts.items()}
+    return {**{f"version of {name}": version for name, version in versions.items()}, **told}
+
+
+def _text(value: object) -> str:
+    """Return a text that is the same in every run: numbers by their checksums, functions without their addresses."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        value = torch.from_numpy(np.array(value))
+    if isinstance(value, torch.Tensor):
+        return str(checksum(value))
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def _product(A: LinearOperator) -> torch.Tensor:
+    """Return the product (1, p) of a random row: code of the model, or of its loss, that has changed shows in it."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    v = torch.randn(1, A.size, dtype=torch.float64, generator=generator, device="cpu").to(A.device, A.dtype)
+    if not isinstance(A, Curvature):
+        return A.apply(v)
+    batch, weights = next(iter(A.objective.batches))
+    return A.graph(batch, weights)(v)
+
+
+def _read(path: Path, fit: Mapping[str, str], product: torch.Tensor) -> dict[str, State | Callable[[], State]]:
+    """Return the states in a file of this fit; ValueError for any other file."""
+    try:
+        _, found = load_state(path, {KIND: (FIELDS, frozenset())}, product.device)
+    except ValueError as error:
+        raise ValueError(_refusal(path, "another file, or a damaged one")) from error
+    known = found["fit"] if isinstance(found["fit"], dict) else {}
+    other = [name for name in {**fit, **known} if known.get(name) != fit.get(name)]
+    rtol = 10 * torch.finfo(product.dtype).eps ** 0.5
+    same = found["product"].shape == product.shape and found["product"].dtype == product.dtype
+    if not other and not (same and bool((found["product"] - product).norm() <= rtol * product.norm())):
+        other = ["code of the model or its loss"]
+    if other:
+        raise ValueError(_refusal(path, f"that of one with another {', another '.join(other)}"))
+    stages = found["stages"]
+    if not all(isinstance(state, dict) and all(isinstance(name, str) for name in state) for state in stages.values()):
+        raise ValueError(_refusal(path, "one whose stages have no states"))
+    return stages
+
+
+def _refusal(path: Path, got: str) -> str:
+    hint = "Delete the file to begin anew, or give another path; in a folder that exists each fit has its own file."
+    return must_be(f"The checkpoint {str(path)!r}", "a file of this fit", got, hint)
