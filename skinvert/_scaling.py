@@ -16,18 +16,24 @@ __all__ = ["ScaledProducts", "exponents", "far_exponents", "lost_rows", "norms",
 NEAR = {torch.float32: 10, torch.float64: 64}
 # What brings a product that overflows, or vanishes, back into the dtype's range.
 FAR = {torch.float32: 100, torch.float64: 900}
+# Numbers whose copies stay in the caches.
+AT_ONCE = 2**17
 
 
 def norms(V: torch.Tensor) -> torch.Tensor:
     """Return the norms (k,) of rows, of squares summed in float64."""
-    return torch.linalg.vector_norm(V, dim=-1, dtype=torch.float64)
+    # Few at a time: in float64 they are copied.
+    step = max(1, AT_ONCE // max(1, V.shape[-1]))
+    if V.ndim != 2 or len(V) <= step:
+        return torch.linalg.vector_norm(V, dim=-1, dtype=torch.float64)
+    return torch.cat([torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64) for part in V.split(step)])
 
 
 def exponents(V: torch.Tensor) -> torch.Tensor:
     """Return e (k,), with the largest magnitude of each row in [2^(e-1), 2^e); 0 for rows of zeros."""
     if not V.numel():
         return torch.zeros(len(V), dtype=torch.int64, device=V.device)
-    largest = V.abs().amax(1)
+    largest = torch.maximum(V.amax(1), -V.amin(1))
     return torch.frexp(largest.to(torch.float64)).exponent.to(torch.int64)
 
 
