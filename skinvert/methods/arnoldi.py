@@ -23,7 +23,7 @@ class Arnoldi(Method):
 
     For a symmetric H Arnoldi's iteration is Lanczos'; it runs in blocks, re-orthogonalised in full, so that repeated
     eigenvalues are found as often as they occur. λ enters after the decomposition: one serves every λ, and a solve is
-    two GEMMs, O(r p) a row. Cost: three to ten times r products with H. Memory: r p numbers, and krylov_dimension · p
+    five GEMMs, O(r p) a row. Cost: three to ten times r products with H. Memory: r p numbers, and krylov_dimension · p
     while it is made. With rank = p it is exact.
 
     Parameters

@@ -22,7 +22,7 @@ class Nystroem(Method):
     r"""Replace H by Ĥ = (HΩ)(ΩᵀHΩ)⁺(HΩ)ᵀ = Uᵀ Λ U for random Ω (p, r), and invert Ĥ + λI, λ > 0.
 
     (Ĥ + λI)⁻¹ = Uᵀ (Λ + λ)⁻¹ U + (I − UᵀU) / λ. It takes r products with H, in one pass where they fit the memory, and
-    a solve is two GEMMs, O(r p) a row. Memory: r p numbers, four times that while it is made. Ĥ ≼ H, and the relative
+    a solve is five GEMMs, O(r p) a row. Memory: r p numbers, four times that while it is made. Ĥ ≼ H, and the relative
     error of a solve is at most ‖H − Ĥ‖ / λ. The sketch knows no λ, so that one serves every λ; ``"adaptive"`` chooses
     its size by the first.
 
