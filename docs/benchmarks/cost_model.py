@@ -161,7 +161,8 @@ def product(net: MLP, n: float, k: int = 1, curvature: str = "ggn", kept: bool =
     own = Cost(2 * n * k * (first * net.first + inner * net.inner), 0, 4 * rows, ITEM * k * numbers, rows)
     if kept:
         return own.beside(graph_bytes(net, n))
-    again = recording(net, n, k, curvature)
+    # Held against autograd in the first product alone.
+    again = recording(net, n, 1, curvature)
     return (own + again).beside(graph_bytes(net, min(n, BATCH)))
 
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 
+from .._checksum import checksum
 from .._memory import working_memory
 from .._types import Batch
 from ..models import map_tensors
@@ -85,6 +86,7 @@ class Curvature(LinearOperator):
         super().__init__(objective.size, objective.dtype, objective.device)
         self.objective, self.penalty = objective, objective.penalty
         self._graphs: dict[bool, _Kept] | None = None
+        self._proven: set[tuple[object, ...]] = set()
         self._double: Curvature | None = None
         if not self.is_psd:
             norm = f"The gradient's norm at θ is {objective.gradient_norm:.3g} (not a minimum?)."
@@ -166,12 +168,21 @@ class Curvature(LinearOperator):
         part.objective, part.size, part.penalty = objective, objective.size, objective.penalty
         for name in self._transient:
             setattr(part, name, None)
-        part._double = None
+        part._double, part._proven = None, set()
         return part
 
     def share(self, batch: Batch, weights: torch.Tensor, many: bool) -> Products:
         """Return ``graph``, or where ``many`` rows are to come what serves those faster."""
         return self.graph(batch, weights)
+
+    def _known(self, batch: Batch) -> tuple[tuple[object, ...], bool]:
+        """Return by what a batch is known, and whether its recorded products were held against autograd before.
+
+        Where they are not kept they are made anew for each product, of the same numbers.
+        """
+        found: list[object] = []
+        map_tensors(lambda tensor: found.append(checksum(tensor)), batch)
+        return tuple(found), tuple(found) in self._proven
 
     def _shares(self, rows: int) -> Iterator[Products]:
         """Yield the batches' shares, for products with so many rows.

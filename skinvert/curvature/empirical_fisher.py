@@ -46,8 +46,10 @@ class EmpiricalFisher(Layered):
         """Return the products by the operations of both passes, where they have rules; else ``graph``."""
         passes = None
         if many and self._has_rules:
-            passes = both_passes(lambda: self.objective.losses(batch), self.objective.model.theta)
+            name, proven = self._known(batch)
+            passes = both_passes(lambda: self.objective.losses(batch), self.objective.model.theta, proven)
             self._has_rules = passes is not None
+            self._proven |= set() if passes is None else {name}
         if passes is None:
             return self.graph(batch, weights)
         return Share(lambda V: passes.through(V, lambda U: U * weights[:, None]), passes.nbytes, alone=True)

@@ -111,10 +111,12 @@ class GGN(Layered):
         """Return the products by the operations of both passes, where they have rules; else ``graph``."""
         if not many or not self._has_rules or self._by_rows:
             return self.graph(batch, weights)
-        passes = both_passes(lambda: self.outputs(batch), self.objective.model.theta)
+        name, proven = self._known(batch)
+        passes = both_passes(lambda: self.outputs(batch), self.objective.model.theta, proven)
         self._has_rules = passes is not None
         if passes is None:
             return self.graph(batch, weights)
+        self._proven.add(name)
         middle = self._output_products(passes.outputs, batch, self.objective.scale * weights)
         return Share(lambda V: passes.through(V, middle), passes.nbytes + middle.nbytes, alone=middle.alone)
 

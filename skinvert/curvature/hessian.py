@@ -77,10 +77,13 @@ class Hessian(Curvature):
             lambda: model.gradient_of((self.objective.losses(batch) * weights).sum(), create_graph=True)
         )
         products = flat_products(gradient, model.theta)
-        program = recorded_products(record, model.theta, gradient, products, model.theta)
-        if program is not None and not is_faster(program, products):
+        name, proven = self._known(batch)
+        program = recorded_products(record, model.theta, gradient, products, model.theta, proven)
+        if program is not None and not proven and not is_faster(program, products):
             program = None
         self._has_rules = program is not None
+        if program is not None:
+            self._proven.add(name)
         return products if program is None else Share(program, program.nbytes, alone=True)
 
     def to_dense(self, verbose: int = 0) -> torch.Tensor:

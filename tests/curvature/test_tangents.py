@@ -7,6 +7,7 @@ import weakref
 
 import numpy as np
 import pytest
+import sklearn
 import torch
 import torch.nn.functional as F
 from oracles import Oracle, matrix_error
@@ -568,3 +569,33 @@ def test_the_empirical_fisher_beyond_the_memory_of_its_factor(k, memory, monkeyp
         found = A.apply(V)
     assert A._factor is None
     assert matrix_error(found, V.numpy() @ Oracle(case).curvature("empirical_fisher")) <= 1e-11
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "empirical_fisher"])
+def test_a_batch_that_is_recorded_anew_is_held_against_autograd_once(curvature, monkeypatch):
+    torch.manual_seed(0)
+    net, X, y = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(40, 6), torch.arange(40) % 3
+    held, original = [], products._agree
+
+    def watched(found, wanted):
+        held.append(len(found))
+        return original(found, wanted)
+
+    monkeypatch.setattr(products, "_agree", watched)
+    settings = {"curvature": curvature, "loss": "cross_entropy", "batch_size": 10}
+    whole = HessianInverter("cg", 1.0, **settings).fit(net, (X, y)).curvature_
+    V = torch.randn(12, whole.size)
+    expected = whole.apply(V)
+    with sklearn.config_context(working_memory=2e-3):
+        A = HessianInverter("cg", 1.0, **settings).fit(net, (X, y)).curvature_
+        held.clear()
+        for _ in range(3):
+            torch.testing.assert_close(A.apply(V), expected)
+        assert A._graphs is None
+        # Of four batches, each by one recording or by two.
+        assert len(held) == 4 * (1 if curvature == "hessian" else 2)
+        # By other parameters it is another recording.
+        part = A._over(A.objective.restricted(["0.weight"]))
+        held.clear()
+        part.apply(V[:, :30])
+        assert held
