@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -172,8 +171,9 @@ class Ranks:
 
     def gathered(self, value: Any, step: str) -> list[Any]:
         """Return each rank's value, pickled on the way."""
-        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self._home)
-        return [pickle.loads(part.cpu().numpy().tobytes()) for part in self._parts(data, step)]
+        found: list[Any] = [None] * self.size
+        self._reach(step, lambda: dist.all_gather_object(found, value, self.group))
+        return found
 
     def _sum(self, part: torch.Tensor, step: str) -> torch.Tensor:
         if not part.numel():

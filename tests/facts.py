@@ -64,3 +64,9 @@ def at_rest(name):
     """Return the method with tight settings, but a tolerance that float32 reaches too: that of its dtype."""
     method = clone(TIGHT[name])
     return method.set_params(rtol=None) if name in having("rtol") else method
+
+
+def matrix_of(net, data, loss, curvature, **settings):
+    """Return a curvature as an array (p, p), and itself."""
+    inverter = HessianInverter("direct", 1.0, curvature=curvature, loss=loss, **settings).fit(net, data)
+    return inverter.curvature_.to_dense().numpy(), inverter.curvature_

@@ -160,6 +160,8 @@ def test_a_cluster_gives_what_memory_gives_and_gets_what_was_fitted_once(client,
     model.path = str(tmp_path / "log")
     influence = InfluenceFunction(inverter()).fit(model, (X, y))
     lazy = influence.transform((da.from_array(X, chunks=(2, D)), da.from_array(y, chunks=2)))
+    # On each worker before there is any work.
+    assert 2 in [len(workers) for workers in client.who_has().values()]
     lazy.to_zarr(str(tmp_path / "scores.zarr"), compute=False).compute()
     np.testing.assert_allclose(da.from_zarr(str(tmp_path / "scores.zarr")).compute(), influence.transform((X, y)))
     workers = set(client.run(os.getpid).values())

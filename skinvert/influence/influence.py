@@ -43,7 +43,7 @@ from .effects import check_groups, check_indices, group_effect, group_labels, ou
 from .features import feature_influence
 from .fitted import Fitted
 from .largest import largest
-from .measurements import Measurement
+from .measurements import Measurement, check_row_by_row
 from .normalized import NORMS, normalized
 from .output import Out, destination, fingerprint
 from .scoring import Block, Done, blocks, shifted_blocks
@@ -295,15 +295,10 @@ class InfluenceFunction(TakesCallbacks, Shown, RowStatistics, RowTransformer):
     def _lazily(self, data: object, out: Out) -> Array:
         """Return the scores of test data in Dask arrays."""
         fitted = self._members()[0]._fitted()
-        must, hint = "None for Dask arrays", "What `transform` returns has `to_zarr` and `to_npy_stack`."
         if out is not None:
-            raise ValueError(must_be("out", must, type(out).__name__, hint))
-        if not (self.measurement in ("loss", "margin", "logit") and self.score_rtol is None):
-            must, hint = (
-                "of a row, by name, and score_rtol None, for Dask arrays",
-                "Each block of rows is scored alone.",
-            )
-            raise ValueError(must_be("measurement", must, repr(self.measurement), hint))
+            hint = "What `transform` returns has `to_zarr` and `to_npy_stack`."
+            raise ValueError(must_be("out", "None for Dask arrays", type(out).__name__, hint))
+        check_row_by_row(self.measurement, self.score_rtol)
         name = str(fitted.model.dtype).removeprefix("torch.")
         return over_rows(self, "transform", data, self.n_samples_, np.dtype(name))
 

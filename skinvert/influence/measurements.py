@@ -15,7 +15,7 @@ from ..curvature import RowValues
 from ..data import Batches
 from ..models import Margin, TorchTwiceDifferentiable, map_tensors
 
-__all__ = ["Measurement", "RowMeasurement", "SetMeasurement", "all_outputs", "measurement_of"]
+__all__ = ["Measurement", "RowMeasurement", "SetMeasurement", "all_outputs", "check_row_by_row", "measurement_of"]
 
 NAMES = ("loss", "margin", "logit")
 
@@ -61,6 +61,14 @@ class SetMeasurement:
 
 
 Chosen: TypeAlias = RowMeasurement | SetMeasurement
+
+
+def check_row_by_row(measurement: object, score_rtol: float | None) -> None:
+    """Raise where the scores of some test rows are not those of all, or are known of all together."""
+    if not isinstance(measurement, str) or score_rtol is not None:
+        must = "of a row, by name, and score_rtol None, for Dask arrays"
+        raise ValueError(must_be("measurement", must, repr(measurement), "Each block of rows is scored alone."))
+    check_choice(measurement, "measurement", NAMES)
 
 
 def measurement_of(

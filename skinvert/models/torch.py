@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._autograd import flat, ordinary, own_tensor
+from .._autograd import ordinary, own_tensor
 from .._check import must_be, resolve_device, resolve_dtype
 from .._checksum import checksum
 from .._progress import progress as progress_bar
@@ -22,6 +22,7 @@ from .base import TwiceDifferentiable
 from .batches import call, check_pair, map_tensors, split_labels
 from .compiled import eager, refuse_sharded
 from .conversion import Conversion
+from .flat_gradient import flat_gradient
 from .labelled import Reading, gives_its_loss, logits_of, reading_of
 from .leaks import Watch
 from .losses import Loss, OutputHessian, OutputSum, Predictive, as_loss
@@ -167,7 +168,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
             hint = "One direction is one row: try `v.reshape(1, -1)`." if v.ndim == 1 else ""
             raise ValueError(must_be("v", f"of shape (d, {grad_xy.numel()})", f"shape {tuple(v.shape)}", hint))
         rows = [
-            _flat_grad(grad_xy, variables, direction, retain_graph=True)
+            flat_gradient(grad_xy, variables, direction, retain_graph=True)
             for direction in progress_bar(v, "Hessian-vector products", int(progress), len(v))
         ]
         return torch.stack(rows).detach() if rows else v.new_zeros(0, sum(t.numel() for t in variables))
@@ -372,7 +373,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     @ordinary
     def gradient_of(self, value: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
         """Return the flat gradient (p,) of a scalar that was computed from ``forward``."""
-        return _flat_grad(value, self.theta, create_graph=create_graph)
+        return flat_gradient(value, self.theta, create_graph=create_graph)
 
     def penalty_diagonal(self) -> torch.Tensor | None:
         """Return the penalty's Hessian as a diagonal (p,), or None where there is no penalty."""
@@ -440,35 +441,6 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         if not self._verified:
             self._loss().verify(outputs.detach(), batch[1])
             self._verified = True
-
-
-def _flat_grad(
-    value: torch.Tensor,
-    variables: list[torch.Tensor],
-    direction: torch.Tensor | None = None,
-    *,
-    create_graph: bool = False,
-    retain_graph: bool | None = None,
-) -> torch.Tensor:
-    """Return the flat gradient of ``value``; zeros for what it does not reach."""
-    if not value.requires_grad:
-        return torch.cat([torch.zeros_like(t).reshape(-1) for t in variables])
-    try:
-        parts = torch.autograd.grad(
-            value,
-            variables,
-            direction,
-            create_graph=create_graph,
-            retain_graph=retain_graph,
-            materialize_grads=True,
-        )
-    except RuntimeError as error:
-        if "through the graph a second time" not in str(error):
-            raise
-        hint = "Is something computed from parameters kept between calls, as a `cached_property` is? Compute it anew."
-        message = must_be("The model's forward pass", "one that makes its own graph", "part of an earlier one's", hint)
-        raise ValueError(message) from error
-    return flat(parts) if create_graph else torch.cat([part.reshape(-1) for part in parts])
 
 
 def _without_fused_rnn(module: nn.Module, device: torch.device) -> AbstractContextManager[None]:

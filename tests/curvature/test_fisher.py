@@ -8,6 +8,8 @@ import pytest
 import scipy.stats
 import sklearn
 import torch
+from facts import matrix_of as matrix
+from oracles import matrix_error
 from sklearn.base import clone
 from torch import nn
 
@@ -99,25 +101,17 @@ def row_moments(name, net, X):
     return np.array(second), np.array(fourth)
 
 
-def matrix(net, data, loss, curvature, **settings):
-    inverter = HessianInverter("direct", 1.0, curvature=curvature, loss=loss, **settings).fit(net, data)
-    return inverter.curvature_.to_dense().numpy(), inverter.curvature_
-
-
-def relative(received, expected):
-    return np.linalg.norm(received - expected) / np.linalg.norm(expected)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_closed_form_is_the_expectation_over_labels(name):
     net, X, y, loss = problem(name)
     expected = row_moments(name, net, X)[0].mean(0)
     received, A = matrix(net, (X, y), loss, "fisher", batch_size=4)
     V = torch.eye(A.size, dtype=torch.float64)
-    assert relative(received, expected) <= 1e-8
-    assert relative(A.apply(V).numpy(), expected) <= 1e-8
+    assert matrix_error(received, expected) <= 1e-8
+    assert matrix_error(A.apply(V).numpy(), expected) <= 1e-8
     assert (
-        A.factor_shape == tuple(A.factor().shape) and relative((A.factor().mT @ A.factor()).numpy(), expected) <= 1e-8
+        A.factor_shape == tuple(A.factor().shape)
+        and matrix_error((A.factor().mT @ A.factor()).numpy(), expected) <= 1e-8
     )
     assert A.is_psd and np.linalg.eigvalsh(received).min() >= -1e-14
 
@@ -143,14 +137,14 @@ def test_samples_make_one_operator(name):
     expected, A = matrix(net, (X, y), loss, settings, batch_size=4)
     other, B = matrix(net, (X, y), loss, settings, batch_size=1024)
     V = torch.eye(A.size, dtype=torch.float64)
-    assert relative(other, expected) <= 1e-12
-    assert relative(A.apply(V).numpy(), expected) <= 1e-12
-    assert relative((A.factor().mT @ A.factor()).numpy(), expected) <= 1e-12
+    assert matrix_error(other, expected) <= 1e-12
+    assert matrix_error(A.apply(V).numpy(), expected) <= 1e-12
+    assert matrix_error((A.factor().mT @ A.factor()).numpy(), expected) <= 1e-12
     assert A.factor_shape == tuple(A.factor().shape) == (3 * N, A.size)
     parts = [B.minibatch(torch.tensor([i])).apply(V).numpy() for i in range(N)]
-    assert relative(np.mean(parts, 0), expected) <= 1e-12
-    assert relative(pickle.loads(pickle.dumps(A)).apply(V).numpy(), expected) <= 1e-12
-    assert relative(matrix(net, (X, y), loss, SampledFisher(3))[0], expected) > 1e-3
+    assert matrix_error(np.mean(parts, 0), expected) <= 1e-12
+    assert matrix_error(pickle.loads(pickle.dumps(A)).apply(V).numpy(), expected) <= 1e-12
+    assert matrix_error(matrix(net, (X, y), loss, SampledFisher(3))[0], expected) > 1e-3
 
 
 def test_samples_are_the_same_for_data_that_is_not_kept():
@@ -160,7 +154,7 @@ def test_samples_are_the_same_for_data_that_is_not_kept():
     expected, _ = matrix(net, (X, y), loss, SampledFisher(3), batch_size=4)
     with sklearn.config_context(working_memory=1e-5):
         received, _ = matrix(net, (X, y), loss, SampledFisher(3), batch_size=4)
-    assert relative(received, expected) <= 1e-12
+    assert matrix_error(received, expected) <= 1e-12
 
 
 def mlp(c):
@@ -205,9 +199,9 @@ def test_the_fisher_is_the_ggn(name, reduction):
         for curvature in ("ggn", "fisher", SampledFisher(1000))
     ]
     expected, received, sampled = (inverter.curvature_.to_dense().numpy() for inverter in fitted)
-    assert relative(received, expected) <= 1e-8
+    assert matrix_error(received, expected) <= 1e-8
     # Five standard errors of a relative error of about 2 per label: a wrong scale is off by a third or more.
-    assert relative(sampled, expected) <= 5 * 2 / np.sqrt(1000 * 6)
+    assert matrix_error(sampled, expected) <= 5 * 2 / np.sqrt(1000 * 6)
     assert {inverter.curvature_name_ for inverter in fitted[1:]} == {"fisher"}
 
 
@@ -218,8 +212,8 @@ def test_outputs_with_positions(loss):
     X = torch.randn(N, 2, 4, dtype=torch.float64)
     y = torch.randint(3, (N, 3)) if loss == "cross_entropy" else torch.randint(2, (N, 3, 3)).double()
     expected, _ = matrix(net, (X, y), loss, "ggn")
-    assert relative(matrix(net, (X, y), loss, "fisher")[0], expected) <= 1e-8
-    assert relative(matrix(net, (X, y), loss, SampledFisher(1000))[0], expected) <= 0.1
+    assert matrix_error(matrix(net, (X, y), loss, "fisher")[0], expected) <= 1e-8
+    assert matrix_error(matrix(net, (X, y), loss, SampledFisher(1000))[0], expected) <= 0.1
 
 
 def test_log_softmax_and_nll_have_the_fisher_of_cross_entropy():
@@ -227,7 +221,7 @@ def test_log_softmax_and_nll_have_the_fisher_of_cross_entropy():
     options = {"weight": WEIGHT, "ignore_index": 1}
     expected, _ = matrix(mlp(3), (X, y), nn.CrossEntropyLoss(**options), "fisher")
     net = nn.Sequential(*mlp(3), nn.LogSoftmax(1))
-    assert relative(matrix(net, (X, y), nn.NLLLoss(**options), "fisher")[0], expected) <= 1e-8
+    assert matrix_error(matrix(net, (X, y), nn.NLLLoss(**options), "fisher")[0], expected) <= 1e-8
 
 
 def test_a_skorch_classifier_has_the_fisher_of_cross_entropy():
@@ -235,8 +229,8 @@ def test_a_skorch_classifier_has_the_fisher_of_cross_entropy():
     X, y = torch.randn(N, D), targets("cross_entropy")
     net = skorch.NeuralNetClassifier(nn.Sequential(*mlp(3), nn.Softmax(1)).float(), train_split=None).initialize()
     expected, _ = matrix(mlp(3).float(), (X, y), "cross_entropy", "fisher", dtype="float64")
-    assert relative(matrix(net, (X, y), None, "fisher", dtype="float64")[0], expected) <= 1e-8
-    assert relative(matrix(net, (X, y), None, SampledFisher(1000), dtype="float64")[0], expected) <= 0.1
+    assert matrix_error(matrix(net, (X, y), None, "fisher", dtype="float64")[0], expected) <= 1e-8
+    assert matrix_error(matrix(net, (X, y), None, SampledFisher(1000), dtype="float64")[0], expected) <= 0.1
 
 
 @pytest.mark.parametrize("loss", ["huber", nn.SmoothL1Loss(), lambda f, y: ((f - y) ** 2).mean()])
@@ -303,10 +297,10 @@ def test_the_sampled_fisher_has_a_name_and_a_place():
     assert skinvert.SampledFisher is SampledFisher
     net, X, y, loss = problem("cross_entropy")
     named, A = matrix(net, (X, y), loss, "sampled_fisher")
-    assert relative(named, matrix(net, (X, y), loss, SampledFisher())[0]) <= 1e-14
+    assert matrix_error(named, matrix(net, (X, y), loss, SampledFisher())[0]) <= 1e-14
     assert A.factor_shape == (N, A.size)
     exact, _ = matrix(net, (X, y), loss, "fisher")
-    assert relative(named, exact) > 1e-3
+    assert matrix_error(named, exact) > 1e-3
     inverter = HessianInverter("direct", 1.0, curvature="sampled_fisher", loss=loss).fit(net, (X, y))
     assert inverter.curvature_name_ == "fisher" and np.isfinite(inverter.score((X, y)))
     result = solve_hvp(
@@ -317,7 +311,7 @@ def test_the_sampled_fisher_has_a_name_and_a_place():
         hessian_perturbation=1.0,
         curvature="sampled_fisher",
     )
-    assert relative(result.x.numpy(), np.linalg.solve(named + np.eye(A.size), np.ones(A.size))[None]) <= 1e-12
+    assert matrix_error(result.x.numpy(), np.linalg.solve(named + np.eye(A.size), np.ones(A.size))[None]) <= 1e-12
 
 
 @pytest.mark.parametrize("curvature", ["sampled_fisher", SampledFisher(2)])
@@ -326,11 +320,11 @@ def test_the_estimator_seeds_the_draws(curvature):
     first, again, other = (
         matrix(net, (X, y), loss, curvature, random_state=seed)[0] for seed in (1, np.random.RandomState(1), 2)
     )
-    assert relative(again, matrix(net, (X, y), loss, curvature, random_state=np.random.RandomState(1))[0]) == 0
-    assert relative(other, first) > 1e-3
+    assert matrix_error(again, matrix(net, (X, y), loss, curvature, random_state=np.random.RandomState(1))[0]) == 0
+    assert matrix_error(other, first) > 1e-3
     own = SampledFisher(2, random_state=7)
     expected = matrix(net, (X, y), loss, own)[0]
-    assert relative(matrix(net, (X, y), loss, own, random_state=1)[0], expected) == 0
+    assert matrix_error(matrix(net, (X, y), loss, own, random_state=1)[0], expected) == 0
     assert getattr(curvature, "random_state", None) is None
 
 
@@ -341,7 +335,7 @@ def test_draws_that_do_not_fit_are_made_anew():
     with sklearn.config_context(working_memory=0.01):
         received, A = matrix(net, (X, y), loss, settings, batch_size=4)
         assert A.objective.batches.kept is None
-    assert relative(received, expected) <= 1e-12
+    assert matrix_error(received, expected) <= 1e-12
 
 
 class Regressor:
@@ -368,9 +362,9 @@ def test_a_get_loss_that_does_more_than_its_criterion(scale, quartic):
     module = mlp(3)
     net = Regressor.of(module, scale, quartic)
     expected, _ = matrix(module, (X, y), lambda f, y: (scale * (f - y) ** 2 + (f**4 if quartic else 0)).mean(), "ggn")
-    assert relative(matrix(net, (X, y), None, "ggn", dtype="float64")[0], expected) <= 1e-8
+    assert matrix_error(matrix(net, (X, y), None, "ggn", dtype="float64")[0], expected) <= 1e-8
     if scale == 1 and not quartic:
-        assert relative(matrix(net, (X, y), None, "fisher", dtype="float64")[0], expected) <= 1e-8
+        assert matrix_error(matrix(net, (X, y), None, "fisher", dtype="float64")[0], expected) <= 1e-8
     else:
         with pytest.raises(ValueError, match="with more to it"):
             matrix(net, (X, y), None, "fisher", dtype="float64")
@@ -397,7 +391,7 @@ def test_bce_of_probabilities_has_the_fisher_of_logits(curvature, weight):
     X, y = torch.randn(N, D, dtype=torch.float64), torch.rand(N, 3, dtype=torch.float64)
     expected, _ = matrix(mlp(3), (X, y), nn.BCEWithLogitsLoss(weight=weight), curvature)
     net = nn.Sequential(*mlp(3), nn.Sigmoid())
-    assert relative(matrix(net, (X, y), nn.BCELoss(weight=weight), curvature)[0], expected) <= 1e-12
+    assert matrix_error(matrix(net, (X, y), nn.BCELoss(weight=weight), curvature)[0], expected) <= 1e-12
 
 
 def test_a_label_that_is_never_drawn_adds_nothing():
@@ -416,4 +410,4 @@ def test_batches_whose_labels_are_all_ignored():
     net = skorch.NeuralNetClassifier(nn.Sequential(*mlp(3), nn.Softmax(1)).float(), **settings).initialize()
     expected, _ = matrix(mlp(3).float(), (X, y), nn.CrossEntropyLoss(ignore_index=1), "fisher", dtype="float64")
     received, _ = matrix(net, (X, y), None, "fisher", dtype="float64", batch_size=3)
-    assert relative(received, expected) <= 1e-8
+    assert matrix_error(received, expected) <= 1e-8

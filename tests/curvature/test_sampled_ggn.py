@@ -8,6 +8,8 @@ import pytest
 import sklearn
 import torch
 import torch.nn.functional as F
+from facts import matrix_of as matrix
+from oracles import matrix_error
 from sklearn.base import clone
 from torch import nn
 
@@ -78,15 +80,6 @@ def all_squares(name):
     return np.array(found) / float(masses.sum())
 
 
-def matrix(net, data, loss, curvature, **settings):
-    inverter = HessianInverter("direct", 1.0, curvature=curvature, loss=loss, **settings).fit(net, data)
-    return inverter.curvature_.to_dense().numpy(), inverter.curvature_
-
-
-def relative(received, expected):
-    return np.linalg.norm(received - expected) / np.linalg.norm(expected)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_draws_agree_with_the_ggn_to_their_standard_error(name):
     net, X, y, loss = problem(name)
@@ -120,24 +113,24 @@ def test_draws_make_one_operator(name):
     expected, A = matrix(net, (X, y), loss, settings, batch_size=4)
     other, B = matrix(net, (X, y), loss, settings, batch_size=1024)
     V = torch.eye(A.size, dtype=torch.float64)
-    assert relative(other, expected) <= 1e-12
-    assert relative(A.apply(V).numpy(), expected) <= 1e-12
+    assert matrix_error(other, expected) <= 1e-12
+    assert matrix_error(A.apply(V).numpy(), expected) <= 1e-12
     assert A.factor_shape == tuple(A.factor().shape) == (3 * N, A.size)
     parts = [B.minibatch(torch.tensor([i])).apply(V).numpy() for i in range(N)]
-    assert relative(np.mean(parts, 0), expected) <= 1e-12
-    assert relative(pickle.loads(pickle.dumps(A)).apply(V).numpy(), expected) <= 1e-12
+    assert matrix_error(np.mean(parts, 0), expected) <= 1e-12
+    assert matrix_error(pickle.loads(pickle.dumps(A)).apply(V).numpy(), expected) <= 1e-12
     with sklearn.config_context(working_memory=1e-5):
-        assert relative(matrix(net, (X, y), loss, settings, batch_size=4)[0], expected) <= 1e-12
+        assert matrix_error(matrix(net, (X, y), loss, settings, batch_size=4)[0], expected) <= 1e-12
 
 
 def test_a_row_of_many_columns_has_draws_that_no_batch_size_changes():
     torch.manual_seed(0)
     net, X, y = nn.Linear(2, 70).double(), torch.randn(9, 2).double(), torch.randint(70, (9,))
     expected, _ = matrix(net, (X, y), "cross_entropy", SampledGGN(3), batch_size=9)
-    assert relative(matrix(net, (X, y), "cross_entropy", SampledGGN(3), batch_size=2)[0], expected) <= 1e-12
+    assert matrix_error(matrix(net, (X, y), "cross_entropy", SampledGGN(3), batch_size=2)[0], expected) <= 1e-12
     exact, _ = matrix(net, (X, y), "cross_entropy", "ggn")
     many, _ = matrix(net, (X, y), "cross_entropy", SampledGGN(3000))
-    assert relative(many, exact) <= 0.1 < relative(expected, exact)
+    assert matrix_error(many, exact) <= 0.1 < matrix_error(expected, exact)
 
 
 class PerToken(nn.Module):
@@ -155,7 +148,7 @@ def test_positions_are_drawn_apart():
     tokens, targets = torch.randint(5, (6, 4)), torch.randint(5, (6, 4))
     exact, _ = matrix(net, (tokens, targets), "cross_entropy", "ggn")
     many, _ = matrix(net, (tokens, targets), "cross_entropy", SampledGGN(20_000))
-    assert relative(many, exact) <= 0.02
+    assert matrix_error(many, exact) <= 0.02
 
 
 @pytest.mark.parametrize("method", ["kfac", "ekfac"])
@@ -167,8 +160,8 @@ def test_kronecker_factors_by_many_draws_are_those_of_the_ggn(method):
         HessianInverter(method, 1e-2, curvature=curvature, loss="cross_entropy").fit(net, (X, y)).transform(b)
         for curvature in ("ggn", SampledGGN(2000), SampledFisher(2000))
     )
-    assert relative(drawn.numpy(), exact.numpy()) <= 0.05
-    assert relative(labels.numpy(), exact.numpy()) <= 0.3
+    assert matrix_error(drawn.numpy(), exact.numpy()) <= 0.05
+    assert matrix_error(labels.numpy(), exact.numpy()) <= 0.3
 
 
 def test_of_a_model_sure_of_its_labels_signs_are_nearer_than_labels():
@@ -179,7 +172,7 @@ def test_of_a_model_sure_of_its_labels_signs_are_nearer_than_labels():
     y = net(X).argmax(1)
     exact, _ = matrix(net, (X, y), "cross_entropy", "ggn")
     errors = {
-        kind: np.mean([relative(matrix(net, (X, y), "cross_entropy", one)[0], exact) for one in of])
+        kind: np.mean([matrix_error(matrix(net, (X, y), "cross_entropy", one)[0], exact) for one in of])
         for kind, of in {
             "signs": [SampledGGN(random_state=seed) for seed in range(10)],
             "labels": [SampledFisher(random_state=seed) for seed in range(10)],
@@ -199,13 +192,13 @@ def test_what_the_ggn_refuses_is_refused():
 def test_it_has_a_name_a_seed_and_a_file(tmp_path):
     net, X, y, loss = problem("cross_entropy")
     named, A = matrix(net, (X, y), loss, "sampled_ggn")
-    assert relative(named, matrix(net, (X, y), loss, SampledGGN())[0]) == 0
+    assert matrix_error(named, matrix(net, (X, y), loss, SampledGGN())[0]) == 0
     seeded, _ = matrix(net, (X, y), loss, "sampled_ggn", random_state=1)
-    assert relative(seeded, matrix(net, (X, y), loss, SampledGGN(random_state=1))[0]) == 0
-    assert relative(seeded, named) > 1e-3
+    assert matrix_error(seeded, matrix(net, (X, y), loss, SampledGGN(random_state=1))[0]) == 0
+    assert matrix_error(seeded, named) > 1e-3
     own = SampledGGN(2, random_state=7)
     expected = matrix(net, (X, y), loss, own)[0]
-    assert relative(matrix(net, (X, y), loss, own, random_state=1)[0], expected) == 0
+    assert matrix_error(matrix(net, (X, y), loss, own, random_state=1)[0], expected) == 0
     inverter = HessianInverter("direct", 1.0, curvature=own, loss=loss)
     assert clone(inverter).set_params(curvature__n_samples=4).curvature.n_samples == 4
     inverter.fit(net, (X, y)).save(tmp_path / "inverter")
@@ -213,3 +206,12 @@ def test_it_has_a_name_a_seed_and_a_file(tmp_path):
     torch.testing.assert_close(loaded.transform(b), inverter.transform(b))
     assert loaded.get_params()["curvature__random_state"] == 7
     assert inverter.curvature_name_ == "ggn" and np.isfinite(inverter.score((X, y)))
+
+
+@pytest.mark.parametrize("settings", [SampledGGN(2), SampledFisher(2)])
+def test_in_float64_the_draws_would_be_of_other_columns(settings):
+    net, X, y, loss = problem("cross_entropy")
+    _, A = matrix(net.float(), (X.float(), y), loss, settings)
+    assert A.in_float64() is None
+    _, B = matrix(net.double(), (X, y), loss, settings)
+    assert B.in_float64() is B

@@ -412,7 +412,7 @@ def test_a_krylov_space_that_no_fit_left_is_refused(tmp_path, stop):
 
 
 def test_names_in_a_checkpoint_are_no_paths(stopped, tmp_path):
-    names = ["../outside", "/tmp/outside", "a/../../b", "C:\\x", "\0"]
+    names = ["../outside", "/outside", "a/../../b", "C:\\x", "\0"]
     rewritten(stopped, lambda stages, arrays: stages.extend([name, ["dict", []]] for name in names))
     before = {path for path in tmp_path.parent.rglob("*") if path != stopped}
     inverter("ekfac", stopped).fit(Edited(), rows())

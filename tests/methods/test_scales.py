@@ -8,6 +8,7 @@ import torch
 from facts import EXACT, KINDS, at_rest, having
 from sklearn.exceptions import ConvergenceWarning
 
+from skinvert._scaling import exponents, norms
 from skinvert.curvature import Gram
 from skinvert.methods import CG, MINRES, LiSSA, Nystroem
 from skinvert.operators import Dense
@@ -242,3 +243,15 @@ def test_one_solution_beyond_the_dtype_leaves_the_others(name):
         found, info = inverse.solve(torch.from_numpy(b * sizes).float())
     assert info["converged"].tolist() == [True, False, True] and info["residual"][1] == torch.inf
     assert error(found[::2].double() * 1e-20 / torch.from_numpy(sizes[::2]), x[::2]) <= 3e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_of_long_rows_and_largest_magnitudes(dtype):
+    V = torch.randn(5, 100_000, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    V *= torch.tensor([1.0, 4.0, 0.5, 2.0, 3.0])[:, None]
+    expected = np.sqrt(np.square(V.double().numpy()).sum(1))
+    # The rounding of as many sums, as a random walk.
+    np.testing.assert_allclose(norms(V).numpy(), expected, rtol=100_000**0.5 * 2.2e-16)
+    assert torch.equal(norms(V)[3:], norms(V[3:]))
+    few = torch.tensor([[1.0, -8.0], [3.0, 2.0], [0.0, 0.0], [-0.25, -0.125]], dtype=dtype)
+    assert exponents(few).tolist() == [4, 2, 0, -1]
