@@ -51,7 +51,7 @@ ax.plot(places, scatter, "_", color="C3", markersize=40, markeredgewidth=2, labe
 ax.set_xticks(places, names)
 ax.set_ylabel("Standard error")
 ax.set_ylim(0, 1.5 * scatter.max())
-ax.legend(ncols=2)
+ax.legend(ncols=2, markerscale=0.5)
 
 output = Path(__file__).parent / "output" / "robust_errors.png"
 output.parent.mkdir(exist_ok=True)
