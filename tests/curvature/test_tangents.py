@@ -599,3 +599,22 @@ def test_a_batch_that_is_recorded_anew_is_held_against_autograd_once(curvature, 
         held.clear()
         part.apply(V[:, :30])
         assert held
+
+
+def test_a_result_without_a_tangent_is_zero():
+    # The kernel and the input have tangents, what comes back has none: the derivative by the bias has none either, and
+    # is read all the same.
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 1, 5, 5).double(), torch.randn(3, 1, 3, 3).double().requires_grad_(True)
+    bias = torch.zeros(3).double().requires_grad_(True)
+
+    def compute():
+        y = torch.nn.functional.conv2d(x, weight, bias)
+        by_weight, by_bias = torch.autograd.grad(y, [weight, bias], torch.ones_like(y), create_graph=True)
+        return (y.square().sum() + (by_weight * weight).sum() + (by_bias * 2.0).sum() * weight.sum()).reshape(1)
+
+    record, value = recorded(compute)
+    V = torch.eye(weight.numel()).double()
+    found = Program(record, [weight], value)(V)
+    (expected,) = torch.autograd.grad(value, weight)
+    assert torch.allclose(found[:, 0], expected.reshape(-1), rtol=1e-12)

@@ -63,7 +63,7 @@ class Program:
         self.output, self.device, self.dtype = output.numel(), output.device, output.dtype
         slots = _Slots(inputs)
         steps = [step for call in record.calls for step in slots.step(call)]
-        self.result = slots.of(output)
+        self.result, self.slots = slots.of(output), slots.shapes
         self.steps = _needed(steps, self.result)
         # Of one row, at the widest place.
         self.numbers = max(_alive(self.steps, slots.numbers, self.sizes), 1)
@@ -119,8 +119,9 @@ class Program:
         for step in self.steps:
             found = step.push(*[None if source is None else alive[source] for source in step.sources])
             for target, tangent in zip(step.targets, found, strict=True):
-                if target is not None and tangent is not None:
-                    alive[target] = tangent
+                if target is not None:
+                    # None is zero: of a result that does not depend on what has a tangent here.
+                    alive[target] = V.new_zeros(len(V), *self.slots[target]) if tangent is None else tangent
             for slot in step.last:
                 alive.pop(slot, None)
         assert self.result is not None
@@ -136,6 +137,7 @@ class _Slots:
         # Inputs, detached.
         self.kept: set[int] = set()
         self.numbers = {j: one.numel() for j, one in enumerate(inputs)}
+        self.shapes: dict[int, tuple[int, ...]] = {}
 
     def of(self, tensor: object, through_detach: bool = False) -> int | None:
         """Return the number of a tensor, or None where no tangent comes to it."""
@@ -179,7 +181,7 @@ class _Slots:
             return None
         slot = len(self.numbers)
         self.number[id(result)] = slot
-        self.numbers[slot] = result.numel()
+        self.numbers[slot], self.shapes[slot] = result.numel(), tuple(result.shape)
         return slot
 
     def _forget(self, call: Call) -> None:
