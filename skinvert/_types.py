@@ -10,6 +10,7 @@ import torch
 
 __all__ = [
     "Array",
+    "Autocast",
     "Batch",
     "DType",
     "Data",
@@ -40,6 +41,8 @@ Data: TypeAlias = object
 # A name, a torch loss module, a Loss, a callable (output, target):
 LossLike: TypeAlias = object
 
+# What forward passes compute in, by `torch.autocast`.
+Autocast: TypeAlias = torch.dtype | str | None
 DType: TypeAlias = torch.dtype | np.dtype[Any] | type | str | None
 Decay: TypeAlias = float | Mapping[str, float]
 Device: TypeAlias = str | torch.device | None

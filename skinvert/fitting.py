@@ -17,7 +17,7 @@ from ._check import check_choice, check_shift, must_be
 from ._checkpoint import NOWHERE, Checkpoint
 from ._distributed import Ranks
 from ._namespaces import like_rows, namespace_of, to_numpy
-from ._types import Array, Decay, Device, DType, Globs, LossLike, Partition, RandomState, TrainedModel
+from ._types import Array, Autocast, Decay, Device, DType, Globs, LossLike, Partition, RandomState, TrainedModel
 from .checkpoint import check_checkpoint, open_checkpoint
 from .curvature import Sampled
 from .data import as_data
@@ -45,6 +45,7 @@ class Fitting(ABC):
     batch_size: int | None
     device: Device
     dtype: DType
+    autocast: Autocast
     random_state: RandomState
     check_residual: bool
     checkpoint: str | os.PathLike[str] | None
@@ -91,7 +92,7 @@ class Fitting(ABC):
     def _checkpoint(self, method: Method, system: System, shift: float | str) -> Checkpoint:
         if self.checkpoint is None:
             return NOWHERE
-        names = ("curvature", "loss", "blocks", "batch_size", "random_state")
+        names = ("curvature", "loss", "blocks", "batch_size", "autocast", "random_state")
         settings = {"hessian_perturbation": shift, **{name: vars(self)[name] for name in names}}
         return open_checkpoint(self.checkpoint, method, system, settings, self.verbose)
 
@@ -135,4 +136,5 @@ class Fitting(ABC):
             random_state=self.random_state,
             verbose=self.verbose,
             ranks=self._ranks,
+            autocast=self.autocast,
         )

@@ -35,6 +35,7 @@ from ._rows import InFloat64, Rows
 from ._scaling import times_powers
 from ._types import (
     Array,
+    Autocast,
     Data,
     Decay,
     Device,
@@ -110,6 +111,12 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Fitting, AtHand, Pos
         None is where the model is; "auto" a GPU when there is one.
     dtype : torch.dtype or numpy dtype, default=None
         float32 or float64; None is the model's own.
+    autocast : {"bfloat16"} or torch.bfloat16, default=None
+        Let the method work with products, or factors, whose forward and backward passes run under ``torch.autocast``;
+        the model in float32, as losses, right-hand sides and all sums. ``direct``, ``cg``, ``minres`` and ``lissa``
+        solve the exact system all the same: they work in rounds, each of which ends with an exact product in float32.
+        An approximate method's solutions are judged against that system. It pays where bfloat16 is much faster than
+        float32, on GPUs with tensor cores; on a CPU without bfloat16 units it does not.
     random_state : int, RandomState or None, default=None
         For stochastic methods and curvatures.
     check_residual : bool, default=True
@@ -218,6 +225,7 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Fitting, AtHand, Pos
         batch_size: int | None = None,
         device: Device = None,
         dtype: DType = None,
+        autocast: Autocast = None,
         random_state: RandomState = None,
         check_residual: bool = True,
         checkpoint: str | os.PathLike[str] | None = None,
@@ -235,6 +243,7 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Fitting, AtHand, Pos
         self.batch_size = batch_size
         self.device = device
         self.dtype = dtype
+        self.autocast = autocast
         self.random_state = random_state
         self.check_residual = check_residual
         self.checkpoint = checkpoint

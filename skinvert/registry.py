@@ -27,6 +27,7 @@ __all__ = ["InversionRegistry", "find_method", "solve_hvp"]
 SIGNATURE = ("model", "training_data", "b", "hessian_perturbation")
 # What `solve_hvp` takes beside a method's own settings.
 OWN = (
+    "autocast",
     "batch_size",
     "blocks",
     "curvature",

@@ -17,7 +17,7 @@ from ._distributed import Ranks
 from ._memory import available_memory, readable, working_memory
 from ._progress import say
 from ._state import held_bytes
-from ._types import Device, Globs, Partition, RandomState
+from ._types import Autocast, Device, Globs, Partition, RandomState
 from .curvature import (
     CURVATURES,
     Gram,
@@ -32,7 +32,8 @@ from .curvature import (
 from .data import Batches, Shard, batches_of
 from .methods.base import InverseOperator, Method
 from .methods.blocks import invert_blocks
-from .models import TorchTwiceDifferentiable, TwiceDifferentiable
+from .methods.mixed_precision import inverted
+from .models import TorchTwiceDifferentiable, TwiceDifferentiable, resolve_autocast
 from .operators import BlockDiagonal, LinearOperator
 from .parameters import ParameterLayout, split_blocks
 
@@ -107,7 +108,7 @@ class System:
             return method, invert_blocks(method, self.blocks, shift, verbose, checkpoint).judged_by(self.curvature)
         chosen, why = method.explain(self.curvature, shift)
         say(f"method {chosen.name or type(chosen).__name__}: {why}", verbose)
-        return chosen, chosen.resume(self.curvature, shift, checkpoint, verbose)
+        return chosen, inverted(chosen, self.curvature, shift, checkpoint, verbose)
 
     def _say(self, shift: float, verbose: int) -> None:
         A, numbers = self.curvature, str(self.curvature.dtype).removeprefix("torch.")
@@ -134,6 +135,7 @@ def assemble(
     random_state: RandomState = None,
     verbose: int = 0,
     ranks: Ranks | None = None,
+    autocast: Autocast = None,
 ) -> System:
     """Return the system of an adapted model over its data, or of plain rows (n, p).
 
@@ -144,8 +146,12 @@ def assemble(
     if batch_size is not None:
         check_number(batch_size, "batch_size", owner="HessianInverter", low=1, integer=True)
     if isinstance(model_or_rows, torch.Tensor):
+        if autocast is not None:
+            hint = "Their curvature is computed from no forward pass."
+            raise ValueError(must_be("autocast for plain rows", "None", repr(autocast), hint))
         return _of_rows(model_or_rows, curvature, blocks, device, dtype, sample_weight, ranks)
     model = model_or_rows.at_point(params, dtype, device)
+    half = resolve_autocast(autocast, model.dtype, model.device)
     default = method.default_curvature if isinstance(method, Method) else "hessian"
     chosen = seeded_curvature(default if curvature == "auto" else curvature, random_state)
     name = curvature_name(chosen)
@@ -161,8 +167,18 @@ def assemble(
         if not isinstance(method, Method):
             raise ValueError(must_be("blocks", "None for a method that is a function", repr(blocks)))
         parts = build_blocks(chosen, model, batches, split_blocks(model.layout.names, blocks), verbose)
+    if half is not None:
+        _add_rough(A if parts is None else parts, half, method)
     n_samples = batches.n_samples if batches.shard is None else batches.shard.n_samples
     return System(A, name, n_samples, A.gradient_norm, model, batches, model.layout, parts)
+
+
+def _add_rough(A: Any, autocast: torch.dtype, method: Method | Function) -> None:
+    """Give a curvature, or each of its blocks, its copy under autocast."""
+    if not isinstance(method, Method):
+        raise ValueError(must_be("autocast", "None for a method that is a function", str(autocast)))
+    for own in A.operators if isinstance(A, BlockDiagonal) else [A]:
+        own.rough = own.in_autocast(autocast)
 
 
 def _check_alike(ranks: Ranks, model: TwiceDifferentiable, method: Method | Function, curvature: object) -> None:

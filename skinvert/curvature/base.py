@@ -81,6 +81,8 @@ class Curvature(LinearOperator):
     _transient: tuple[str, ...] = ("_graphs", "_double")
     # Whether no second product is to come: of a minibatch.
     _once = False
+    # Whether products may be recorded: until a batch is met whose operations have no rules, or are slower by them.
+    _has_rules = True
 
     def __init__(self, objective: MeanLoss) -> None:
         super().__init__(objective.size, objective.dtype, objective.device)
@@ -113,6 +115,11 @@ class Curvature(LinearOperator):
     def gradient_norm(self) -> float:
         """‖∇L(θ)‖."""
         return self.objective.gradient_norm
+
+    @property
+    def eps(self) -> float:
+        """The relative rounding of its products."""
+        return self.objective.eps
 
     @property
     def n_samples(self) -> int:
@@ -161,6 +168,13 @@ class Curvature(LinearOperator):
                 return None
             self._double = double
         return self._double
+
+    def in_autocast(self, dtype: torch.dtype) -> Curvature:
+        """Return the curvature with forward and backward passes under ``torch.autocast``, and sums as they were."""
+        part = self._over(self.objective.in_autocast(dtype))
+        # What is recorded is held against autograd to more digits than these passes have.
+        part._has_rules = False
+        return part
 
     def _over(self, objective: MeanLoss) -> Curvature:
         """Return this curvature of another objective, with nothing kept from this one's."""

@@ -29,8 +29,6 @@ class EmpiricalFisher(Layered):
     """
 
     name: ClassVar[str] = "empirical_fisher"
-    # Until a batch is met whose operations have none.
-    _has_rules = True
 
     def factor_of(self, batch: Batch, weights: torch.Tensor) -> torch.Tensor:
         """Return √wᵢ gᵢᵀ (m, 1, p)."""
@@ -38,8 +36,8 @@ class EmpiricalFisher(Layered):
 
     def graph(self, batch: Batch, weights: torch.Tensor) -> Products:
         """Return the products Σ wᵢ gᵢ(gᵢᵀv) over one batch: along the losses, and back, with no row's gradient made."""
-        losses, theta = self.objective.losses(batch), self.objective.model.theta
-        along, back = forward_products(losses[:, None], theta), flat_products(losses, theta)
+        losses, theta, eps = self.objective.losses(batch), self.objective.model.theta, self.objective.eps
+        along, back = forward_products(losses[:, None], theta, eps), flat_products(losses, theta, eps)
         return lambda V: back(along(V)[..., 0] * weights)
 
     def share(self, batch: Batch, weights: torch.Tensor, many: bool) -> Products:

@@ -43,8 +43,6 @@ class GGN(Layered):
     name: ClassVar[str] = "ggn"
     # A subclass of another output Hessian than the loss's own has no derivatives of the loss to verify.
     of_the_loss: ClassVar[bool] = True
-    # Until a batch is met whose operations have none, or are slower by them.
-    _has_rules = True
 
     def __init__(self, objective: Objective) -> None:
         super().__init__(objective)
@@ -96,9 +94,10 @@ class GGN(Layered):
         if self._by_rows:
             return super().graph(batch, weights)
         outputs = self.outputs(batch)
-        along = forward_products(outputs, self.objective.model.theta)
+        model = self.objective.model
+        along = forward_products(outputs, model.theta, model.eps)
         middle = self._output_products(outputs, batch, self.objective.scale * weights)
-        back = flat_products(outputs, self.objective.model.theta)
+        back = flat_products(outputs, model.theta, model.eps)
         row_bytes = 3 * outputs.numel() * outputs.element_size()
 
         def products(V: torch.Tensor) -> torch.Tensor:
@@ -212,4 +211,4 @@ class GGN(Layered):
             return False
         gap, scale = (u * Jv).sum() - (v * Jtu).sum(), (u * Jv).norm() + (v * Jtu).norm()
         # Not finite on both sides is the data's fault, and is said elsewhere.
-        return not bool(gap.abs() > math.sqrt(torch.finfo(outputs.dtype).eps) * scale)
+        return not bool(gap.abs() > math.sqrt(self.objective.eps) * scale)

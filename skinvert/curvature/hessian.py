@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from .._check import must_be
 from .._checkpoint import NOWHERE, Checkpoint
 from .._telling import warn
 from .._types import Batch
@@ -41,8 +42,6 @@ class Hessian(Curvature):
 
     name: ClassVar[str] = "hessian"
     objective: Objective
-    # Until a batch is met whose operations have none, or are slower by them.
-    _has_rules = True
 
     def __init__(self, objective: Objective) -> None:
         super().__init__(objective)
@@ -66,7 +65,8 @@ class Hessian(Curvature):
         if self.differenced is not None:
             return partial(self.differenced.products, batch, self.objective.scale * weights)
         model, losses = self.objective.model, self.objective.losses(batch)
-        return flat_products(model.gradient_of((losses * weights).sum(), create_graph=True), model.theta)
+        gradient = model.gradient_of((losses * weights).sum(), create_graph=True)
+        return flat_products(gradient, model.theta, model.eps)
 
     def share(self, batch: Batch, weights: torch.Tensor, many: bool) -> Products:
         """Return the products by the operations of the gradient, where they have rules; else ``graph``."""
@@ -88,8 +88,10 @@ class Hessian(Curvature):
 
     def to_dense(self, verbose: int = 0) -> torch.Tensor:
         """Return the matrix (p, p): from the layers where each sees one row a sample, else by p products."""
-        matrix = None if self.differenced is not None else hessian_from_layers(self.objective, verbose)
-        if matrix is None or not agrees(self, matrix):
+        model = self.objective.model
+        layered = self.differenced is None and model.autocast is None
+        matrix = hessian_from_layers(self.objective, verbose) if layered else None
+        if matrix is None or not agrees(self, matrix, model.eps):
             return super().to_dense(verbose)
         return add_to_diagonal(matrix, self.penalty)
 
@@ -105,6 +107,13 @@ class Hessian(Curvature):
     def in_float64(self) -> Curvature | None:
         """Return the Hessian in float64; None where its products are differences, right to some nine digits."""
         return None if self.differenced is not None else super().in_float64()
+
+    def in_autocast(self, dtype: torch.dtype) -> Curvature:
+        """Return the Hessian of passes under ``torch.autocast``; ValueError where autograd's is not right."""
+        if self.differenced is not None:
+            hint = "Its products are differences of gradients in float64. Leave autocast out."
+            raise ValueError(must_be("The model for autocast", "one with second derivatives by autograd", "none", hint))
+        return super().in_autocast(dtype)
 
     def kronecker_factors(
         self,

@@ -64,4 +64,4 @@ class Layered(Factored):
         The result is checked against a product, which shares none of its code.
         """
         matrix = dense_from_layers(self, verbose)
-        return matrix if matrix is not None and agrees(self, matrix) else None
+        return matrix if matrix is not None and agrees(self, matrix, self.objective.eps) else None

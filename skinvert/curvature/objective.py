@@ -24,7 +24,7 @@ from .checks import (
 )
 from .first_pass import FirstPass
 from .loss_values import LossValues
-from .per_sample import gradient_rows
+from .per_sample import gradient_rows, split_batch
 from .saved import counted
 
 __all__ = ["GenericObjective", "MeanLoss", "Objective"]
@@ -90,6 +90,16 @@ class MeanLoss:
     def in_float64(self) -> MeanLoss | None:
         """Return the same L in float64; None where there is none."""
         return None
+
+    def in_autocast(self, dtype: torch.dtype) -> Self:
+        """Return the same L, its denominators and its gradient, with forward passes under ``torch.autocast``."""
+        hint = "Its grad and mvp are its own. Subclass TorchTwiceDifferentiable, or leave autocast out."
+        raise ValueError(must_be("The model for autocast", "a PyTorch module", "another TwiceDifferentiable", hint))
+
+    @property
+    def eps(self) -> float:
+        """The relative rounding of what is computed of θ."""
+        return torch.finfo(self.dtype).eps
 
     def _scale_denominators(self, share: float) -> None:
         self.weight_sum *= share
@@ -179,6 +189,26 @@ class Objective(MeanLoss):
             return None
         double = Objective(model, self.batches.in_float64())
         return double if self.penalised else double.share()
+
+    def in_autocast(self, dtype: torch.dtype) -> Self:
+        """Return the same L, its denominators and its gradient, with forward passes under ``torch.autocast``."""
+        part = copy.copy(self)
+        part.model = self.model.in_autocast(dtype)
+        batch, weights = next(iter(self.batches))
+        few, _ = next(split_batch(batch, weights, 8))
+        try:
+            part.model.gradient_of(part.losses(few).sum())
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            must = f"one that runs in {dtype} on {self.device.type}"
+            raise ValueError(must_be("The model for autocast", must, f"{error}", "Leave autocast out.")) from error
+        return part
+
+    @property
+    def eps(self) -> float:
+        """The relative rounding of what is computed of θ."""
+        return self.model.eps
 
     def places(self, names: Collection[str]) -> torch.Tensor:
         """Return where the entries of the named parameters lie in a flat row, in its order."""

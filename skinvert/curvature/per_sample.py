@@ -96,7 +96,7 @@ def _at_once(model: TorchTwiceDifferentiable, batch: Batch, values: _Values) -> 
         module = structural_copy(model.module, lambda tensor: swapped.get(id(tensor), tensor))
         with PlainFunctions():
             # A forward pass may write into its inputs.
-            outputs = model.outputs(module, map_tensors(torch.clone, values.inputs(rows)))
+            outputs = model.computed(module, map_tensors(torch.clone, values.inputs(rows)))
         return values.of(outputs, rows)[0]
 
     try:
@@ -121,7 +121,7 @@ def _agree(model: TorchTwiceDifferentiable, batch: Batch, values: _Values, rows:
     mixture = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu").to(value)
     error = (mixture.reshape(-1) @ rows.flatten(0, 1) - model.gradient_of((mixture * value).sum())).norm()
     size = (mixture * rows.norm(dim=2)).norm()
-    return bool(error <= math.sqrt(torch.finfo(rows.dtype).eps) * size)
+    return bool(error <= math.sqrt(model.eps) * size)
 
 
 def _one_by_one(model: TorchTwiceDifferentiable, batch: Batch, values: _Values) -> torch.Tensor:

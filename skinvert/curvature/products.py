@@ -55,26 +55,26 @@ class Share:
         return self.products(V)
 
 
-def flat_products(value: torch.Tensor, variables: list[torch.Tensor]) -> Products:
+def flat_products(value: torch.Tensor, variables: list[torch.Tensor], eps: float | None = None) -> Products:
     """Return the function that differentiates ``value`` along each row of V: (k, numel) -> (k, p).
 
     Row by row over one kept graph, which works for every network; on an accelerator in batches of rows, where the
-    network allows it.
+    network allows it. ``eps`` is the rounding of the graph, where that is not its dtype's.
     """
     if not value.requires_grad:
         size = sum(t.numel() for t in variables)
         return lambda V: V.new_zeros(len(V), size)
-    return _FlatProducts(value, variables)
+    return _FlatProducts(value, variables, torch.finfo(value.dtype).eps if eps is None else eps)
 
 
-def forward_products(outputs: torch.Tensor, theta: list[torch.Tensor]) -> Products:
+def forward_products(outputs: torch.Tensor, theta: list[torch.Tensor], eps: float | None = None) -> Products:
     """Return V (k, p) -> J V (k, m, c), by differentiating Jᵀu along V: no forward mode needed."""
     if not outputs.requires_grad:
         # This batch reaches none of the parameters.
         return lambda V: V.new_zeros(len(V), len(outputs), outputs[:1].numel())
     dummy = torch.zeros_like(outputs, requires_grad=True)
     pulled = torch.autograd.grad(outputs, theta, dummy, create_graph=True, materialize_grads=True)
-    along = flat_products(flat(pulled), [dummy])
+    along = flat_products(flat(pulled), [dummy], eps)
     return lambda V: along(V).reshape(len(V), len(outputs), -1)
 
 
@@ -180,8 +180,8 @@ def _seconds(products: Products, V: torch.Tensor) -> float:
 
 
 class _FlatProducts:
-    def __init__(self, value: torch.Tensor, variables: list[torch.Tensor]) -> None:
-        self.value, self.variables = value, variables
+    def __init__(self, value: torch.Tensor, variables: list[torch.Tensor], eps: float) -> None:
+        self.value, self.variables, self.eps = value, variables, eps
         self.batched = value.device.type != "cpu"
         # Numbers of rows at which a batch was found right: a batching rule may be wrong for one of them alone.
         self.sound: set[int] = set()
@@ -208,7 +208,7 @@ class _FlatProducts:
         mixture = torch.randn(len(V), generator=generator, dtype=torch.float64, device="cpu").to(V)
         error = (mixture @ products - self._grad(mixture @ V, False)).norm()
         size = (mixture * products.norm(dim=1)).norm()
-        if not bool(error <= math.sqrt(torch.finfo(V.dtype).eps) * size):
+        if not bool(error <= math.sqrt(self.eps) * size):
             return False
         self.sound.add(len(V))
         return True

@@ -149,6 +149,15 @@ class Sharded(SumOverRanks):
         """Return the curvature with its products in float64; None where a rank has none."""
         return self if self.dtype == torch.float64 else self._of("H in float64", self.local.in_float64)
 
+    def in_autocast(self, dtype: torch.dtype) -> Sharded:
+        """Return the curvature with each rank's passes under ``torch.autocast``, and sums as they were."""
+        return Sharded(self.local.in_autocast(dtype), self.shard, self.penalty, self.objective)
+
+    @property
+    def eps(self) -> float:
+        """The relative rounding of each rank's products."""
+        return self.local.eps
+
     def psd_companion(self) -> LinearOperator | None:
         """Return a positive semi-definite operator in its place; None where a rank has none."""
         return self if self.is_psd else self._of("a companion of H", self.local.psd_companion)

@@ -13,6 +13,8 @@ __all__ = ["assembled", "check_factor"]
 # Relative difference of two ways to one product: what rounding explains, and what it never does.
 ROUNDING = {torch.float32: 1e-3}
 WRONG = 0.05
+# The same of products in a lesser dtype than the operator's, in roundings of one.
+ROUGH = 10
 
 
 def assembled(A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> torch.Tensor:
@@ -22,7 +24,7 @@ def assembled(A: LinearOperator, hessian_perturbation: float, verbose: int = 0) 
     matrix alone would not see what they get wrong. Costs one product.
     """
     matrix = A.to_dense(verbose)
-    if _gap(A, Dense(matrix), hessian_perturbation) > ROUNDING.get(A.dtype, 1e-6):
+    if _gap(A, Dense(matrix), hessian_perturbation) > _rounding(A):
         if type(A).to_dense is not LinearOperator.to_dense:
             matrix = LinearOperator.to_dense(A, verbose)
         _judge(_gap(A, Dense(matrix), hessian_perturbation), A, "products with the identity")
@@ -46,8 +48,12 @@ def _gap(A: LinearOperator, other: LinearOperator, hessian_perturbation: float) 
     return gap / size if size > 0 else gap
 
 
+def _rounding(A: LinearOperator) -> float:
+    return max(ROUNDING.get(A.dtype, 1e-6), ROUGH * A.eps)
+
+
 def _judge(gap: float, A: LinearOperator, way: str) -> None:
-    if gap <= ROUNDING.get(A.dtype, 1e-6):
+    if gap <= _rounding(A):
         return
     what = f"The curvature by {way} and by a product"
     hint = "A layer's derivative is wrong or random, or the data change between passes."

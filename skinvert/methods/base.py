@@ -129,6 +129,10 @@ class InverseOperator(TensorState, ABC):
     keeps_operator: bool = False
     # 1 shows a bar where solves take long.
     verbose: int = 0
+    # Of those that iterate: an absolute tolerance, where to start, and the most iterations of a row.
+    atol: float = 0.0
+    x0: Any = None
+    maxiter: int | None = None
 
     _transient: tuple[str, ...] = ("exact",)
 
@@ -223,6 +227,10 @@ class InverseOperator(TensorState, ABC):
 
     def scale_free(self) -> Self:
         """Return this inverse without settings on the scale of b: an absolute tolerance, a start."""
+        return self
+
+    def roughly(self, rtol: float, maxiter: int) -> Self:
+        """Return this inverse with iterations that stop early, for solutions that are mended; itself without any."""
         return self
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from ..operators import BlockDiagonal, LinearOperator
 from ..reasons import Reason
 from ..results import InverseHvpResult
 from .base import InverseOperator, Method
+from .mixed_precision import inverted
 
 __all__ = ["BlockInverse", "invert_blocks"]
 
@@ -41,7 +42,7 @@ def invert_blocks(
         own, why = clone(method).explain(operator, hessian_perturbation)
         place = f"block {number} of {len(A.operators)}, {operator.size:,} parameters"
         say(f"{place}: method {own.name or type(own).__name__}, {why}", verbose)
-        inverses.append(own.resume(operator, hessian_perturbation, checkpoint.within(f"block {number}"), verbose))
+        inverses.append(inverted(own, operator, hessian_perturbation, checkpoint.within(f"block {number}"), verbose))
     return BlockInverse(inverses, A, hessian_perturbation)
 
 

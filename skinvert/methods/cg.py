@@ -151,6 +151,10 @@ class CGInverse(InverseOperator):
         start = None if self.start is None else self.start.scale_free()
         return replace(self, atol=0.0, x0=None, start=start).judged_as(self)
 
+    def roughly(self, rtol: float, maxiter: int) -> Self:
+        """Return this inverse with iterations that stop at ``rtol``, or after ``maxiter``, where they do not before."""
+        return replace(self, rtol=max(self.rtol, rtol), maxiter=min(self.maxiter, maxiter)).judged_as(self)
+
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions of each row.
 

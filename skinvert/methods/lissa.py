@@ -152,6 +152,22 @@ class LiSSAInverse(InverseOperator):
         """Return the inverse at another λ; the eigenvalue behind the scale is used again."""
         return replace(self, hessian_perturbation=check_shift(hessian_perturbation, self.dtype)).judged_as(self)
 
+    @property
+    def x0(self) -> Any:
+        """``h0``."""
+        return self.settings.h0
+
+    @property
+    def maxiter(self) -> int:
+        """Most steps of a row."""
+        return self.settings.maxiter
+
+    def roughly(self, rtol: float, maxiter: int) -> Self:
+        """Return this inverse with steps that stop at ``rtol``, or after ten times ``maxiter``: each does less."""
+        settings = copy.copy(self.settings)
+        settings.rtol, settings.maxiter = max(self.tolerance, rtol), min(settings.maxiter, 10 * maxiter)
+        return replace(self, settings=settings).judged_as(self)
+
     def started_at(self, x0: torch.Tensor | None) -> Self:
         """Return this inverse with ``x0`` (k, p) as its ``h0``."""
         settings = copy.copy(self.settings)

@@ -124,6 +124,10 @@ class MINRESInverse(InverseOperator):
         """Return this inverse without ``atol`` and ``x0``, which are on the scale of b."""
         return replace(self, atol=0.0, x0=None).judged_as(self)
 
+    def roughly(self, rtol: float, maxiter: int) -> Self:
+        """Return this inverse with iterations that stop at ``rtol``, or after ``maxiter``, where they do not before."""
+        return replace(self, rtol=max(self.rtol, rtol), maxiter=min(self.maxiter, maxiter)).judged_as(self)
+
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the solutions of each row.
 

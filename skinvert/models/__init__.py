@@ -1,6 +1,7 @@
 """Models that can be inverted: PyTorch modules, skorch nets, scikit-learn models, any ``TwiceDifferentiable``."""
 
 from .adapt import FittedSearch, as_margin, as_model, as_outputs, is_model, register_model
+from .autocast import resolve_autocast
 from .base import TwiceDifferentiable
 from .batches import labels_key, leading_length, map_tensors, rebuilt, row_axes, with_row_axis
 from .losses import (
@@ -51,6 +52,7 @@ __all__ = [
     "register_loss",
     "rebuilt",
     "register_model",
+    "resolve_autocast",
     "row_axes",
     "with_row_axis",
 ]

@@ -18,6 +18,7 @@ from .._progress import progress as progress_bar
 from .._types import Batch, Decay, Device
 from ..parameters import ParameterLayout, select_parameters
 from .affine_outputs import has_affine_outputs
+from .autocast import computed_in
 from .base import TwiceDifferentiable
 from .batches import call, check_pair, map_tensors, split_labels
 from .compiled import eager, refuse_sharded
@@ -180,6 +181,27 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
 
     # -- what the curvatures use -----------------------------------------------------------------------------------
 
+    # What forward passes compute in, by `torch.autocast`; None is the dtype of θ.
+    autocast: torch.dtype | None = None
+
+    def in_autocast(self, dtype: torch.dtype) -> TorchTwiceDifferentiable:
+        """Return a copy at this very θ whose forward passes run under ``torch.autocast``, and theirs backward."""
+        other = copy.copy(self)
+        # What was found of passes in another dtype does not hold.
+        other.autocast, other.watch, other.batched_rows = dtype, None, {}
+        return other
+
+    @property
+    def eps(self) -> float:
+        """The relative rounding of its passes."""
+        return torch.finfo(self.autocast or self.dtype).eps
+
+    def computed(self, module: nn.Module, batch: Batch) -> Any:
+        """Return ``outputs`` under the autocast that is set, in the dtype of θ."""
+        if self.autocast is None:
+            return self.outputs(module, batch)
+        return computed_in(self.autocast, self.device, self.dtype, lambda: self.outputs(module, batch))
+
     @ordinary
     def at_point(
         self, params: str | Iterable[str] | None = None, dtype: Any = None, device: Device = None
@@ -217,6 +239,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         Nor where it casts to less on its way. Twice the memory of the module.
         """
         duplicate, found = copy.copy(self), dict[int, tuple[str, torch.Tensor]]()
+        duplicate.autocast = None
         selected = {id(tensor) for tensor in self.theta}
         conversion = Conversion(self.module, selected, self.dtype, torch.float64, self.device)
         duplicate.module = structural_copy(self.module, conversion, found)
@@ -333,7 +356,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         kernels = _without_fused_rnn(self.module, self.device)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), kernels, eager(), PlainFunctions():
             with nullcontext() if watch is None else watch.over_forward():
-                outputs = self.outputs(self.module, given)
+                outputs = self.computed(self.module, given)
         outputs = self._in_own_dtype(outputs)
         if watch is not None:
             watch.warn_of_casts()

@@ -74,6 +74,8 @@ class LinearOperator(TensorState, ABC):
     penalty: torch.Tensor | None = None
     # Of the class, save where an operator stands for another.
     faces: frozenset[str] = frozenset()
+    # The same operator at less cost and with fewer digits, where methods are to work with that.
+    rough: LinearOperator | None = None
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Note the faces; let products and factors be right under ``no_grad``, ``inference_mode`` and ``autocast``."""
@@ -116,6 +118,11 @@ class LinearOperator(TensorState, ABC):
         """Whether its class has a way to the diagonal other than p products."""
         return type(self).diagonal is not LinearOperator.diagonal
 
+    @property
+    def eps(self) -> float:
+        """The relative rounding of its products: that of its dtype, unless they are computed in a lesser one."""
+        return torch.finfo(self.dtype).eps
+
     def available_memory(self) -> int:
         """Return the bytes that can still be allocated on its device: of processes that share it, the least of all."""
         return available_memory(self.device)
@@ -138,6 +145,10 @@ class LinearOperator(TensorState, ABC):
         Here itself, where its dtype is that already. A class whose products are not right to rounding returns None.
         """
         return self if self.dtype == torch.float64 else None
+
+    def in_autocast(self, dtype: torch.dtype) -> LinearOperator:
+        """Return the operator with passes through its model under ``torch.autocast``; TypeError where it has none."""
+        self._lacks("in_autocast")
 
     def refining_residual(self, B: torch.Tensor, X: torch.Tensor, shift: float) -> torch.Tensor | None:
         """Return b − (A + λI) x as one step of refinement wants it; None where that is not at hand, or not needed."""

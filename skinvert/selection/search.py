@@ -23,7 +23,20 @@ from .._frames import Columned, Frame
 from .._namespaces import to_numpy
 from .._progress import progress, say
 from .._schema import check_fields
-from .._types import Array, Data, Decay, Device, DType, Globs, LossLike, Partition, RandomState, State, TrainedModel
+from .._types import (
+    Array,
+    Autocast,
+    Data,
+    Decay,
+    Device,
+    DType,
+    Globs,
+    LossLike,
+    Partition,
+    RandomState,
+    State,
+    TrainedModel,
+)
 from ..answers import check_container, setting_fields
 from ..curvature import Sampled
 from ..data import as_data, as_pair, batches_of, count, take
@@ -70,9 +83,9 @@ class HessianInverterCV(TakesCallbacks, ChosenInverter):
     scoring : callable, default=None
         ``scorer(estimator, X, y)``; None is ``HessianInverter.score``. See ``make_quadratic_scorer``. Where there are
         weights it must take ``sample_weight`` by name.
-    method, curvature, model, loss, weight_decay, params, blocks, batch_size, device, dtype, random_state
+    method, curvature, model, loss, weight_decay, params, blocks, batch_size, device, dtype, autocast
         As for ``HessianInverter``.
-    check_residual, verbose
+    random_state, check_residual, verbose
         As for ``HessianInverter``.
 
     Attributes
@@ -122,6 +135,7 @@ class HessianInverterCV(TakesCallbacks, ChosenInverter):
         batch_size: int | None = None,
         device: Device = None,
         dtype: DType = None,
+        autocast: Autocast = None,
         random_state: RandomState = None,
         check_residual: bool = True,
         verbose: int = 0,
@@ -139,6 +153,7 @@ class HessianInverterCV(TakesCallbacks, ChosenInverter):
         self.batch_size = batch_size
         self.device = device
         self.dtype = dtype
+        self.autocast = autocast
         self.random_state = random_state
         self.check_residual = check_residual
         self.verbose = verbose

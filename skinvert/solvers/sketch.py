@@ -90,14 +90,17 @@ class Sketch:
         return self._found
 
     def _decompose(self) -> tuple[torch.Tensor, torch.Tensor]:
-        eps = torch.finfo(self.Y.dtype).eps
-        nu = math.sqrt(self.A.size) * eps * float(norms(self.Y).norm())
+        eps, rough = torch.finfo(self.Y.dtype).eps, self.A.eps > torch.finfo(self.Y.dtype).eps
+        # Of products in a lesser dtype the rounding is that of each, not of a sum: from a hundredth of it on.
+        nu = max(math.sqrt(self.A.size) * eps, self.A.eps / 100 if rough else 0.0) * float(norms(self.Y).norm())
         if nu == 0:
             return self.Y.new_zeros(len(self.Y)), self.Omega
         core = self.Y @ self.Omega.mT
         core, identity = (core + core.mT) / 2, torch.eye(len(core), dtype=core.dtype, device=core.device)
         cholesky, info = torch.linalg.cholesky_ex(core + nu * identity)
-        if int(info) != 0:
+        for _ in range(2 if rough else 1):
+            if int(info) == 0:
+                break
             # Products of a float32 network round more than those of a matrix.
             nu *= 10
             cholesky, info = torch.linalg.cholesky_ex(core + nu * identity)

@@ -12,7 +12,7 @@ from .found import layers_of
 from .kinds import KroneckerLayer, Layer
 from .passes import Passes, UnexplainedError
 from .probe import probe
-from .recording import PulledBack
+from .recording import PulledBack, slack
 
 __all__ = ["PairSums", "agrees", "dense_from_layers", "linear_layers"]
 
@@ -47,12 +47,15 @@ def dense_from_layers(curvature: PulledBack, verbose: int = 0) -> torch.Tensor |
     return sums.matrix()
 
 
-def agrees(A: LinearOperator, matrix: torch.Tensor) -> bool:
-    """Return whether a matrix is A without its penalty, by a product with A, which shares none of its code."""
+def agrees(A: LinearOperator, matrix: torch.Tensor, eps: float) -> bool:
+    """Return whether a matrix is A without its penalty, by a product with A, which shares none of its code.
+
+    ``eps`` is the rounding of both.
+    """
     generator = torch.Generator(A.device).manual_seed(0)
     v = torch.randn(1, A.size, dtype=A.dtype, device=A.device, generator=generator)
     expected = A.apply(v) if A.penalty is None else A.apply(v) - v * A.penalty
-    tolerance = 1e3 * torch.finfo(A.dtype).eps * (matrix.norm() * v.norm())
+    tolerance = slack(eps) * (matrix.norm() * v.norm())
     return bool((v @ matrix - expected).norm() <= tolerance)
 
 

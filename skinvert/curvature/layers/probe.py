@@ -12,7 +12,7 @@ from ..._types import Batch
 from ...models import leading_length, map_tensors
 from .found import Layers, layers_of
 from .kinds import Inputs, Layer
-from .recording import Captured, PulledBack, captured
+from .recording import Captured, PulledBack, captured, slack
 
 __all__ = ["probe"]
 
@@ -104,7 +104,7 @@ def _watched(
     expected = captured(curvature, [], [], part, weights).value.detach()
     try:
         seen = captured(curvature, found.layers, found.attentions, part, weights)
-        if not touched or _is_close(seen.value, expected):
+        if not touched or _is_close(seen.value, expected, seen.eps):
             return seen, {}
     except RuntimeError:
         # The expanded results of a layer that all samples share do not fit the model.
@@ -134,10 +134,10 @@ def _direction(value: torch.Tensor) -> torch.Tensor:
     return torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu").to(value)
 
 
-def _is_close(value: torch.Tensor, expected: torch.Tensor) -> bool:
+def _is_close(value: torch.Tensor, expected: torch.Tensor, eps: float) -> bool:
     if value.shape != expected.shape:
         return False
-    rtol = 1e3 * torch.finfo(value.dtype).eps
+    rtol = slack(eps)
     return torch.allclose(value, expected, rtol, rtol * float(expected.abs().max()), equal_nan=True)
 
 
