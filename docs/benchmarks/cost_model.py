@@ -220,13 +220,13 @@ def new_rows(rows: float, t: int) -> float:
 
 
 def minres(net: MLP, n: float, k: int, t: int, curvature: str = "ggn", kept: bool = True) -> Cost:
-    """t + 2 products of k rows (t + 1 of a block); from 8 rows on 32 p k² an iteration, and 12 p k² a step kept.
+    """t + 1 products of k rows, the last to judge; from 8 rows on 32 p k² an iteration, and 12 p k² a step kept.
 
     A block's directions are orthogonalised twice against those of the steps before: of all that fit the working memory,
     but of two at least.
     """
     rows, block = ITEM * k * net.parameters, k >= BLOCK
-    found = product(net, n, k, curvature, kept).times(t + (1 if block else 2)) + once(net, n, k, curvature, kept)
+    found = product(net, n, k, curvature, kept).times(t + 1) + once(net, n, k, curvature, kept)
     if not block:
         return (found + Cost(0, 0, 0, 30 * t * rows)).beside(11 * rows)
     most = max(2, WORKING // (2 * rows))
