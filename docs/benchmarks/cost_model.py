@@ -251,9 +251,9 @@ def lissa_step(net: MLP, k: int, curvature: str = "ggn", step: int = STEP) -> Co
 
 
 def lissa(net: MLP, n: float, k: int, epochs: int, curvature: str = "ggn", step: int = STEP, kept: bool = True) -> Cost:
-    """n / m steps an epoch and one product with all the rows to look at; one more to judge."""
+    """n / m steps an epoch and one product with all the rows to look at: the last of them judges."""
     steps = epochs * math.ceil(n / step)
-    looks = product(net, n, k, curvature, kept).times(epochs + 1) + recording(net, n, k, curvature).times(kept)
+    looks = product(net, n, k, curvature, kept).times(epochs) + recording(net, n, k, curvature).times(kept)
     found = lissa_step(net, k, curvature, step).times(steps) + looks
     return found.beside(10 * ITEM * k * net.parameters)
 
