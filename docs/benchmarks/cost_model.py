@@ -28,6 +28,8 @@ PAGED = 2**25
 BLOCK = 8
 # Products of a row that hold a recording against autograd, in each chunk of rows that it pushes.
 CHECKS = 4
+# Rows of a symmetric product of a factor that are made at once.
+STRIPE = 256
 # Up to this width a symmetric product is made whole.
 WHOLE = 192
 
@@ -422,8 +424,10 @@ def _hessian_matrix(net: MLP, n: float) -> Cost:
 
 
 def _empirical_fisher_matrix(net: MLP, n: float) -> Cost:
-    """2 n p²: one GEMM of the rows' gradients."""
-    own = Cost(2 * n * net.parameters**2, streamed=8 * ITEM * net.parameters**2 + ITEM * n * net.parameters)
+    """n p² and a little more: the rows' gradients with themselves, by stripes from the diagonal on."""
+    p = net.parameters
+    gemm = sum(2 * n * min(STRIPE, p - start) * (p - start) for start in range(0, p, STRIPE))
+    own = Cost(gemm, streamed=8 * ITEM * net.parameters**2 + ITEM * n * net.parameters)
     return gradient_rows(net, n) + own
 
 
