@@ -348,14 +348,30 @@ def gradient_rows(net: MLP, n: float, columns: int = 1) -> Cost:
 
 
 def diagonal_fit(net: MLP, n: float, curvature: str = "ggn", kept: bool = True) -> Cost:
-    """F + c·2nΣ, Σ g²(a²)ᵀ 2n p and 4nw to check; c is 1 for the empirical Fisher. p products of the Hessian."""
+    """F + c·2nΣ, Σ g²(a²)ᵀ 2n p and 4nw to check; c is 1 for the empirical Fisher."""
     p = net.parameters
     if curvature == "hessian":
-        return first_pass(net, n) + product(net, n, p, curvature, kept) + recording(net, n, p, curvature)
+        return first_pass(net, n) + hessian_diagonal(net, n, kept)
     passes = net.outputs if curvature == "ggn" else 1
     numbers = n * sum(4 * (i + 1) + 4 * passes * o for i, o in net.layers) + 4 * p
     own = Cost(2 * n * (net.weights + 2 * p), 0, 4 * ITEM * p, ITEM * numbers, ITEM * p)
     return first_pass(net, n) + forward(net, n) + signals(net, n).times(passes) + own
+
+
+def hessian_diagonal(net: MLP, n: float, kept: bool = True) -> Cost:
+    """4n o times the weights above for each of a layer's o results, Σ (a²)ᵀ 2n p; F + backward, and 2n p, to check.
+
+    So do 8n times the weights above each layer; and a product of one row for each weight and bias.
+    """
+    p, n_layers = net.parameters, len(net.layers)
+    above = [sum(i * o for i, o in net.layers[at + 1 :]) for at in range(n_layers)]
+    pushed = 4 * n * sum(o * w for (_, o), w in zip(net.layers, above, strict=True)) + 4 * n * p
+    # A row of tangents at each layer's results is read and written by GEMMs and activations, there and back.
+    numbers = sum(8 * n * o * sum(net.sizes[at + 2 :]) for at, (_, o) in enumerate(net.layers))
+    held = ITEM * 3 * p + graph_bytes(net, min(n, BATCH))
+    own = Cost(pushed + 8 * n * sum(above), 0, held, ITEM * numbers, ITEM * p)
+    judged = product(net, n, 1, "hessian", kept).times(2 * n_layers) + once(net, n, 1, "hessian", kept)
+    return forward(net, n) + backward(net, n) + own + replace(judged, reduced=0.0)
 
 
 def diagonal_solve(net: MLP, k: int) -> Cost:
