@@ -380,9 +380,10 @@ def diagonal_solve(net: MLP, k: int) -> Cost:
 
 
 def harmonic_mean_fit(net: MLP, n: float) -> Cost:
-    """The rows' gradients, n p numbers, three times while they are made; 2 n p for their squares."""
+    """The rows' gradients, n p numbers, and those of a batch twice while it is made; 2 n p for their squares."""
     size = factor_bytes(net, n)
-    own = Cost(2 * n * net.parameters, 0, 2 * size, 5 * size, 0, 2 * size)
+    # Scaled in place, and squared a few at a time: no array of theirs is as large.
+    own = Cost(2 * n * net.parameters, 0, size + factor_bytes(net, min(n, BATCH)), 2 * size, 0, -size)
     return first_pass(net, n) + gradient_rows(net, n) + own
 
 

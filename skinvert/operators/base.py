@@ -163,7 +163,10 @@ class LinearOperator(TensorState, ABC):
         self._lacks("sample_factors")
 
     def gradient_rows(self, verbose: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return rows gᵢ (n, p) and shares wᵢ/Σw (n,) with A = Σ wᵢ gᵢgᵢᵀ / Σ wᵢ + diag(penalty)."""
+        """Return rows gᵢ (n, p) and shares wᵢ/Σw (n,) with A = Σ wᵢ gᵢgᵢᵀ / Σ wᵢ + diag(penalty).
+
+        The rows are the caller's, to be written over.
+        """
         self._lacks("gradient_rows")
 
     def kronecker_factors(
