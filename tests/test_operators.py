@@ -69,3 +69,13 @@ def test_symmetrise(working_memory):
     expected = (matrix + matrix.mT) / 2
     with sklearn.config_context(working_memory=working_memory):
         torch.testing.assert_close(symmetrise(matrix), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_matrix_of_a_factor_is_made_by_stripes(size, dtype):
+    rows = torch.randn(30, size, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    matrix = LowRank(rows).to_dense()
+    expected = rows.double().numpy().T @ rows.double().numpy()
+    np.testing.assert_allclose(matrix, expected, rtol=0, atol=100 * torch.finfo(dtype).eps)
+    assert torch.equal(matrix, matrix.mT)

@@ -28,6 +28,8 @@ PAGED = 2**25
 BLOCK = 8
 # Products of a row that hold a recording against autograd, in each chunk of rows that it pushes.
 CHECKS = 4
+# Rows of a symmetric product of a factor that are made at once.
+STRIPE = 256
 # Up to this width a symmetric product is made whole.
 WHOLE = 192
 
@@ -220,13 +222,13 @@ def new_rows(rows: float, t: int) -> float:
 
 
 def minres(net: MLP, n: float, k: int, t: int, curvature: str = "ggn", kept: bool = True) -> Cost:
-    """t + 2 products of k rows (t + 1 of a block); from 8 rows on 32 p k² an iteration, and 12 p k² a step kept.
+    """t + 1 products of k rows, the last to judge; from 8 rows on 32 p k² an iteration, and 12 p k² a step kept.
 
     A block's directions are orthogonalised twice against those of the steps before: of all that fit the working memory,
     but of two at least.
     """
     rows, block = ITEM * k * net.parameters, k >= BLOCK
-    found = product(net, n, k, curvature, kept).times(t + (1 if block else 2)) + once(net, n, k, curvature, kept)
+    found = product(net, n, k, curvature, kept).times(t + 1) + once(net, n, k, curvature, kept)
     if not block:
         return (found + Cost(0, 0, 0, 30 * t * rows)).beside(11 * rows)
     most = max(2, WORKING // (2 * rows))
@@ -251,9 +253,9 @@ def lissa_step(net: MLP, k: int, curvature: str = "ggn", step: int = STEP) -> Co
 
 
 def lissa(net: MLP, n: float, k: int, epochs: int, curvature: str = "ggn", step: int = STEP, kept: bool = True) -> Cost:
-    """n / m steps an epoch and one product with all the rows to look at; one more to judge."""
+    """n / m steps an epoch and one product with all the rows to look at: the last of them judges."""
     steps = epochs * math.ceil(n / step)
-    looks = product(net, n, k, curvature, kept).times(epochs + 1) + recording(net, n, k, curvature).times(kept)
+    looks = product(net, n, k, curvature, kept).times(epochs) + recording(net, n, k, curvature).times(kept)
     found = lissa_step(net, k, curvature, step).times(steps) + looks
     return found.beside(10 * ITEM * k * net.parameters)
 
@@ -283,9 +285,9 @@ def nystroem_fit(net: MLP, n: float, rank: int, curvature: str = "ggn", kept: bo
 
 
 def low_rank_solve(net: MLP, k: int, rank: int) -> Cost:
-    """10 r p k: five GEMMs, since b's part across the r vectors is taken twice."""
+    """8 r p k: four GEMMs, since b's part across the r vectors is taken twice."""
     p = net.parameters
-    return Cost(10 * rank * p * k, 0, ITEM * (rank + 5 * k) * p, ITEM * (5 * rank * p + 33 * k * p))
+    return Cost(8 * rank * p * k, 0, ITEM * (rank + 5 * k) * p, ITEM * (4 * rank * p + 31 * k * p))
 
 
 # -- methods layer by layer --------------------------------------------------------------------------------------------
@@ -346,14 +348,30 @@ def gradient_rows(net: MLP, n: float, columns: int = 1) -> Cost:
 
 
 def diagonal_fit(net: MLP, n: float, curvature: str = "ggn", kept: bool = True) -> Cost:
-    """F + c·2nΣ, Σ g²(a²)ᵀ 2n p and 4nw to check; c is 1 for the empirical Fisher. p products of the Hessian."""
+    """F + c·2nΣ, Σ g²(a²)ᵀ 2n p and 4nw to check; c is 1 for the empirical Fisher."""
     p = net.parameters
     if curvature == "hessian":
-        return first_pass(net, n) + product(net, n, p, curvature, kept) + recording(net, n, p, curvature)
+        return first_pass(net, n) + hessian_diagonal(net, n, kept)
     passes = net.outputs if curvature == "ggn" else 1
     numbers = n * sum(4 * (i + 1) + 4 * passes * o for i, o in net.layers) + 4 * p
     own = Cost(2 * n * (net.weights + 2 * p), 0, 4 * ITEM * p, ITEM * numbers, ITEM * p)
     return first_pass(net, n) + forward(net, n) + signals(net, n).times(passes) + own
+
+
+def hessian_diagonal(net: MLP, n: float, kept: bool = True) -> Cost:
+    """4n o times the weights above for each of a layer's o results, Σ (a²)ᵀ 2n p; F + backward, and 2n p, to check.
+
+    So do 8n times the weights above each layer; and a product of one row for each weight and bias.
+    """
+    p, n_layers = net.parameters, len(net.layers)
+    above = [sum(i * o for i, o in net.layers[at + 1 :]) for at in range(n_layers)]
+    pushed = 4 * n * sum(o * w for (_, o), w in zip(net.layers, above, strict=True)) + 4 * n * p
+    # A row of tangents at each layer's results is read and written by GEMMs and activations, there and back.
+    numbers = sum(8 * n * o * sum(net.sizes[at + 2 :]) for at, (_, o) in enumerate(net.layers))
+    held = ITEM * 3 * p + graph_bytes(net, min(n, BATCH))
+    own = Cost(pushed + 8 * n * sum(above), 0, held, ITEM * numbers, ITEM * p)
+    judged = product(net, n, 1, "hessian", kept).times(2 * n_layers) + once(net, n, 1, "hessian", kept)
+    return forward(net, n) + backward(net, n) + own + replace(judged, reduced=0.0)
 
 
 def diagonal_solve(net: MLP, k: int) -> Cost:
@@ -362,9 +380,10 @@ def diagonal_solve(net: MLP, k: int) -> Cost:
 
 
 def harmonic_mean_fit(net: MLP, n: float) -> Cost:
-    """The rows' gradients, n p numbers, three times while they are made; 2 n p for their squares."""
+    """The rows' gradients, n p numbers, and those of a batch twice while it is made; 2 n p for their squares."""
     size = factor_bytes(net, n)
-    own = Cost(2 * n * net.parameters, 0, 2 * size, 5 * size, 0, 2 * size)
+    # Scaled in place, and squared a few at a time: no array of theirs is as large.
+    own = Cost(2 * n * net.parameters, 0, size + factor_bytes(net, min(n, BATCH)), 2 * size, 0, -size)
     return first_pass(net, n) + gradient_rows(net, n) + own
 
 
@@ -422,8 +441,10 @@ def _hessian_matrix(net: MLP, n: float) -> Cost:
 
 
 def _empirical_fisher_matrix(net: MLP, n: float) -> Cost:
-    """2 n p²: one GEMM of the rows' gradients."""
-    own = Cost(2 * n * net.parameters**2, streamed=8 * ITEM * net.parameters**2 + ITEM * n * net.parameters)
+    """n p² and a little more: the rows' gradients with themselves, by stripes from the diagonal on."""
+    p = net.parameters
+    gemm = sum(2 * n * min(STRIPE, p - start) * (p - start) for start in range(0, p, STRIPE))
+    own = Cost(gemm, streamed=8 * ITEM * net.parameters**2 + ITEM * n * net.parameters)
     return gradient_rows(net, n) + own
 
 

@@ -98,6 +98,11 @@ METHODS = [
     Row("`ekfac`, sampled_ggn", lambda at: paper.ekfac_fit(*at, draws=1), by_layers),
     Row("`diagonal`, ggn", lambda at: paper.diagonal_fit(*at), lambda at: paper.diagonal_solve(at.net, ROWS)),
     Row(
+        "`diagonal`, hessian",
+        lambda at: paper.diagonal_fit(*at, "hessian", at.fits()),
+        lambda at: paper.diagonal_solve(at.net, ROWS),
+    ),
+    Row(
         "`harmonic_mean`",
         lambda at: paper.harmonic_mean_fit(*at),
         lambda at: paper.harmonic_mean_solve(*at, ROWS),

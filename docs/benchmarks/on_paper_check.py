@@ -335,8 +335,8 @@ PEAKS = [
 
 
 def of_matrix(case: Case) -> bool:
-    """Whether a case takes p products or p² numbers, and so a small p."""
-    return case.name.startswith("direct") or case.name == "diagonal, hessian"
+    """Whether a case takes p² numbers, and so a small p."""
+    return case.name.startswith("direct")
 
 
 def counts(case: Case, n: int = 512) -> list[Found]:

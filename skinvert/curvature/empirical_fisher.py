@@ -54,9 +54,15 @@ class EmpiricalFisher(Layered):
 
     def gradient_rows(self, verbose: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gᵢ (n, p), and wᵢ/Σw (n,)."""
-        batches = progress(self.objective.batches, "per-sample gradients", verbose)
-        parts = [(self.objective.gradients(batch), weights / self.objective.weight_sum) for batch, weights in batches]
-        return torch.cat([rows for rows, _ in parts]), torch.cat([weights for _, weights in parts])
+        rows = torch.empty(self.n_samples, self.size, dtype=self.dtype, device=self.device)
+        shares: list[torch.Tensor] = []
+        start = 0
+        for batch, weights in progress(self.objective.batches, "per-sample gradients", verbose):
+            # Not joined at the end: n p numbers are held once.
+            rows[start : start + len(weights)] = self.objective.gradients(batch)
+            shares.append(weights / self.objective.weight_sum)
+            start += len(weights)
+        return rows[:start], torch.cat(shares)
 
     def signals(self, batch: Batch, weights: torch.Tensor) -> Signals:
         """Return √wᵢ at each row's own loss ℓᵢ."""

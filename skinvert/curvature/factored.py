@@ -13,7 +13,7 @@ from .._check import must_be
 from .._memory import check_memory, rows_within, working_memory
 from .._progress import progress
 from .._types import Batch
-from ..operators import LinearOperator, LowRank, add_to_diagonal, symmetrise
+from ..operators import LinearOperator, LowRank, add_gram, add_to_diagonal, mirrored
 from .base import Curvature
 from .objective import Objective
 from .per_sample import split_batch
@@ -138,11 +138,11 @@ class Factored(Curvature):
         return LowRank(math.sqrt(self.n_samples / len(rows)) * own.flatten(0, 1), self.penalty)
 
     def to_dense(self, verbose: int = 0) -> torch.Tensor:
-        """Return the matrix (p, p), by one GEMM per chunk of the factor."""
+        """Return the matrix (p, p), by p² operations for each row of the factor."""
         matrix = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         for rows in self.factor_chunks(verbose):
-            matrix.addmm_(rows.mT, rows)
-        return symmetrise(add_to_diagonal(matrix, self.penalty))
+            add_gram(matrix, rows)
+        return add_to_diagonal(mirrored(matrix), self.penalty)
 
     def diagonal(self) -> torch.Tensor:
         """Return the diagonal, from the squares of the factor."""

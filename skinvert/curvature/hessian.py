@@ -17,7 +17,7 @@ from ..operators import KroneckerFactors, add_to_diagonal
 from .base import Curvature
 from .differences import DifferencedGradient
 from .ggn import GGN
-from .layers import agrees, hessian_from_layers
+from .layers import agrees, agrees_at_some, hessian_diagonal_from_layers, hessian_from_layers
 from .objective import GenericObjective, Objective
 from .products import Products, Share, flat_products, is_faster, recorded_products
 from .tangents import recorded
@@ -29,7 +29,8 @@ class Hessian(Curvature):
     r"""H = ∇²L(θ), by the derivative of the gradient along each row.
 
     Indefinite wherever θ is not a minimum. One product costs about one gradient pass over the data, and about half of
-    one each for many rows at once; the matrix n p² where each layer sees one row a sample, else p products.
+    one each for many rows at once. Where each layer sees one row a sample the matrix costs n p², and the diagonal a
+    third of a product at most for each entry of the layers' results; else both cost p products.
 
     Autograd's second derivatives are held against differences of gradients on a few rows. Where a kernel or a custom
     ``autograd.Function`` makes them wrong, a warning names the layers and the products are such differences
@@ -94,6 +95,19 @@ class Hessian(Curvature):
         if matrix is None or not agrees(self, matrix, model.eps):
             return super().to_dense(verbose)
         return add_to_diagonal(matrix, self.penalty)
+
+    def diagonal(self) -> torch.Tensor:
+        """Return the diagonal (p,): from the layers where each sees one row a sample, else by p products."""
+        found = None if self.differenced is not None else hessian_diagonal_from_layers(self.objective)
+        sizes = [t.numel() for t in self.objective.model.theta]
+        if found is None or not agrees_at_some(self, found, sizes):
+            return super().diagonal()
+        return found if self.penalty is None else found + self.penalty
+
+    @property
+    def has_own_diagonal(self) -> bool:
+        """Whether there is one without p products for certain: what layers see is known only once it is made."""
+        return False
 
     @property
     def lower_bound(self) -> float:

@@ -40,7 +40,7 @@ class Layered(Factored):
     def to_dense(self, verbose: int = 0) -> torch.Tensor:
         """Return the matrix (p, p).
 
-        Σᵢ Dᵢ ⊗ aᵢaᵢᵀ for Linear layers, where a sample has several rows of F, else one GEMM per chunk of the factor.
+        Σᵢ Dᵢ ⊗ aᵢaᵢᵀ for Linear layers, where a sample has several rows of F, else by the factor.
         """
         # For one row of F a sample, the factor's own product costs n p² too.
         matrix = self._dense_from_layers(verbose) if self.rank > 1 else None

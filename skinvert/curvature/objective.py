@@ -176,7 +176,7 @@ class Objective(MeanLoss):
     def gradients(self, batch: Batch) -> torch.Tensor:
         """Return gᵢ = ∇ℓᵢ (m, p) of a batch's rows, the penalty left out."""
         rows: torch.Tensor = gradient_rows(self.model, batch)
-        return self.scale * rows
+        return rows if self.scale == 1 else rows.mul_(self.scale)
 
     def in_float64(self) -> Objective | None:
         """Return L in float64, of the same θ and of the data as they were read here; None where the model takes none.

@@ -1,7 +1,8 @@
-"""How many bytes autograd saves for a backward pass."""
+"""How many bytes autograd keeps for a backward pass."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -15,17 +16,23 @@ T = TypeVar("T")
 
 
 def counted(compute: Callable[[], T]) -> tuple[T, int]:
-    """Return what is computed, and the bytes that autograd saved of it; ``UNKNOWN`` where it bears no such count."""
-    sizes: list[int] = []
+    """Return what is computed, and the bytes that autograd still saves of it.
+
+    A graph that was given up on the way counts for nothing. ``UNKNOWN`` where the computation bears no such count.
+    """
+    sizes: list[tuple[weakref.ref[torch.Tensor], int]] = []
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
-        sizes.append(tensor.coalesce().values().nbytes if tensor.layout == torch.sparse_coo else tensor.nbytes)
-        # Itself it would hold the graph that holds it, for ever.
-        return tensor.detach()
+        # Itself it would hold the graph that holds it, for ever; this one lives as long as the graph.
+        held = tensor.detach()
+        size = tensor.coalesce().values().nbytes if tensor.layout == torch.sparse_coo else tensor.nbytes
+        sizes.append((weakref.ref(held), size))
+        return held
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            return compute(), sum(sizes)
+            found = compute()
+        return found, sum(size for held, size in sizes if held() is not None)
     except RuntimeError as error:
         # A transform of `torch.func` inside.
         if "saved tensor hooks" not in str(error):

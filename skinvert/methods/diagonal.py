@@ -21,8 +21,10 @@ class Diagonal(Method):
     part there are warned of. Negative entries, which only an indefinite curvature has, are inverted as they are, with a
     warning. ``info["residual"]`` is against the exact A + λI.
 
-    Cost: the diagonal, one pass of per-sample gradients or Jacobians over the data (``empirical_fisher``, ``ggn``) or p
-    products (``hessian``); then O(p) per right-hand side, and a product for its true residual. Memory: p numbers.
+    Cost: the diagonal, one pass of per-sample gradients or Jacobians over the data (``empirical_fisher``, ``ggn``); of
+    the ``hessian`` a third of a product at most for each entry of the layers' results, where all are Linear and see one
+    row a sample, else p products. Then O(p) per right-hand side, and a product for its true residual. Memory: p
+    numbers.
 
     References
     ----------
@@ -39,7 +41,7 @@ class Diagonal(Method):
 
     name: ClassVar[str] = "diagonal"
     gaussian: ClassVar[bool] = True
-    cost: ClassVar[str] = "p products (Hessian) or c backward passes"
+    cost: ClassVar[str] = "c backward passes; Hessian Σ d directions, or p products"
     memory: ClassVar[str] = "p"
     exactness: ClassVar[str] = "the diagonal alone"
     choose_it_for: ClassVar[str] = "the cheapest baseline; preconditioning"

@@ -14,6 +14,9 @@ from .base import InverseOperator, Method, relative_residual, warn_of_overflow
 
 __all__ = ["HarmonicMean"]
 
+# Squares of the gradients' entries that are made at once.
+SQUARES = 2**20
+
 
 class HarmonicMean(Method):
     r"""x = Σᵢ (wᵢ/Σw) (gᵢgᵢᵀ + D)⁻¹ b, with D = λ + the penalty's diagonal: closed form, by Sherman and Morrison.
@@ -55,9 +58,10 @@ class HarmonicMean(Method):
         """Compute the per-sample gradients."""
         n, p = A.factor_shape
         way_out = 'Try method="cg", which keeps no gradients, or fewer parameters with `params`.'
-        check_memory(3 * n * p * A.dtype.itemsize, f"{n:,} gradients of {p:,} parameters", way_out, A.device)
+        check_memory(2 * n * p * A.dtype.itemsize, f"{n:,} gradients of {p:,} parameters", way_out, A.device)
         rows, weights = A.gradient_rows(verbose)
-        rows = weights.sqrt()[:, None] * rows
+        # In place: n p numbers are held once.
+        rows.mul_(weights.sqrt()[:, None])
         return HarmonicMeanInverse(rows, weights, A.penalty, hessian_perturbation).judged_by(A)
 
 
@@ -97,7 +101,9 @@ class HarmonicMeanInverse(InverseOperator):
         # D = s D₁ with D₁ ≥ 1: 1 / D and its products with squares overflow at a small λ, those of D₁ do not.
         self.scale = float(shift.min())
         self.shift, self.relative = shift.to(rows.dtype), (shift / self.scale).to(rows.dtype)
-        along = torch.cat([(part.square() @ (1 / self.relative)).double() for part in rows.split(self._chunk())])
+        # Few squares at a time stay in the caches.
+        chunk = min(self._chunk(), max(1, SQUARES // rows.shape[1]))
+        along = torch.cat([(part.square() @ (1 / self.relative)).double() for part in rows.split(chunk)])
         # A row of weight zero is zero: it has no part in the mean but D⁻¹.
         along = torch.where(weights > 0, along / weights.double(), 0.0)
         # D⁻¹ fᵢ cᵢ fᵢᵀ D⁻¹ = D₁⁻¹ fᵢ (s + fᵢᵀD₁⁻¹fᵢ/wᵢ)⁻¹ fᵢᵀ D₁⁻¹ / s

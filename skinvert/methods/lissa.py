@@ -193,7 +193,8 @@ class LiSSAInverse(InverseOperator):
             run.complete()
             mean += run.best / self.settings.repetitions
             n_iter += run.n_iter
-        residual = problem.residual(mean)
+        # Of one run the last look has told it.
+        residual = run.residual() if self.settings.repetitions == 1 else problem.residual(mean)
         rtol = float(self.settings.rtol or 0.0)
         mean, lost = problem.back(mean, residual)
         held = finite_rows(warn_of_overflow("lissa", mean))
@@ -275,6 +276,11 @@ class _Run:
                 return
             self._epoch()
             self._look((epoch + 1) * self.steps_of_epoch)
+
+    def residual(self) -> torch.Tensor:
+        """Return the true residuals of the best averages, as each was looked at: ‖Ax − b‖ / ‖b‖ (k,), of b = 0 ‖Ax‖."""
+        size = norms(self.B)
+        return torch.where(size > 0, self.size / size, self.size)
 
     def _epoch(self) -> None:
         rows, age = self.rows, self.age[self.rows]

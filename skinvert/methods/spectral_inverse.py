@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import scipy.linalg
 import torch
@@ -21,6 +21,24 @@ from .definite import proven_bound
 from .null_space import InvertedSpectrum, invert_spectrum
 
 __all__ = ["SpectralInverse"]
+
+
+class _Parts(NamedTuple):
+    """Rows b (k, p) taken apart by a basis.
+
+    Attributes
+    ----------
+    along : tensor of shape (k, r)
+        Their coordinates.
+    more : tensor of shape (k, r)
+        What of these is still in ``across``: rounding of the first projection.
+    across : tensor of shape (k, p) or None
+        Their part across the basis, by one projection; None where the basis is of the whole space.
+    """
+
+    along: torch.Tensor
+    more: torch.Tensor
+    across: torch.Tensor | None
 
 
 class SpectralInverse(InverseOperator):
@@ -161,13 +179,13 @@ class SpectralInverse(InverseOperator):
         step = rows_within(5 * B.shape[1] * B.element_size(), self.basis.rows_at_once)
         for start in range(0, len(B), step):
             rows = slice(start, start + step)
-            X[rows], outside[rows] = self._solution(B[rows], *self._split(B[rows]), inside[rows])
+            X[rows], outside[rows] = self._solution(B[rows], self._split(B[rows]), inside[rows])
         return self._told(B, X, outside, inside)
 
     def solve_path(self, B: torch.Tensor, hessian_perturbations: Iterable[float]) -> list[InverseHvpResult]:
         """Return the results at every λ: B is projected once."""
-        along, across = self._split(B)
-        return [self.at(shift)._solved(B, along, across) for shift in hessian_perturbations]
+        parts = self._split(B)
+        return [self.at(shift)._solved(B, parts) for shift in hessian_perturbations]
 
     def at(self, hessian_perturbation: float) -> Self:
         """Return the inverse at another λ, from the same basis and spectrum."""
@@ -190,9 +208,9 @@ class SpectralInverse(InverseOperator):
         """Return the solutions alone; an exact inverse of a matrix still says what it did not solve."""
         if self.source is not None and not self.approximate:
             return super().apply(V)
-        along, across = self._split(V)
-        self._warn_of_outside(self._outside(V, along))
-        return self._refined(V, self._combined(along, across))
+        parts = self._split(V)
+        self._warn_of_outside(self._outside(V, parts.along))
+        return self._refined(V, self._combined(parts))
 
     def precondition(self, R: torch.Tensor) -> torch.Tensor:
         """Return M⁻¹ r, with r itself along what is left out, so that no direction is lost.
@@ -201,11 +219,10 @@ class SpectralInverse(InverseOperator):
         of Frangella, Tropp & Udell (2023), eq. 1.3 and 5.3: those that are not computed count as the smallest one that
         is, and not as zero.
         """
-        along, across = self._split(R)
         found = self.inverted
-        if across is None:
-            return self.basis.combination(along * (found.inverse + found.lost))
-        return across + self.basis.combination(along * (found.values.min() / found.values))
+        if self._spans:
+            return self._mapped(self._split(R), found.inverse + found.lost, None)
+        return self._mapped(self._split(R), found.values.min() / found.values, 1.0)
 
     @property
     def gaussian(self) -> bool:
@@ -221,9 +238,9 @@ class SpectralInverse(InverseOperator):
     def root(self, Z: torch.Tensor) -> torch.Tensor:
         """Return Q (θ + λ)^-½ Qᵀ z + (I − QQᵀ) z / (τ + λ)^½: the symmetric root."""
         self._check_definite()
-        along, across = self._split(Z)
-        X = self.basis.combination(along * self.inverted.values.rsqrt())
-        return X if across is None else X + across / math.sqrt(self._rest)
+        return self._mapped(
+            self._split(Z), self.inverted.values.rsqrt(), None if self._spans else 1 / math.sqrt(self._rest)
+        )
 
     @property
     def own_eigenvalues(self) -> torch.Tensor | None:
@@ -285,37 +302,43 @@ class SpectralInverse(InverseOperator):
         self.positive_definite = self.inverted.positive_definite and (self._drops or self._rest > 0)
         self._warn_of_negative()
 
-    def _split(self, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the coordinates of B (k, r), and its part across the basis (k, p), None where there is none."""
+    def _split(self, B: torch.Tensor) -> _Parts:
+        """Return rows B (k, p) taken apart."""
         along = self.basis.coordinates(B)
         if self._spans:
-            return along, None
+            return _Parts(along, along, None)
         across = B - self.basis.combination(along)
         # Twice: 1/λ would magnify what rounding leaves along the basis.
         more = self.basis.coordinates(across)
-        return along + more, across - self.basis.combination(more)
+        return _Parts(along + more, more, across)
 
-    def _combined(self, along: torch.Tensor, across: torch.Tensor | None) -> torch.Tensor:
-        X = self.basis.combination(along * self.inverted.inverse)
-        return X if across is None or self._drops else X + across / self._rest
+    def _mapped(self, parts: _Parts, inner: torch.Tensor, outer: float | None) -> torch.Tensor:
+        """Return Q diag(inner) Qᵀ b + outer (I − QQᵀ) b; nothing of the second where ``outer`` is None.
+
+        What is along the basis in both is joined before it is combined: a GEMM less.
+        """
+        if parts.across is None or outer is None:
+            return self.basis.combination(parts.along * inner)
+        return self.basis.combination(parts.along * inner - parts.more * outer) + parts.across * outer
+
+    def _combined(self, parts: _Parts) -> torch.Tensor:
+        return self._mapped(parts, self.inverted.inverse, None if self._drops else 1 / self._rest)
 
     def _refined(self, B: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
         """Take one step of refinement where the source offers it."""
         R = None if self.source is None else self.source.refining_residual(B, X, self.hessian_perturbation)
-        return X if R is None else X + self._combined(*self._split(R))
+        return X if R is None else X + self._combined(self._split(R))
 
-    def _solved(self, B: torch.Tensor, along: torch.Tensor, across: torch.Tensor | None) -> InverseHvpResult:
-        """Solve, with the coordinates of B and its part across the basis."""
+    def _solved(self, B: torch.Tensor, parts: _Parts) -> InverseHvpResult:
+        """Solve, with B taken apart."""
         inside = B if self._spans or not self._drops else torch.empty_like(B)
-        return self._told(B, *self._solution(B, along, across, inside), inside)
+        return self._told(B, *self._solution(B, parts, inside), inside)
 
-    def _solution(
-        self, B: torch.Tensor, along: torch.Tensor, across: torch.Tensor | None, inside: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _solution(self, B: torch.Tensor, parts: _Parts, inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the solutions, and which rows have a part along what is left out; b's part that is solved, inside."""
-        if across is not None and self._drops:
-            torch.sub(B, across, out=inside)
-        return self._refined(B, self._combined(along, across)), self._outside(B, along)
+        if parts.across is not None and self._drops:
+            torch.sub(B, parts.across, out=inside)
+        return self._refined(B, self._combined(parts)), self._outside(B, parts.along)
 
     def _told(self, B: torch.Tensor, X: torch.Tensor, outside: torch.Tensor, inside: torch.Tensor) -> InverseHvpResult:
         """Return the result, and warn of what is not solved."""

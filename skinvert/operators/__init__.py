@@ -4,6 +4,7 @@ from .base import FACES, LinearOperator, add_to_diagonal, as_scipy, check_dense_
 from .bases import Basis, BlockBasis, Eigenvectors, KroneckerBasis, StandardBasis, zero_cut
 from .block_diagonal import BlockDiagonal
 from .factors import KroneckerBlock, KroneckerFactors
+from .gram import add_gram, mirrored
 from .kronecker import Kronecker
 from .simple import Dense, DiagonalMatrix, LowRank, Shifted
 from .spectral import Spectral
@@ -26,9 +27,11 @@ __all__ = [
     "Shifted",
     "Spectral",
     "StandardBasis",
+    "add_gram",
     "add_to_diagonal",
     "as_scipy",
     "check_dense_memory",
+    "mirrored",
     "symmetrise",
     "trace",
     "zero_cut",

@@ -174,7 +174,10 @@ class LinearOperator(TensorState, ABC):
         self._lacks("sample_factors")
 
     def gradient_rows(self, verbose: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return rows gᵢ (n, p) and shares wᵢ/Σw (n,) with A = Σ wᵢ gᵢgᵢᵀ / Σ wᵢ + diag(penalty)."""
+        """Return rows gᵢ (n, p) and shares wᵢ/Σw (n,) with A = Σ wᵢ gᵢgᵢᵀ / Σ wᵢ + diag(penalty).
+
+        The rows are the caller's, to be written over.
+        """
         self._lacks("gradient_rows")
 
     def kronecker_factors(
@@ -217,7 +220,8 @@ class LinearOperator(TensorState, ABC):
 
 def symmetrise(matrix: torch.Tensor) -> torch.Tensor:
     """Return (M + Mᵀ) / 2, in place and by blocks, so that no second matrix is needed."""
-    step = rows_within(2 * matrix.shape[1] * matrix.element_size(), matrix.shape[0])
+    # Few rows at a time: the caches hold the columns that go with them.
+    step = rows_within(2 * matrix.shape[1] * matrix.element_size(), 128)
     for start in range(0, len(matrix), step):
         rows, rest = slice(start, start + step), slice(start, None)
         mean = (matrix[rows, rest] + matrix[rest, rows].mT) / 2

@@ -7,6 +7,7 @@ import torch
 from .._check import check_shift, must_be
 from .._memory import rows_within
 from .base import ON_ROWS, LinearOperator, add_to_diagonal
+from .gram import add_gram, mirrored
 
 __all__ = ["Dense", "DiagonalMatrix", "LowRank", "Shifted"]
 
@@ -135,9 +136,10 @@ class LowRank(LinearOperator):
         return product if self.penalty is None else product + V * self.penalty
 
     def to_dense(self, verbose: int = 0) -> torch.Tensor:
-        """Return FᵀF + diag(penalty), by one GEMM."""
-        matrix = self.rows.mT @ self.rows
-        return add_to_diagonal(matrix, self.penalty)
+        """Return FᵀF + diag(penalty), by r p² operations."""
+        matrix = self.rows.new_zeros(self.shape)
+        add_gram(matrix, self.rows)
+        return add_to_diagonal(mirrored(matrix), self.penalty)
 
     def diagonal(self) -> torch.Tensor:
         """Return the squared column norms of F plus the penalty."""

@@ -65,6 +65,8 @@ class MINRESRun:
         self.norm = torch.zeros_like(tolerance)
         self.best, self.best_size = self.X.clone(), self.state.beta.clone()
         self.last_size = torch.full_like(tolerance, torch.inf)
+        # Whether X was looked at since it last changed.
+        self.known = torch.ones_like(self.stagnated)
         # ‖x‖ and ‖r‖ of the last X whose length paid, and ‖r‖ where x was last a least-squares solution.
         self.own_norm, self.own_size = self.last_size.clone(), self.last_size.clone()
         self.least_size = self.last_size.clone()
@@ -94,6 +96,7 @@ class MINRESRun:
 
         w = (v - _column(s.epsilon, v) * s.w_before - _column(delta, v) * s.w) / _column(gamma, v)
         self.X[rows] += _column(torch.where(null, 0.0, cs * s.phibar), w) * w
+        self.known[rows] = False
         self.state = _Recurrence(s.current, rest, s.w, w, s.beta, beta, dbar, s.sn * beta, sn * s.phibar, cs, sn)
         if bool(null.any()):
             self.stagnated[rows[null]] = True
@@ -108,13 +111,15 @@ class MINRESRun:
 
     def result(self) -> torch.Tensor:
         """Return the best X of each row."""
-        if len(self.rows):
-            self._keep(self.rows)
+        rows = self.rows[~self.known[self.rows]]
+        if len(rows):
+            self._keep(rows)
         return self.best
 
     def residual(self) -> torch.Tensor:
-        """Return NaN (k,): the true residuals of the best X are for the caller to compute."""
-        return torch.full_like(self.tolerance, torch.nan)
+        """Return the true residuals of the best X, as each was looked at: ‖Ax − b‖ / ‖b‖ (k,), of b = 0 ‖Ax‖."""
+        size = norms(self.B)
+        return torch.where(size > 0, self.best_size / size, self.best_size)
 
     def _lanczos(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return v, α, and the next vector with its norm β."""
@@ -161,6 +166,7 @@ class MINRESRun:
         would seem to take away.
         """
         R = self.B[rows] - self.apply(self.X[rows])
+        self.known[rows] = True
         size, norm = norms(R), norms(self.X[rows])
         better, decades = size < self.best_size[rows], torch.log10(norm / self.own_norm[rows])
         paid = better & (pays(decades, size, self.own_size[rows]) | (size <= self.tolerance[rows]))

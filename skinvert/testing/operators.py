@@ -114,6 +114,8 @@ def check_gradient_rows(A: LinearOperator) -> None:
     """Hold Σ sᵢ gᵢgᵢᵀ + diag(penalty) against the matrix."""
     if "gradient_rows" not in A.faces:
         return
+    A.gradient_rows()[0].zero_()
+    # Whose rows these are: a method writes over them.
     G, shares = (part.double().cpu().numpy() for part in A.gradient_rows())
     claim(bool(np.isclose(shares.sum(), 1.0, atol=ROUNDING[A.dtype])), "shares add up to 1", shares.sum())
     _near(G.T @ (G * shares[:, None]) + _penalty(A), dense(A), A, "the gradients' outer products make up the matrix")

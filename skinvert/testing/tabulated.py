@@ -68,7 +68,7 @@ class Tabulated(LinearOperator):
         if self.gradients is None:
             return super().gradient_rows()
         rows, shares = self.gradients
-        return rows, shares
+        return rows.clone(), shares
 
     @property
     def n_samples(self) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 
 from skinvert import TorchTwiceDifferentiable
 from skinvert.curvature import Objective, build_curvature
+from skinvert.curvature.saved import counted
 from skinvert.data import as_batches
 
 # Convex in the outputs, so that the Gauss–Newton matrix exists.
@@ -169,3 +170,19 @@ def test_outputs_that_mix_rows_are_refused():
     model = TorchTwiceDifferentiable(Centred(5, 2).double(), "mse").at_point()
     with pytest.raises(ValueError, match="row's own"):
         Objective(model, as_batches(case.data, dtype=model.dtype, device=model.device))
+
+
+def test_a_graph_that_was_given_up_is_not_counted():
+    """A recording without rules is one: what a batch is kept by afterwards is another graph."""
+    x, kept = torch.ones(1000, requires_grad=True), []
+
+    def compute():
+        x.exp().sin()
+        kept.append(x.exp())
+        return kept[0].square()
+
+    _, size = counted(compute)
+    # The exponential saves its result, and the square what it is of.
+    assert size == 2 * 4000
+    _, size = counted(lambda: x.exp().sin().detach())
+    assert size == 0

@@ -9,7 +9,7 @@ from torch import nn
 
 from skinvert import HessianInverter
 from skinvert.curvature import hessian
-from skinvert.curvature.layers import hessian_from_layers, second_order
+from skinvert.curvature.layers import hessian_diagonal_from_layers, hessian_from_layers, second_order
 
 N = 11
 
@@ -149,6 +149,49 @@ def from_layers(A):
 def test_models(model):
     case = case_of({**MODELS, **LONG}[model])
     assert matrix_error(from_layers(curvature_of(case)), Oracle(case).hessian()) <= 1e-12
+
+
+@pytest.mark.parametrize("model", [*MODELS, *LONG])
+def test_diagonals_of_models(model):
+    case = case_of({**MODELS, **LONG}[model])
+    found, expected = hessian_diagonal_from_layers(curvature_of(case).objective), Oracle(case).hessian().diagonal()
+    assert matrix_error(found, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("model", OTHERS)
+def test_diagonals_where_a_weight_is_used_elsewhere(model):
+    """None from the layers, which say nothing of another use; right by products."""
+    case = case_of(OTHERS[model], weight_decay=0.1)
+    A = curvature_of(case)
+    assert hessian_diagonal_from_layers(A.objective) is None
+    assert matrix_error(A.diagonal(), Oracle(case).hessian().diagonal()) <= 1e-12
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_diagonals_of_losses_weights_and_penalty(loss, monkeypatch):
+    """By a product for each parameter tensor, to hold it against; with chunks and pushes of a few rows."""
+    monkeypatch.setattr(second_order, "CHUNK", 3)
+    case = case_of(MODELS["skip"], loss, weight_decay=0.1, counts=torch.arange(N).numpy() % 4)
+    A, rows = curvature_of(case), []
+    apply = type(A).apply
+    monkeypatch.setattr(type(A), "apply", lambda self, V: rows.append(len(V)) or apply(self, V))
+    assert matrix_error(A.diagonal(), Oracle(case).hessian().diagonal()) <= 1e-12
+    assert rows == [1] * 6
+
+
+def test_a_use_of_a_weight_that_no_gradient_tells():
+    """Of (w − w₀)² at w = w₀ the gradient is zero: a product tells that the diagonal is not that of the layers."""
+    one = nn.Linear(4, 5)
+    start = one.weight.detach().clone().double()
+
+    def forward(net, x):
+        gap = (net.a.weight - start).square().sum()
+        return net.b(net.a(x).tanh()) + F.pad(gap[None], (0, 2))
+
+    case = case_of(lambda: Net(forward, a=one, b=nn.Linear(5, 3)))
+    A, expected = curvature_of(case), Oracle(case).hessian().diagonal()
+    assert matrix_error(hessian_diagonal_from_layers(A.objective), expected) > 1e-2
+    assert matrix_error(A.diagonal(), expected) <= 1e-12
 
 
 @pytest.mark.parametrize("model", OTHERS)

@@ -25,7 +25,13 @@ def gram(X, w=None, dtype=torch.float64):
 
 
 class Watched(Gram):
-    """A Gram matrix that records which rows are drawn."""
+    """A Gram matrix that records which rows are drawn, and counts its products with all of them."""
+
+    looks = 0
+
+    def apply(self, V):
+        self.looks += 1
+        return super().apply(V)
 
     def minibatch(self, rows):
         self.__dict__.setdefault("drawn", []).append(rows.numpy().copy())
@@ -50,6 +56,20 @@ def test_is_the_recursion_of_the_paper(scale, size, maxiter):
     gap = np.linalg.norm(received.x.numpy() @ exact - b, axis=1) / np.linalg.norm(b, axis=1)
     np.testing.assert_allclose(received.info["residual"], gap, rtol=1e-8)
     assert received.info["n_iter"].tolist() == [maxiter // 2] * 3
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize(("repetitions", "looks"), [(1, 3), (2, 7)])
+def test_all_the_data_are_looked_at_once_an_epoch(repetitions, looks):
+    """A mean of several runs was not looked at by any of them."""
+    X, w, b = plain_rows()
+    b[1] = 0
+    A = Watched(torch.as_tensor(X), torch.as_tensor(w))
+    method = LiSSA(rtol=0.0, maxiter=30, scale=30.0, batch_size=8, repetitions=repetitions)
+    x, info = method.invert(A, 0.3).solve(torch.as_tensor(b))
+    assert A.looks == looks and len(A.drawn) == 15 * repetitions
+    gap, size = np.linalg.norm(x.numpy() @ shifted_gram(X, w) - b, axis=1), np.linalg.norm(b, axis=1)
+    np.testing.assert_allclose(info["residual"], gap / np.where(size > 0, size, 1), rtol=1e-9)
 
 
 def replay(b, estimates, exact, scale, m):

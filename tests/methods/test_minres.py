@@ -64,6 +64,32 @@ def test_minimises_the_residual_over_the_krylov_space():
             np.testing.assert_allclose(received, expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("eigenvalues", [INDEFINITE, np.repeat([-2.0, 1.0, 5.0, 7.0], 10)], ids=["stopped", "solved"])
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_no_product_is_taken_for_a_residual_that_is_known(eigenvalues, started):
+    """Four iterations take five products, whether the last one is claimed or broken off; each residual is its x's."""
+    A, b = matrix(eigenvalues), rows(3, 40)
+    operator, x0 = Counting(A), 0.1 * rows(3, 40, 2) if started else None
+    b[1] = 0
+    x, info = MINRES(maxiter=4, x0=x0).invert(operator, 0.0).solve(torch.as_tensor(b))
+    assert info["n_iter"].tolist() == [4, 0, 4] and operator.calls == 5 + started
+    gap, size = np.linalg.norm(x.numpy() @ A - b, axis=1), np.linalg.norm(b, axis=1)
+    np.testing.assert_allclose(info["residual"], gap / np.where(size > 0, size, 1), rtol=1e-9, atol=1e-14)
+
+
+class Counting(Dense):
+    """A matrix that counts its products."""
+
+    def __init__(self, A):
+        super().__init__(torch.as_tensor(A))
+        self.calls = 0
+
+    def apply(self, V):
+        self.calls += 1
+        return super().apply(V)
+
+
 def test_rows_leave_when_they_are_done_and_alone_is_together():
     A = matrix(INDEFINITE)
     vectors = np.linalg.eigh(A)[1].T

@@ -14,7 +14,7 @@ from .passes import Passes, UnexplainedError
 from .probe import probe
 from .recording import PulledBack, slack
 
-__all__ = ["PairSums", "agrees", "dense_from_layers", "linear_layers"]
+__all__ = ["PairSums", "agrees", "agrees_at_some", "dense_from_layers", "linear_layers"]
 
 # Samples whose outer products are made at once: few enough to stay in the caches, many enough for a GEMM.
 CHUNK = 128
@@ -57,6 +57,25 @@ def agrees(A: LinearOperator, matrix: torch.Tensor, eps: float) -> bool:
     expected = A.apply(v) if A.penalty is None else A.apply(v) - v * A.penalty
     tolerance = slack(eps) * (matrix.norm() * v.norm())
     return bool((v @ matrix - expected).norm() <= tolerance)
+
+
+def agrees_at_some(A: LinearOperator, diagonal: torch.Tensor, sizes: Sequence[int]) -> bool:
+    """Return whether a diagonal is that of A without its penalty, at the largest entry of each part of these sizes.
+
+    By a product with A for each part, which shares no code with it.
+    """
+    starts = torch.tensor([0, *sizes[:-1]], device="cpu").cumsum(0).tolist()
+    places = [start + int(part.abs().argmax()) for start, part in zip(starts, diagonal.split(list(sizes)), strict=True)]
+    tolerance = 1e3 * torch.finfo(A.dtype).eps
+    for place in places:
+        v = diagonal.new_zeros(1, A.size)
+        v[0, place] = 1
+        column = A.apply(v)[0] if A.penalty is None else A.apply(v)[0] - v[0] * A.penalty
+        scale = torch.maximum(column.norm(), diagonal.abs().max())
+        # Not (a > b): NaN compares false.
+        if not bool((column[place] - diagonal[place]).abs() <= tolerance * scale):
+            return False
+    return True
 
 
 def linear_layers(layers: Sequence[Layer], size: int) -> list[KroneckerLayer] | None:

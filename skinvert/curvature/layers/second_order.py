@@ -21,12 +21,12 @@ from ..._types import Batch
 from ..objective import Objective
 from ..per_sample import split_batch
 from ..products import forward_products, recorded_products
-from ..tangents import recorded
+from ..tangents import Program, Recording, recorded
 from .assembly import PairSums, linear_layers
 from .found import layers_of
 from .kinds import Call, KroneckerLayer
 
-__all__ = ["hessian_from_layers"]
+__all__ = ["hessian_diagonal_from_layers", "hessian_from_layers"]
 
 # Samples at a time: many enough for the products, few enough for the caches.
 CHUNK = 1024
@@ -37,8 +37,8 @@ def hessian_from_layers(objective: Objective, verbose: int = 0) -> torch.Tensor 
 
     n p² operations, as for the GGN; products with the identity take some 12 n p².
     """
-    layers = linear_layers(layers_of(objective.model).layers, objective.size)
-    if layers is None or any(layer.key is not layer.module for layer in layers):
+    layers = _modules(objective)
+    if layers is None:
         return None
     sums, width = PairSums(layers), sum(sum(layer.index.shape) for layer in layers)
     most = max(len(a.index) * len(b.index) * a.index.shape[1] for a in layers for b in layers)
@@ -50,23 +50,83 @@ def hessian_from_layers(objective: Objective, verbose: int = 0) -> torch.Tensor 
     return sums.matrix()
 
 
+def hessian_diagonal_from_layers(objective: Objective, verbose: int = 0) -> torch.Tensor | None:
+    """Return the Hessian's diagonal (p,) without the penalty; None unless all parameters are in layers of one row each.
+
+    Of the entry (o, i) of a layer's [W, b] it is Σ a_i² ∂²ℓ/∂ε_o²: Σ d directions, each through the layers above its
+    own and back, at most a third of a product, where products with the identity take p.
+    """
+    layers = _modules(objective)
+    if layers is None:
+        return None
+    diagonal = torch.zeros(objective.size, dtype=objective.dtype, device=objective.device)
+    # What a sample's record holds of each layer.
+    held = 16 * sum(sum(layer.index.shape) for layer in layers) * objective.dtype.itemsize
+    for batch, weights in progress(objective.batches, "layers", verbose):
+        for rows, part in split_batch(
+            batch, objective.scale * weights / objective.weight_sum, rows_within(held, CHUNK)
+        ):
+            if not _add_to_diagonal(diagonal, layers, objective, rows, part):
+                return None
+    return diagonal
+
+
+def _modules(objective: Objective) -> list[KroneckerLayer] | None:
+    """Return the layers, or None unless they are modules that hold all parameters."""
+    layers = linear_layers(layers_of(objective.model).layers, objective.size)
+    return None if layers is None or any(layer.key is not layer.module for layer in layers) else layers
+
+
+def _add_to_diagonal(
+    diagonal: torch.Tensor,
+    layers: Sequence[KroneckerLayer],
+    objective: Objective,
+    batch: Batch,
+    weights: torch.Tensor,
+) -> bool:
+    """Add samples to the diagonal; return whether the layers are all that parameters are used in, as for ``_add``."""
+    noisy = _Noisy(layers, len(weights))
+    record, loss = recorded(lambda: noisy.loss(objective, batch, weights))
+    if loss is None or not noisy.explains(objective.model.gradient_of(loss, create_graph=True).detach()):
+        return False
+    for layer, noise, slope, a in zip(layers, noisy.noise, noisy.slopes, noisy.rows(), strict=True):
+        program = _program(record, [noise], slope)
+        if program is None:
+            return False
+        diagonal[layer.index] += _own_derivatives(program, noise).mT @ a.square()
+    return True
+
+
+def _program(record: Recording, noise: list[torch.Tensor], value: torch.Tensor) -> Program | None:
+    """Return the derivative of a value along the noise; None where an operation has no rule."""
+    return recorded_products(record, noise, value, lambda V: forward_products(value, noise)(V).flatten(1))
+
+
+def _own_derivatives(program: Program, noise: torch.Tensor) -> torch.Tensor:
+    """Return the derivative (m, d) of each slope by its own noise."""
+    (m, d), found = noise.shape, torch.empty_like(noise, requires_grad=False)
+    unit = torch.eye(d, dtype=noise.dtype, device=noise.device)
+    for start in range(0, d, program.rows):
+        some = slice(start, start + program.rows)
+        along = program(unit[some].repeat(1, m))
+        found[:, some] = along.reshape(-1, m, d)[:, :, some].diagonal(dim1=0, dim2=2)
+    return found
+
+
 def _add(
     sums: PairSums, layers: Sequence[KroneckerLayer], objective: Objective, batch: Batch, weights: torch.Tensor
 ) -> bool:
     """Add samples; return whether each layer saw one row of each, once, by operations that have rules."""
-    model, noisy = objective.model, _Noisy(layers, len(weights))
+    noisy = _Noisy(layers, len(weights))
 
     def compute() -> torch.Tensor | None:
-        with noisy.hooked():
-            losses = model.per_sample_loss(model.forward(batch), batch)
-        return noisy.joined((losses * weights).sum()) if noisy.plain else None
+        loss = noisy.loss(objective, batch, weights)
+        return None if loss is None else noisy.joined()
 
     record, joined = recorded(compute)
     if joined is None:
         return False
-    program = recorded_products(
-        record, noisy.noise, joined, lambda V: forward_products(joined, noisy.noise)(V).flatten(1)
-    )
+    program = _program(record, noisy.noise, joined)
     if program is None:
         return False
     _add_pairs(sums, noisy, program(noisy.directions()).reshape(-1, len(weights), joined.numel() // len(weights)))
@@ -118,6 +178,25 @@ class _Noisy:
         shapes = [[a.shape for a in self.calls.get(j, [])] for j in range(len(self.layers))]
         return all(len(own) == 1 and own[0] in _one_row(self.m, own[0][-1]) for own in shapes)
 
+    def loss(self, objective: Objective, batch: Batch, weights: torch.Tensor) -> torch.Tensor | None:
+        """Return Σ wℓ, having taken its slopes and the inputs; None where a layer saw anything but one row a sample."""
+        model = objective.model
+        with self.hooked():
+            loss = (model.per_sample_loss(model.forward(batch), batch) * weights).sum()
+        if not self.plain:
+            return None
+        self.slopes = list(torch.autograd.grad(loss, self.noise, create_graph=True, materialize_grads=True))
+        self.inputs = [self.calls[j][0].reshape(self.m, -1) for j in range(len(self.layers))]
+        return loss
+
+    def explains(self, gradient: torch.Tensor) -> bool:
+        """Return whether the gradient (p,) is that of what the layers saw: else weights are used outside them too."""
+        for layer, slope, a in zip(self.layers, self.slopes, self.rows(), strict=True):
+            scale, eps = float(slope.detach().norm() * a.norm()), torch.finfo(a.dtype).eps
+            if not float((slope.detach().mT @ a - gradient[layer.index]).norm()) <= 1e3 * eps * scale:
+                return False
+        return True
+
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Add the noise while the context lasts."""
@@ -126,11 +205,8 @@ class _Noisy:
                 stack.callback(layer.module.register_forward_hook(partial(self._add, j)).remove)
             yield
 
-    def joined(self, loss: torch.Tensor) -> torch.Tensor:
+    def joined(self) -> torch.Tensor:
         """Return the slopes and the inputs, sample by sample, as one vector."""
-        slopes = torch.autograd.grad(loss, self.noise, create_graph=True, materialize_grads=True)
-        self.slopes = list(slopes)
-        self.inputs = [self.calls[j][0].reshape(self.m, -1) for j in range(len(self.layers))]
         return torch.cat([*self.slopes, *self.inputs], dim=1).reshape(-1)
 
     def directions(self) -> torch.Tensor:
