@@ -377,7 +377,7 @@ def test_what_the_factors_hold_is_counted_before_they_are_made(monkeypatch):
     def note(needed, what, *_):
         asked.setdefault(what, needed)
 
-    monkeypatch.setattr("skinvert.curvature.layers.kronecker.check_memory", note)
+    monkeypatch.setattr("skinvert.curvature.layers.room.check_memory", note)
     net = nn.Sequential(nn.Embedding(50, 7), nn.Flatten(), nn.Linear(14, 6), nn.Tanh(), nn.Linear(6, 3))
     X, y = torch.randint(50, (8, 2)), torch.arange(8) % 3
     fitted(net, X, y)
