@@ -66,18 +66,18 @@ HERE = Storage()
 class InCPUMemory(Storage):
     """Tensors lie in the CPU's memory, whatever device computes."""
 
-    place = "the CPU's memory"
+    place, home = "the CPU's memory", torch.device("cpu")
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, group: str) -> torch.Tensor:
         """Return a tensor on the CPU."""
-        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+        return torch.empty(tuple(shape), dtype=dtype, device=self.home)
 
     def keep(self, tensor: torch.Tensor, group: str) -> torch.Tensor:
         """Return it on the CPU: itself, where it is there."""
-        return tensor.to("cpu")
+        return tensor.to(self.home)
 
 
 class InFiles(Storage):

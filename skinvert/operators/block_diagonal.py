@@ -60,8 +60,8 @@ class BlockDiagonal(LinearOperator):
         matrix = torch.block_diag(*[operator.to_dense(verbose) for operator in self.operators])
         if self.order is None:
             return matrix
-        placed = torch.empty_like(matrix)
-        placed[self.order[:, None], self.order] = matrix
+        placed, order = torch.empty_like(matrix), self.order.to(matrix.device)
+        placed[order[:, None], order] = matrix
         return placed
 
     def diagonal(self) -> torch.Tensor:

@@ -18,7 +18,6 @@ __all__ = ["check_room"]
 WHAT = "The Kronecker factors of the layers"
 # `eigh` works on a copy, with twice its size beside.
 WORK = 4
-CPU = torch.device("cpu")
 
 
 @dataclass
@@ -81,8 +80,9 @@ def check_room(
     # What is at work at once: a side beside its decomposition, a layer's eigenvalues, rows of all parameters.
     work += (sizes.largest + 3 * sizes.widest + 2 * objective.size) * itemsize
     if isinstance(storage, InCPUMemory):
-        same = objective.device.type == "cpu"
-        check_memory(held + (work if same else 0), WHAT, _way_out("the folder of a disk as `offload`, or "), CPU)
+        same = objective.device.type == storage.home.type
+        more = "the folder of a disk as `offload`, or "
+        check_memory(held + (work if same else 0), WHAT, _way_out(more), storage.home)
         work = 0 if same else work
     elif checkpoint.keeps:
         # Each of its writes copies what is done.
