@@ -559,7 +559,7 @@ def test_what_does_not_fit_says_so_before_it_starts(monkeypatch):
     net, X, y = double(nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 3))), torch.randn(5, 40), torch.randint(3, (5,))
     needed = 8 * 2 * (30**2 + 41**2 + 3**2 + 31**2)
     monkeypatch.setattr(_memory, "available_memory", lambda device: needed)
-    with pytest.raises(MemoryError, match='The Kronecker factors.*Try `params`.*method="cg"'):
+    with pytest.raises(MemoryError, match='The Kronecker factors.*Try offload.*`params`.*method="cg"'):
         fitted(net, X.double(), y)
 
 
