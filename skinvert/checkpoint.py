@@ -202,8 +202,9 @@ def _identity(method: Method, system: System, settings: Mapping[str, object]) ->
     elif model is not None:
         own += model.parameters
     data: list[object] = [*A.gradient_rows()] if batches is None else [batches.checksums, batches.sample_weight]
+    own_settings = {name: value for name, value in method.get_params().items() if name not in method.placing}
     parts = {
-        "method": [type(method), sorted(method.get_params().items(), key=lambda item: item[0])],
+        "method": [type(method), sorted(own_settings.items(), key=lambda item: item[0])],
         "curvature": [system.curvature_name, A.dtype, A.device.type],
         "model": [type(model), model.module if isinstance(model, TorchTwiceDifferentiable) else None],
         "parameters": [system.layout, own],

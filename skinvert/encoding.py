@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -147,11 +148,13 @@ class Writer:
 
 
 def plain(value: Decoded) -> Decoded:
-    """Return NumPy scalars as Python's, and classes that name a dtype as dtypes; in lists, tuples and dicts too."""
+    """Return NumPy scalars as Python's, classes that name a dtype as dtypes, and paths as text; in containers too."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, type) and (value in (float, int) or issubclass(value, np.generic)):
         return np.dtype(value)
+    if isinstance(value, PurePath):
+        return str(value)
     return within(plain, value)
 
 

@@ -122,6 +122,8 @@ class Fitting(ABC):
         home: torch.device | None = None,
     ) -> System:
         check_checkpoint(self.checkpoint, self.method_, together=self._ranks is not None)
+        if isinstance(self.method_, Method):
+            self.method_.check()
         return assemble(
             model_or_rows,
             data,

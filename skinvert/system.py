@@ -98,7 +98,8 @@ class System:
         if verbose:
             kept = "and solves with the curvature" if inverse.keeps_operator else "and serves alone"
             left = readable(available_memory(A.device))
-            say(f"memory: the inverse holds {readable(held_bytes(inverse))} {kept}; {left} left on {A.device}", verbose)
+            held = readable(held_bytes(inverse)) + (f" in {inverse.place}" if inverse.place else "")
+            say(f"memory: the inverse holds {held} {kept}; {left} left on {A.device}", verbose)
         return chosen, inverse
 
     def _inverted(

@@ -288,6 +288,10 @@ def one_dies(rank, size):
     return inverter("direct").fit(CASE.module, Failing(rank, lambda: os._exit(3)))
 
 
+def offloaded(rank, size):
+    return inverter(EKFAC(offload="cpu")).fit(CASE.module, share("ragged", rank, size, CASE.X, CASE.y))
+
+
 # -- all of them, the last one last -----------------------------------------------------------------------------------
 
 FAULTS = {
@@ -306,6 +310,7 @@ FAULTS = {
             sharded_model,
             wrapped_in_shards,
             layers_that_differ,
+            offloaded,
         ),
     )
 } | {f"other_rows-{method}": partial(other_rows, method=method) for method in ("cg", "kfac")}

@@ -33,6 +33,7 @@ FLOORS = {
     "_autograd": 0,
     "_check": 0,
     "_memory": 0,
+    "_storage": 0,
     "_checksum": 0,
     "_checkpoint": 0,
     "_distributed": 0,

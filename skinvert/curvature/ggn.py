@@ -11,6 +11,7 @@ import torch
 from .._check import must_be
 from .._checkpoint import NOWHERE, Checkpoint
 from .._memory import check_memory, rows_within
+from .._storage import HERE, Storage
 from .._types import Batch
 from ..models import FactoredHessian, OutputHessian, map_tensors
 from ..operators import KroneckerFactors
@@ -159,13 +160,14 @@ class GGN(Layered):
         unsupported: str = "error",
         verbose: int = 0,
         checkpoint: Checkpoint = NOWHERE,
+        storage: Storage = HERE,
     ) -> KroneckerFactors:
         """Return the factors of each layer."""
         if self.rank > MOST_PASSES:
             must = f"at most {MOST_PASSES:,} for Kronecker factors, which take a backward pass for each"
             hint = "Try curvature=SampledGGN(), or another method."
             raise ValueError(must_be("The columns of the curvature's factor", must, f"{self.rank:,} outputs", hint))
-        return super().kronecker_factors(approx, unsupported, verbose, checkpoint)
+        return super().kronecker_factors(approx, unsupported, verbose, checkpoint, storage)
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 

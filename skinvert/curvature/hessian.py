@@ -10,6 +10,7 @@ import torch
 
 from .._check import must_be
 from .._checkpoint import NOWHERE, Checkpoint
+from .._storage import HERE, Storage
 from .._telling import warn
 from .._types import Batch
 from ..models.second_derivative import SecondDerivativeError
@@ -135,9 +136,10 @@ class Hessian(Curvature):
         unsupported: str = "error",
         verbose: int = 0,
         checkpoint: Checkpoint = NOWHERE,
+        storage: Storage = HERE,
     ) -> KroneckerFactors:
         """Return the factors of each layer of the GGN: the Hessian has none of its own."""
-        return GGN(self.objective).kronecker_factors(approx, unsupported, verbose, checkpoint)
+        return GGN(self.objective).kronecker_factors(approx, unsupported, verbose, checkpoint, storage)
 
     def psd_companion(self) -> GGN | None:
         """Return the GGN, which is the Hessian without the curvature of the outputs; None where the loss has none."""

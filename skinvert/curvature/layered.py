@@ -8,6 +8,7 @@ from collections.abc import Collection
 import torch
 
 from .._checkpoint import NOWHERE, Checkpoint
+from .._storage import HERE, Storage
 from .._types import Batch
 from ..operators import KroneckerFactors, add_to_diagonal
 from .factored import Factored
@@ -33,9 +34,10 @@ class Layered(Factored):
         unsupported: str = "error",
         verbose: int = 0,
         checkpoint: Checkpoint = NOWHERE,
+        storage: Storage = HERE,
     ) -> KroneckerFactors:
         """Return the factors of each layer."""
-        return kronecker_factors(self, approx, unsupported, verbose, checkpoint)
+        return kronecker_factors(self, approx, unsupported, verbose, checkpoint, storage)
 
     def to_dense(self, verbose: int = 0) -> torch.Tensor:
         """Return the matrix (p, p).

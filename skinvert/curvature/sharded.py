@@ -13,6 +13,7 @@ from .._checkpoint import NOWHERE, Checkpoint
 from .._checksum import checksum
 from .._distributed import Ranks
 from .._memory import available_memory
+from .._storage import HERE, Storage
 from ..data import Shard
 from ..operators import (
     KroneckerBasis,
@@ -201,11 +202,15 @@ class Sharded(SumOverRanks):
         unsupported: str = "error",
         verbose: int = 0,
         checkpoint: Checkpoint = NOWHERE,
+        storage: Storage = HERE,
     ) -> KroneckerFactors:
         """Return the factors of each layer, summed over the ranks; so is the diagonal that ``refit`` returns."""
         found: list[KroneckerFactors] = []
 
         def own() -> list[torch.Tensor]:
+            if storage is not HERE:
+                # Their sum over the ranks takes them as they are.
+                raise ValueError(must_be("offload", "None for a fit with process_group", storage.place))
             found.append(self.local.kronecker_factors(approx, unsupported, verbose))
             return []
 

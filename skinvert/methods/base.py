@@ -47,6 +47,8 @@ class Method(TensorState, BaseEstimator, ABC):
         Whether a solve needs the operator itself, and with it the model and the data.
     resumes : bool
         Whether ``resume`` goes on where an interrupted run left off.
+    placing : tuple of str
+        Settings that say where numbers lie, and change none of them.
     accuracy : float
         The relative residual that ``tight`` settings reach in float64 where the method is exact.
     default_curvature : str
@@ -67,7 +69,11 @@ class Method(TensorState, BaseEstimator, ABC):
     needs_psd: ClassVar[bool] = False
     keeps_operator: ClassVar[bool] = False
     resumes: ClassVar[bool] = False
+    placing: ClassVar[tuple[str, ...]] = ()
     accuracy: ClassVar[float] = 1e-8
+
+    def check(self) -> None:
+        """Raise for settings that cannot be served here, before any work; here for none."""
 
     @classmethod
     def tight(cls) -> Self:
@@ -132,7 +138,6 @@ class InverseOperator(TensorState, ABC):
     # Of those that iterate: an absolute tolerance, where to start, and the most iterations of a row.
     atol: float = 0.0
     x0: Any = None
-    maxiter: int | None = None
 
     _transient: tuple[str, ...] = ("exact",)
 
@@ -168,6 +173,11 @@ class InverseOperator(TensorState, ABC):
     def device(self) -> torch.device:
         """Of rows and solutions."""
         return self.operator.device
+
+    @property
+    def place(self) -> str:
+        """Where its numbers lie, in words; nothing where that is the device that computes."""
+        return ""
 
     @property
     def preconditions(self) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import ClassVar
 
 from .._checkpoint import NOWHERE, Checkpoint
+from .._storage import check_offload, storage_of
 from ..operators import LinearOperator
 from .base import Method
-from .kfac import decomposed, factors_of, inverse_of_layers, with_penalty
+from .kfac import decomposed, factors_of, inverse_of_layers, spectrum_of, with_penalty
 from .spectral_inverse import SpectralInverse
 
 __all__ = ["EKFAC"]
@@ -31,6 +33,8 @@ class EKFAC(Method):
         Of the factors that give the eigenbases, as in ``KFAC``; the eigenvalues are exact in either basis.
     unsupported : {"error", "diagonal"}, default="error"
         As in ``KFAC``.
+    offload : None, "cpu" or path of a folder, default=None
+        As in ``KFAC``; after the fit the room of the factors in a folder is given back.
 
     References
     ----------
@@ -63,9 +67,22 @@ class EKFAC(Method):
     exactness: ClassVar[str] = "kfac's eigenvectors, the exact curvature along them"
     choose_it_for: ClassVar[str] = "as kfac, at a better accuracy"
 
-    def __init__(self, *, approx: str = "expand", unsupported: str = "error") -> None:
+    placing: ClassVar[tuple[str, ...]] = ("offload",)
+
+    def __init__(
+        self,
+        *,
+        approx: str = "expand",
+        unsupported: str = "error",
+        offload: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.approx = approx
         self.unsupported = unsupported
+        self.offload = offload
+
+    def check(self) -> None:
+        """Raise where ``offload`` is no place for factors."""
+        check_offload(self.offload)
 
     def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> SpectralInverse:
         """Compute the factors, their eigenbases and the eigenvalues in them."""
@@ -75,8 +92,12 @@ class EKFAC(Method):
         self, A: LinearOperator, hessian_perturbation: float, checkpoint: Checkpoint, verbose: int = 0
     ) -> SpectralInverse:
         """Compute them from where ``checkpoint`` has them."""
-        factors = factors_of(A, self.approx, self.unsupported, verbose, checkpoint)
-        bases = [basis for basis, _ in decomposed(factors.blocks, checkpoint)]
-        refitted = zip(factors.blocks, bases, factors.refit(bases), strict=True)
-        pairs = [(basis, with_penalty(block, basis, eigenvalues)) for block, basis, eigenvalues in refitted]
-        return inverse_of_layers(factors, pairs, hessian_perturbation, name=self.name).judged_by(A)
+        storage = storage_of(self.offload, A.device)
+        factors = factors_of(A, self.approx, self.unsupported, verbose, checkpoint, storage)
+        bases = [basis for basis, _ in decomposed(factors.blocks, checkpoint, storage)]
+        spectrum, parts = spectrum_of(factors, storage)
+        refitted = zip(factors.blocks, bases, parts, factors.refit(bases), strict=True)
+        for block, basis, part, eigenvalues in refitted:
+            part.copy_(with_penalty(block, basis, eigenvalues.to(A.device)))
+        layers = (factors, bases, spectrum, hessian_perturbation, storage)
+        return inverse_of_layers(*layers, name=self.name).judged_by(A)

@@ -62,7 +62,9 @@ class HarmonicMean(Method):
         rows, weights = A.gradient_rows(verbose)
         # In place: n p numbers are held once.
         rows.mul_(weights.sqrt()[:, None])
-        return HarmonicMeanInverse(rows, weights, A.penalty, hessian_perturbation).judged_by(A)
+        inverse = HarmonicMeanInverse(rows, weights, A.penalty, hessian_perturbation)
+        inverse.rough = A.eps > torch.finfo(A.dtype).eps
+        return inverse.judged_by(A)
 
 
 class HarmonicMeanInverse(InverseOperator):
@@ -78,11 +80,14 @@ class HarmonicMeanInverse(InverseOperator):
         "penalty": "tensor[p]|None",
         "shift": "tensor[p]",
         "damping": "tensor[n]",
+        "rough": "bool|missing",
     }
 
     approximate = True
     positive_definite = True
     name = "harmonic_mean"
+    # Whether the gradients were computed in a lesser dtype: then E is not at hand with them.
+    rough: bool = False
 
     def __init__(
         self,
@@ -123,7 +128,7 @@ class HarmonicMeanInverse(InverseOperator):
     @property
     def takes_products(self) -> bool:
         """Whether a solve takes products with the exact curvature: the gradients are at hand."""
-        return False
+        return super().takes_products if self.rough else False
 
     def solve(self, B: torch.Tensor) -> InverseHvpResult:
         """Return the mean of the samples' solutions.
@@ -137,7 +142,8 @@ class HarmonicMeanInverse(InverseOperator):
 
     def true_residual(self, B: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
         """Return ‖(E + λI)x − b‖ / ‖b‖ (k,): E is at hand with its rows."""
-        return relative_residual(self.operator, B, X) if self.judges else super().true_residual(B, X)
+        own = self.judges and not self.rough
+        return relative_residual(self.operator, B, X) if own else super().true_residual(B, X)
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return the solutions alone."""
@@ -151,6 +157,7 @@ class HarmonicMeanInverse(InverseOperator):
     def at(self, hessian_perturbation: float) -> HarmonicMeanInverse:
         """Return the inverse at another λ, from the same gradients."""
         other = HarmonicMeanInverse(self.rows, self.weights, self.penalty, hessian_perturbation)
+        other.rough = self.rough
         return other.judged_as(self)
 
     def _chunk(self, k: int = 0) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 
 from .._check import all_finite, check_choice, must_be
 from .._checkpoint import NOWHERE, Checkpoint, like
 from .._memory import naming_memory
+from .._storage import HERE, Storage, check_offload, storage_of
 from ..operators import (
     Basis,
     BlockBasis,
@@ -62,6 +64,14 @@ class KFAC(Method):
     unsupported : {"error", "diagonal"}, default="error"
         What to do with selected parameters outside these layers (recurrent ones, tied weights, bare parameters): raise,
         or take the exact diagonal of the curvature there.
+    offload : None, "cpu" or path of a folder, default=None
+        Where the factors, their eigenbases and the eigenvalues lie, in the fit and after it. None is the device of the
+        model. ``"cpu"`` is the CPU's memory, for a model on a GPU: a layer's are moved there and back for each use. A
+        folder that exists (one named cpu is ``"./cpu"``), on a disk: files mapped into memory, so that the process
+        itself needs room for the model, some rows of length p and the factors of one layer, however many layers there
+        are. Solutions are the same. The files have no names, so that none is left behind; their room,
+        4 (d² + i²) + 8 d i numbers a layer, is taken before the work starts, and given back with the inverse.
+        A pickle, a copy or a saved file holds the numbers themselves, and is loaded into memory.
 
     References
     ----------
@@ -95,9 +105,22 @@ class KFAC(Method):
     exactness: ClassVar[str] = "one Kronecker product a layer"
     choose_it_for: ClassVar[str] = "layered networks too large for a matrix"
 
-    def __init__(self, *, approx: str = "expand", unsupported: str = "error") -> None:
+    placing: ClassVar[tuple[str, ...]] = ("offload",)
+
+    def __init__(
+        self,
+        *,
+        approx: str = "expand",
+        unsupported: str = "error",
+        offload: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.approx = approx
         self.unsupported = unsupported
+        self.offload = offload
+
+    def check(self) -> None:
+        """Raise where ``offload`` is no place for factors."""
+        check_offload(self.offload)
 
     def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> SpectralInverse:
         """Compute the factors and their eigenbases."""
@@ -107,82 +130,113 @@ class KFAC(Method):
         self, A: LinearOperator, hessian_perturbation: float, checkpoint: Checkpoint, verbose: int = 0
     ) -> SpectralInverse:
         """Compute them from where ``checkpoint`` has them."""
-        factors = factors_of(A, self.approx, self.unsupported, verbose, checkpoint)
-        found = zip(factors.blocks, decomposed(factors.blocks, checkpoint), strict=True)
-        pairs = [(basis, with_penalty(block, basis, eigenvalues)) for block, (basis, eigenvalues) in found]
-        sources = [_own(block, *pair) for block, pair in zip(factors.blocks, pairs, strict=True)]
-        inverse = inverse_of_layers(factors, pairs, hessian_perturbation, name=self.name, sources=sources)
-        return inverse.judged_by(A)
+        storage = storage_of(self.offload, A.device)
+        factors = factors_of(A, self.approx, self.unsupported, verbose, checkpoint, storage)
+        spectrum, parts = spectrum_of(factors, storage)
+        bases = []
+        found = decomposed(factors.blocks, checkpoint, storage)
+        for block, part, (basis, eigenvalues) in zip(factors.blocks, parts, found, strict=True):
+            bases.append(basis)
+            part.copy_(with_penalty(block, basis, eigenvalues))
+        sources = [_own(*each, storage.device) for each in zip(factors.blocks, bases, parts, strict=True)]
+        layers = (factors, bases, spectrum, hessian_perturbation, storage)
+        return inverse_of_layers(*layers, name=self.name, sources=sources).judged_by(A)
 
 
 def factors_of(
-    A: LinearOperator, approx: str, unsupported: str, verbose: int, checkpoint: Checkpoint
+    A: LinearOperator, approx: str, unsupported: str, verbose: int, checkpoint: Checkpoint, storage: Storage
 ) -> KroneckerFactors:
     """Return the factors of a layered curvature, for checked settings."""
     check_choice(approx, "approx", ["expand", "reduce"])
     check_choice(unsupported, "unsupported", ["error", "diagonal"])
-    if not checkpoint.keeps:
-        # An operator of one's own need not know of any.
-        return A.kronecker_factors(approx=approx, unsupported=unsupported, verbose=verbose)
-    return A.kronecker_factors(approx=approx, unsupported=unsupported, verbose=verbose, checkpoint=checkpoint)
+    # An operator of one's own need know of none of these.
+    further: dict[str, Any] = {"checkpoint": checkpoint} if checkpoint.keeps else {}
+    if storage is not HERE:
+        further["storage"] = storage
+    return A.kronecker_factors(approx=approx, unsupported=unsupported, verbose=verbose, **further)
 
 
-def decomposed(blocks: Sequence[KroneckerBlock], checkpoint: Checkpoint) -> list[tuple[KroneckerBasis, torch.Tensor]]:
-    """Return each layer's eigenbasis and eigenvalues, flat; ValueError, with its name, where they are not finite.
+def decomposed(
+    blocks: Sequence[KroneckerBlock], checkpoint: Checkpoint, storage: Storage
+) -> Iterator[tuple[KroneckerBasis, torch.Tensor]]:
+    """Yield each layer's eigenbasis and eigenvalues, flat; ValueError, with its name, where they are not finite.
 
     A basis is kept, not made again: another one of the same eigenspace may come out, and sums in it are of no use.
     """
-    found = []
     for j, block in enumerate(blocks):
-        right = like({"right": block.right})["right"] + ("|None" if block.right.ndim == 1 else "")
-        fields = {**like({"left": block.left}), "right": right, "eigenvalues": f"tensor[{block.index.numel()}]"}
+        words = like({"right": block.right})["right"] + ("|None" if block.right.ndim == 1 else "")
+        fields = {**like({"left": block.left}), "right": words, "eigenvalues": f"tensor[{block.index.numel()}]"}
         known = checkpoint.resumed(f"eigenbasis {j}", fields)
         if known is None:
             with naming_memory(f"The eigenbasis of {block.name}", "Try `params` with fewer parameters."):
-                basis, eigenvalues = block.decompose()
+                basis, eigenvalues = block.decompose(storage)
         else:
-            basis = KroneckerBasis(known["left"], known["right"], block.index.shape[-1])
+            left, right = storage.keep(known["left"], "inverse"), known["right"]
+            right = None if right is None else storage.keep(right, "inverse")
+            basis = KroneckerBasis(left, right, block.index.shape[-1])
             eigenvalues = known["eigenvalues"]
         if not all_finite(eigenvalues):
             hint = "Try dtype=torch.float64."
             raise ValueError(must_be(f"The eigenvalues of {block.name}", "finite", "NaN or infinity", hint))
+        if checkpoint.keeps:
+            # It holds them as long as it goes.
+            eigenvalues = storage.keep(eigenvalues, "eigenvalues").to(eigenvalues.device)
         state = {"left": basis.left, "right": basis.right, "eigenvalues": eigenvalues}
         checkpoint.finish(f"eigenbasis {j}", state)
-        found.append((basis, eigenvalues))
-    return found
+        yield basis, eigenvalues
+
+
+def spectrum_of(factors: KroneckerFactors, storage: Storage) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return room for the eigenvalues, that of the rest filled, and each layer's part of it."""
+    rest = without_rounding(factors.rest_diagonal) if len(factors.rest) else factors.rest_diagonal
+    sizes = [block.index.numel() for block in factors.blocks]
+    dtype = factors.blocks[0].left.dtype if factors.blocks else rest.dtype
+    spectrum = storage.empty((sum(sizes) + len(rest),), dtype, rest.device, "inverse")
+    *parts, last = spectrum.split([*sizes, len(rest)])
+    last.copy_(rest)
+    return spectrum, parts
 
 
 def with_penalty(block: KroneckerBlock, basis: KroneckerBasis, eigenvalues: torch.Tensor) -> torch.Tensor:
-    """Return e + diag(QᵀRQ), flat, with R the penalty: itself where it is one value."""
+    """Return e + diag(QᵀRQ), flat, with R the penalty: itself where it is one value; on the device of the e."""
     uniform = block.uniform_penalty
     if uniform is None and block.penalty is not None:
-        return eigenvalues.reshape(-1) + basis.quadratic(block.penalty)
+        return eigenvalues.reshape(-1) + basis.quadratic(block.penalty.to(eigenvalues.device))
     return eigenvalues.reshape(-1) + (uniform or 0.0)
 
 
 def inverse_of_layers(
     factors: KroneckerFactors,
-    pairs: Sequence[tuple[KroneckerBasis, torch.Tensor]],
+    bases: Sequence[Basis],
+    spectrum: torch.Tensor,
     hessian_perturbation: float,
+    storage: Storage,
     *,
     name: str,
     sources: Sequence[LinearOperator] | None = None,
 ) -> SpectralInverse:
     """Return the inverse of the layers' eigenbases and eigenvalues, and of the exact diagonal of the rest."""
     indices: list[torch.Tensor] = [block.index for block in factors.blocks]
-    bases: list[Basis] = [basis for basis, _ in pairs]
-    spectra = [eigenvalues for _, eigenvalues in pairs]
     operators = list(sources or [])
-    if len(factors.rest):
-        diagonal = without_rounding(factors.rest_diagonal)
-        indices, spectra = [*indices, factors.rest], [*spectra, diagonal]
-        bases, operators = [*bases, StandardBasis(len(diagonal))], [*operators, DiagonalMatrix(diagonal)]
-    source = None if sources is None else BlockDiagonal(operators, indices)
-    hint, basis, spectrum = 'Try curvature="ggn".', BlockBasis(bases, indices), torch.cat(spectra)
-    return SpectralInverse(basis, spectrum, hessian_perturbation, name=name, source=source, hint=hint)
+    if rest := len(factors.rest):
+        indices, bases = [*indices, factors.rest], [*bases, StandardBasis(rest)]
+        operators.append(DiagonalMatrix(spectrum[-rest:].to(factors.rest.device)))
+    basis = BlockBasis(bases, indices, storage)
+    source = None if sources is None else BlockDiagonal(operators, order=basis.order)
+    hint = 'Try curvature="ggn".'
+    inverse = SpectralInverse(
+        basis, spectrum, hessian_perturbation, name=name, source=source, hint=hint, storage=storage
+    )
+    # What no tensor of the inverse has taken is for others to use.
+    storage.close()
+    return inverse
 
 
-def _own(block: KroneckerBlock, basis: KroneckerBasis, eigenvalues: torch.Tensor) -> LinearOperator:
+def _own(
+    block: KroneckerBlock, basis: KroneckerBasis, eigenvalues: torch.Tensor, device: torch.device | None
+) -> LinearOperator:
     """Return G ⊗ A plus the penalty, from the factors themselves where the penalty allows it."""
     uniform = block.uniform_penalty
-    return Spectral(basis, eigenvalues) if uniform is None else Shifted(Kronecker(block.left, block.right), uniform)
+    if uniform is None:
+        return Spectral(basis, eigenvalues, device=device)
+    return Shifted(Kronecker(block.left, block.right, device), uniform)

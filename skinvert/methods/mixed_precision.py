@@ -40,7 +40,7 @@ def inverted(
     inverse = method.resume(A.rough, hessian_perturbation, checkpoint, verbose)
     if inverse.approximate:
         return inverse.judged_by(A)
-    asked = {"rtol": inverse.tolerance, "atol": inverse.atol, "x0": inverse.x0, "maxiter": inverse.maxiter}
+    asked = {"rtol": inverse.tolerance, "atol": inverse.atol, "x0": inverse.x0, "maxiter": getattr(inverse, "maxiter", None)}
     rough = inverse.scale_free().roughly(ROUGHLY, STEPS)
     return MixedPrecision(A, inverse.hessian_perturbation, rough, verbose=verbose, name=method.name, **asked)
 

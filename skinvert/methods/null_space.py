@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from .._check import check_choice, must_be
-from ..operators import Basis, zero_cut
+from .._storage import HERE, Storage, room
+from ..operators import Basis, BlockBasis, zero_cut
 
 __all__ = ["FILTERS", "InvertedSpectrum", "invert_spectrum", "without_rounding"]
 
@@ -77,9 +78,15 @@ class InvertedSpectrum:
 
 
 def invert_spectrum(
-    basis: Basis, eigenvalues: torch.Tensor, hessian_perturbation: float, filter: str = "pseudo_inverse"
+    basis: Basis,
+    eigenvalues: torch.Tensor,
+    hessian_perturbation: float,
+    filter: str = "pseudo_inverse",
+    storage: Storage = HERE,
 ) -> InvertedSpectrum:
     """Return f(θ + λ) of the eigenvalues θ along a basis, which says which of them round together.
+
+    In a storage it is made one block of the basis after the other.
 
     Examples
     --------
@@ -89,11 +96,28 @@ def invert_spectrum(
     >>> invert_spectrum(StandardBasis(2), torch.tensor([0.0, 2.0]), 1e-20).inverse
     tensor([1.0000e+20, 5.0000e-01])
     """
+    if storage is not HERE and isinstance(basis, BlockBasis):
+        return _by_blocks(basis, eigenvalues, hessian_perturbation, filter, storage)
     values = eigenvalues + hessian_perturbation
     cuts = basis.zero_cuts(eigenvalues, hessian_perturbation)
     zero = values.abs() <= cuts
     inverse = FILTERS[check_choice(filter, "filter", FILTERS)](values, zero)
     return InvertedSpectrum(values, cuts, inverse, zero & (inverse == 0))
+
+
+def _by_blocks(
+    basis: BlockBasis, eigenvalues: torch.Tensor, hessian_perturbation: float, filter: str, storage: Storage
+) -> InvertedSpectrum:
+    numbers, device = [eigenvalues.dtype] * 3 + [torch.bool], eigenvalues.device
+    storage.reserve({"inverted": sum(room(eigenvalues.shape, dtype) for dtype in numbers)})
+    whole = [storage.empty(eigenvalues.shape, dtype, device, "inverted") for dtype in numbers]
+    # Another λ has a file of its own, which goes with it.
+    storage.close(["inverted"])
+    for own, theta, *parts in zip(basis.bases, *map(basis.parts, (eigenvalues, *whole)), strict=True):
+        found = invert_spectrum(own, theta, hessian_perturbation, filter)
+        for part, made in zip(parts, (found.values, found.cuts, found.inverse, found.lost), strict=True):
+            part.copy_(made)
+    return InvertedSpectrum(*whole)
 
 
 def without_rounding(entries: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from .._check import check_hessian_perturbation, finite_rows, must_be
 from .._memory import rows_within
+from .._storage import HERE, Storage
 from .._telling import warn
 from ..operators import Basis, Dense, LinearOperator, Shifted, Spectral
 from ..reasons import Reason, reasons
@@ -69,6 +70,8 @@ class SpectralInverse(InverseOperator):
         warned of; None is 1e-3 in float32, else 1e-6.
     filter : {"pseudo_inverse", "damped"}, default="pseudo_inverse"
         f: of ``FILTERS``.
+    storage : Storage
+        Where the basis and the spectrum lie, and what is made of them for another λ is to lie.
 
     Examples
     --------
@@ -92,7 +95,9 @@ class SpectralInverse(InverseOperator):
         "positive_definite": "bool",
         "judges": "bool|missing",
     }
-    _transient = ("exact", "_inverted", "_untold")
+    _transient = ("exact", "_inverted", "_untold", "_storage")
+    # Of a pickle, or a file, all is on one device.
+    _storage: Storage | None = None
     # θ + λ inverted: made anew after a load, so that no file can contradict it.
     _inverted: InvertedSpectrum | None = None
     # Whether rows that are not solved are left to the caller to tell.
@@ -110,11 +115,12 @@ class SpectralInverse(InverseOperator):
         hint: str = "",
         rtol: float | None = None,
         filter: str = "pseudo_inverse",
+        storage: Storage = HERE,
     ) -> None:
         if not bool(torch.isfinite(spectrum).all()):
             raise ValueError(must_be("The curvature", "finite", "NaN or infinity", "Look at the parameters."))
         self.basis, self.spectrum, self.complement, self.source = basis, spectrum, complement, source
-        self.name, self.hint, self.filter = name, hint, filter
+        self.name, self.hint, self.filter, self._storage = name, hint, filter, storage
         self.rtol = default_tolerance(spectrum.dtype) if rtol is None else rtol
         self._set(hessian_perturbation)
 
@@ -123,7 +129,7 @@ class SpectralInverse(InverseOperator):
         """A + λI as the method inverts it; without the complement where that is left out."""
         if self.source is not None:
             return Shifted(self.source, self.hessian_perturbation)
-        return Spectral(self.basis, self.inverted.values, self._rest)
+        return Spectral(self.basis, self.inverted.values, self._rest, (self._storage or HERE).device)
 
     @property
     def size(self) -> int:
@@ -134,8 +140,14 @@ class SpectralInverse(InverseOperator):
     def inverted(self) -> InvertedSpectrum:
         """θ + λ, what of it counts as zero, and f of it."""
         if self._inverted is None:
-            self._inverted = invert_spectrum(self.basis, self.spectrum, self.hessian_perturbation, self.filter)
+            settings = self.hessian_perturbation, self.filter, self._storage or HERE
+            self._inverted = invert_spectrum(self.basis, self.spectrum, *settings)
         return self._inverted
+
+    @property
+    def place(self) -> str:
+        """Where ``offload`` has put its numbers."""
+        return (self._storage or HERE).place
 
     @property
     def eigenvalues(self) -> torch.Tensor | None:
@@ -176,7 +188,8 @@ class SpectralInverse(InverseOperator):
         if not self._spans and self._drops:
             inside = torch.empty_like(B)
         # Coordinates, their quotients and both parts of b: not of all rows at once.
-        step = rows_within(5 * B.shape[1] * B.element_size(), self.basis.rows_at_once)
+        most = self.basis.rows_at_once if B.device.type == "cpu" else None
+        step = rows_within(5 * B.shape[1] * B.element_size(), most)
         for start in range(0, len(B), step):
             rows = slice(start, start + step)
             X[rows], outside[rows] = self._solution(B[rows], self._split(B[rows]), inside[rows])
@@ -248,7 +261,7 @@ class SpectralInverse(InverseOperator):
         if not self._spans and self.complement is None:
             return None
         rest = self.spectrum.new_full((self.size - self.basis.rank,), self.complement or 0.0)
-        return torch.cat([self.spectrum, rest]).sort().values
+        return torch.cat([self.spectrum, rest]).to(self.device).sort().values
 
     def check(self) -> None:
         """Raise ValueError where the parts contradict each other, or the spectrum what it is said to be of."""
@@ -317,6 +330,8 @@ class SpectralInverse(InverseOperator):
 
         What is along the basis in both is joined before it is combined: a GEMM less.
         """
+        # The spectrum may lie elsewhere than the rows.
+        inner = inner.to(parts.along.device)
         if parts.across is None or outer is None:
             return self.basis.combination(parts.along * inner)
         return self.basis.combination(parts.along * inner - parts.more * outer) + parts.across * outer
@@ -399,7 +414,7 @@ class SpectralInverse(InverseOperator):
         found = self.inverted
         if not found.n_lost:
             return torch.zeros(len(B), dtype=torch.bool, device=B.device)
-        return (along * found.lost).norm(dim=1) > self.rtol * B.norm(dim=1)
+        return (along * found.lost.to(along.device)).norm(dim=1) > self.rtol * B.norm(dim=1)
 
     def _warn_of_outside(self, outside: torch.Tensor) -> None:
         if not bool(outside.any()):

@@ -17,6 +17,7 @@ from .._checkpoint import NOWHERE, Checkpoint
 from .._memory import available_memory, check_memory, rows_within
 from .._progress import progress
 from .._state import TensorState
+from .._storage import HERE, Storage
 from .factors import KroneckerFactors
 
 __all__ = ["FACES", "LinearOperator", "add_to_diagonal", "as_scipy", "check_dense_memory", "symmetrise"]
@@ -186,8 +187,9 @@ class LinearOperator(TensorState, ABC):
         unsupported: str = "error",
         verbose: int = 0,
         checkpoint: Checkpoint = NOWHERE,
+        storage: Storage = HERE,
     ) -> KroneckerFactors:
-        """Return the factors of each layer."""
+        """Return the factors of each layer; an operator is asked with the last two where they are set alone."""
         self._lacks("kronecker_factors")
 
     @property

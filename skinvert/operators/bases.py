@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from .._state import TensorState
+from .._storage import HERE, Storage
 from .placing import in_chunks, join_blocks, order_of, split_blocks
 
 __all__ = ["Basis", "BlockBasis", "Eigenvectors", "KroneckerBasis", "StandardBasis", "rounding", "zero_cut"]
@@ -59,7 +60,7 @@ class Basis(TensorState, ABC):
 
     @property
     def rows_at_once(self) -> int | None:
-        """How many rows to take at once for speed; None is all, for the sake of one GEMM."""
+        """How many rows to take at once for speed on the CPU; None is all, for the sake of one GEMM."""
         return None
 
     @abstractmethod
@@ -125,6 +126,8 @@ class Eigenvectors(Basis):
 class KroneckerBasis(Basis):
     """Q = U_G ⊗ U_A on flat matrices (d, i) in row-major order, kept as its factors.
 
+    Rows may be on another device than the factors, which are then moved to it for each call.
+
     Parameters
     ----------
     left : tensor of shape (d, d) or (q, d, d)
@@ -152,38 +155,43 @@ class KroneckerBasis(Basis):
 
     @property
     def rows_at_once(self) -> int | None:
-        """A few on the CPU: each row is a matrix, with GEMMs of its own."""
-        return max(8, AT_ONCE // self.size) if self.left.device.type == "cpu" else None
+        """A few: each row is a matrix, with GEMMs of its own."""
+        return max(8, AT_ONCE // self.size)
 
     def coordinates(self, V: torch.Tensor) -> torch.Tensor:
         """Return U_Gᵀ W U_A of matrices W, flat."""
         W = V.reshape(len(V), *self.shape)
-        return (self.left.mT @ (W if self.right is None else W @ self.right)).reshape(V.shape)
+        left, right = self._on(V.device)
+        return (left.mT @ (W if right is None else W @ right)).reshape(V.shape)
 
     def combination(self, C: torch.Tensor) -> torch.Tensor:
         """Return U_G C U_Aᵀ of coordinates C, flat."""
         W = C.reshape(len(C), *self.shape)
-        return (self.left @ (W if self.right is None else W @ self.right.mT)).reshape(C.shape)
+        left, right = self._on(C.device)
+        return (left @ (W if right is None else W @ right.mT)).reshape(C.shape)
 
     def diagonal(self, values: torch.Tensor) -> torch.Tensor:
         """Return U_G² e (U_A²)ᵀ, squares by entry."""
         W = values.reshape(self.shape)
-        right = W if self.right is None else W @ self.right.square().mT
-        return (self.left.square() @ right).reshape(-1)
+        left, right = self._on(values.device)
+        return (left.square() @ (W if right is None else W @ right.square().mT)).reshape(-1)
 
     def quadratic(self, R: torch.Tensor) -> torch.Tensor:
         """Return diag(Qᵀ diag(R) Q) (p,) of a diagonal R."""
         W = R.reshape(self.shape)
-        right = W if self.right is None else W @ self.right.square()
-        return (self.left.square().mT @ right).reshape(-1)
+        left, right = self._on(R.device)
+        return (left.square().mT @ (W if right is None else W @ right.square())).reshape(-1)
 
     def of_inputs(self, a: torch.Tensor) -> torch.Tensor:
         """Return U_Aᵀ a of rows a (..., i)."""
-        return a if self.right is None else a @ self.right
+        return a if self.right is None else a @ self.right.to(a.device)
 
     def of_signals(self, g: torch.Tensor) -> torch.Tensor:
         """Return U_Gᵀ g of rows g (..., d)."""
-        return g @ self.left
+        return g @ self.left.to(g.device)
+
+    def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.left.to(device), None if self.right is None else self.right.to(device)
 
 
 class StandardBasis(Basis):
@@ -229,14 +237,16 @@ class BlockBasis(Basis):
         The blocks'.
     indices : sequence of tensor of shape (size of the block,)
         Which entries of a row each block has, in its own order: all of 0, …, p − 1, each once.
+    storage : Storage
+        Where the order of the entries is to lie.
     """
 
     _fields = {"bases": "list[Basis]", "order": "index[p]"}
 
-    def __init__(self, bases: Sequence[Basis], indices: Sequence[torch.Tensor]) -> None:
+    def __init__(self, bases: Sequence[Basis], indices: Sequence[torch.Tensor], storage: Storage = HERE) -> None:
         self.bases = list(bases)
         # One tensor, so that it is pickled as an array.
-        self.order = order_of(indices, self.size, indices[0].device)
+        self.order = order_of(indices, self.size, indices[0].device, storage)
 
     @property
     def size(self) -> int:

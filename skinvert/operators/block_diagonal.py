@@ -22,6 +22,8 @@ class BlockDiagonal(LinearOperator):
     indices : sequence of tensor of shape (size of the block,), default=None
         Which entries of a row each block acts on, in its own order: all of 0, …, p − 1, each once. None is one block
         after the other.
+    order : tensor of shape (p,), default=None
+        What ``order_of`` gives for the indices, in their place where it is known.
 
     Examples
     --------
@@ -33,13 +35,18 @@ class BlockDiagonal(LinearOperator):
 
     _fields = {**ON_ROWS, "operators": "list[LinearOperator]", "is_psd": "bool", "order": "index[p]|None"}
 
-    def __init__(self, operators: Sequence[LinearOperator], indices: Sequence[torch.Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        operators: Sequence[LinearOperator],
+        indices: Sequence[torch.Tensor] | None = None,
+        order: torch.Tensor | None = None,
+    ) -> None:
         first = operators[0]
         super().__init__(sum(operator.size for operator in operators), first.dtype, first.device)
         self.operators = list(operators)
         self.is_psd = all(operator.is_psd for operator in operators)
         # One tensor, so that it is pickled as an array.
-        self.order = None if indices is None else order_of(indices, self.size, first.device)
+        self.order = order if indices is None else order_of(indices, self.size, first.device)
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return each block's product with its own entries, in chunks of rows that fit the working memory."""
@@ -53,8 +60,8 @@ class BlockDiagonal(LinearOperator):
         matrix = torch.block_diag(*[operator.to_dense(verbose) for operator in self.operators])
         if self.order is None:
             return matrix
-        placed = torch.empty_like(matrix)
-        placed[self.order[:, None], self.order] = matrix
+        placed, order = torch.empty_like(matrix), self.order.to(matrix.device)
+        placed[order[:, None], order] = matrix
         return placed
 
     def diagonal(self) -> torch.Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .._storage import HERE, Storage
 from .bases import KroneckerBasis
 
 __all__ = ["KroneckerBlock", "KroneckerFactors"]
@@ -14,7 +15,7 @@ __all__ = ["KroneckerBlock", "KroneckerFactors"]
 
 @dataclass(frozen=True)
 class KroneckerBlock:
-    """One layer's factors, with H ≈ G ⊗ A + diag(penalty) on its parameters.
+    """One layer's factors, with H ≈ G ⊗ A + diag(penalty) on its parameters; they may lie on another device than rows.
 
     Attributes
     ----------
@@ -36,10 +37,15 @@ class KroneckerBlock:
     right: torch.Tensor
     penalty: torch.Tensor | None
 
-    def decompose(self) -> tuple[KroneckerBasis, torch.Tensor]:
-        """Return the eigenbasis of G ⊗ A and its eigenvalues, flat."""
-        left, U = torch.linalg.eigh(self.left)
-        right, V = (self.right, None) if self.right.ndim == 1 else torch.linalg.eigh(self.right)
+    def decompose(self, storage: Storage = HERE) -> tuple[KroneckerBasis, torch.Tensor]:
+        """Return the eigenbasis of G ⊗ A, in the storage, and its eigenvalues, flat, on the device that computes."""
+        device = self.left.device if storage.device is None else storage.device
+        left, U = torch.linalg.eigh(self.left.to(device))
+        U = storage.keep(U, "inverse")
+        right, V = self.right.to(device), None
+        if right.ndim > 1:
+            right, V = torch.linalg.eigh(right)
+            V = storage.keep(V, "inverse")
         # Rounding alone makes zero eigenvalues slightly negative.
         eigenvalues = left.clamp(min=0)[..., :, None] * right.clamp(min=0)[..., None, :]
         return KroneckerBasis(U, V, self.index.shape[-1]), eigenvalues.reshape(-1)

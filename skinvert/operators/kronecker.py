@@ -20,6 +20,8 @@ class Kronecker(LinearOperator):
         G, symmetric positive semi-definite; q of them for q groups, each with its own (d, i) of a row.
     right : tensor of shape (i, i), (i,) or (q, i, i)
         A, symmetric positive semi-definite; its diagonal where it is diagonal.
+    device : torch.device, default=None
+        Of the rows; None is that of the factors, which are else moved to it for each call.
 
     Examples
     --------
@@ -31,24 +33,30 @@ class Kronecker(LinearOperator):
 
     is_psd = True
 
-    def __init__(self, left: torch.Tensor, right: torch.Tensor) -> None:
+    def __init__(self, left: torch.Tensor, right: torch.Tensor, device: torch.device | None = None) -> None:
         shape = (*left.shape[:-1], right.shape[-1])
-        super().__init__(math.prod(shape), left.dtype, left.device)
+        super().__init__(math.prod(shape), left.dtype, left.device if device is None else device)
         self.left, self.right = left, right
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return G W A for each row."""
-        W = self.left @ V.reshape(len(V), *self.left.shape[:-1], self.right.shape[-1])
-        return (W * self.right if self.right.ndim == 1 else W @ self.right).reshape(V.shape)
+        left, right = self._here()
+        W = left @ V.reshape(len(V), *left.shape[:-1], right.shape[-1])
+        return (W * right if right.ndim == 1 else W @ right).reshape(V.shape)
 
     def to_dense(self, verbose: int = 0) -> torch.Tensor:
         """Return the matrix (d i, d i), or the block-diagonal one of the groups."""
-        if self.left.ndim == 3:
-            return torch.block_diag(*[torch.kron(G, A) for G, A in zip(self.left, self.right, strict=True)])
-        right = torch.diag(self.right) if self.right.ndim == 1 else self.right
-        return torch.kron(self.left.contiguous(), right.contiguous())
+        left, right = self._here()
+        if left.ndim == 3:
+            return torch.block_diag(*[torch.kron(G, A) for G, A in zip(left, right, strict=True)])
+        right = torch.diag(right) if right.ndim == 1 else right
+        return torch.kron(left.contiguous(), right.contiguous())
 
     def diagonal(self) -> torch.Tensor:
         """Return the outer product of the diagonals, flat."""
-        right = self.right if self.right.ndim == 1 else self.right.diagonal(dim1=-2, dim2=-1)
-        return (self.left.diagonal(dim1=-2, dim2=-1)[..., :, None] * right[..., None, :]).reshape(-1)
+        left, right = self._here()
+        right = right if right.ndim == 1 else right.diagonal(dim1=-2, dim2=-1)
+        return (left.diagonal(dim1=-2, dim2=-1)[..., :, None] * right[..., None, :]).reshape(-1)
+
+    def _here(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.left.to(self.device), self.right.to(self.device)

@@ -13,6 +13,8 @@ __all__ = ["Spectral"]
 class Spectral(LinearOperator):
     """The operator Q diag(values) Qᵀ + rest (I − QQᵀ) of a basis Q; ``rest`` counts where Q is not all of the space.
 
+    ``device`` is that of the rows, where the values lie on another.
+
     Examples
     --------
     >>> from skinvert.operators import Eigenvectors
@@ -22,15 +24,17 @@ class Spectral(LinearOperator):
 
     _fields = {**ON_ROWS, "basis": "Basis", "values": "tensor[r]", "rest": "float", "is_psd": "bool"}
 
-    def __init__(self, basis: Basis, values: torch.Tensor, rest: float = 0.0) -> None:
-        super().__init__(basis.size, values.dtype, values.device)
+    def __init__(
+        self, basis: Basis, values: torch.Tensor, rest: float = 0.0, device: torch.device | None = None
+    ) -> None:
+        super().__init__(basis.size, values.dtype, values.device if device is None else device)
         self.basis, self.values = basis, values
         self.rest = 0.0 if basis.rank == basis.size else float(rest)
         self.is_psd = self.rest >= 0 and bool((values >= 0).all())
 
     def apply(self, V: torch.Tensor) -> torch.Tensor:
         """Return the products, from the rows' coordinates."""
-        along = self.basis.combination(self.basis.coordinates(V) * (self.values - self.rest))
+        along = self.basis.combination(self.basis.coordinates(V) * self._beyond_rest())
         return self.rest * V + along if self.rest else along
 
     def in_float64(self) -> None:
@@ -38,4 +42,7 @@ class Spectral(LinearOperator):
 
     def diagonal(self) -> torch.Tensor:
         """Return the diagonal (p,)."""
-        return self.rest + self.basis.diagonal(self.values - self.rest)
+        return self.rest + self.basis.diagonal(self._beyond_rest())
+
+    def _beyond_rest(self) -> torch.Tensor:
+        return (self.values - self.rest if self.rest else self.values).to(self.device)

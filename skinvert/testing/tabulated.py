@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from .._checkpoint import NOWHERE, Checkpoint
+from .._storage import HERE, Storage
 from ..operators import Dense, KroneckerBasis, KroneckerFactors, LinearOperator, symmetrise
 
 __all__ = ["Tabulated"]
@@ -85,6 +86,7 @@ class Tabulated(LinearOperator):
         unsupported: str = "error",
         verbose: int = 0,
         checkpoint: Checkpoint = NOWHERE,
+        storage: Storage = HERE,
     ) -> KroneckerFactors:
         """Return the layers' factors; ``refit`` is by the matrix."""
         factors = self.layers[approx]

@@ -370,6 +370,20 @@ def test_only_unsupported_parameters_are_a_diagonal():
     np.testing.assert_allclose(dense(inverter), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+@pytest.mark.parametrize("build", NETS)
+def test_offloaded_factors_are_the_same(build, method, approx, tmp_path):
+    net, X, y = problem(build)
+    settings = {"batch_size": 4, "check_residual": False}
+    plain, offloaded = (
+        fitted(net, X, y, instance(method, approx=approx, offload=offload), **settings) for offload in (None, tmp_path)
+    )
+    b = torch.randn(3, plain.n_features_in_, dtype=torch.float64)
+    assert torch.equal(offloaded.transform(b), plain.transform(b))
+    assert torch.equal(offloaded.inverse_.operator.apply(b), plain.inverse_.operator.apply(b))
+
+
 def test_what_the_factors_hold_is_counted_before_they_are_made(monkeypatch):
     """4 bytes a number: factors and eigenbases, eigenvalues and their inverse, two indices of 8 bytes, and `eigh`."""
     asked = {}
@@ -377,7 +391,7 @@ def test_what_the_factors_hold_is_counted_before_they_are_made(monkeypatch):
     def note(needed, what, *_):
         asked.setdefault(what, needed)
 
-    monkeypatch.setattr("skinvert.curvature.layers.kronecker.check_memory", note)
+    monkeypatch.setattr("skinvert.curvature.layers.room.check_memory", note)
     net = nn.Sequential(nn.Embedding(50, 7), nn.Flatten(), nn.Linear(14, 6), nn.Tanh(), nn.Linear(6, 3))
     X, y = torch.randint(50, (8, 2)), torch.arange(8) % 3
     fitted(net, X, y)

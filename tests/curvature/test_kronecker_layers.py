@@ -524,13 +524,42 @@ def test_memory_changes_nothing(build):
     assert_close(received.numpy(), expected.numpy())
 
 
+OFFLOADED = {
+    "encoder": (lambda: Encoder(False), tokens),
+    "gpt": (GPT, tokens),
+    "attention": (lambda: Attending(kdim=8, vdim=7, batch_first=True), lambda: rows_of(8)),
+    "called twice": (Repeated, lambda: rows_of(4, False)),
+    "folded": (Folded, lambda: rows_of(4)),
+}
+
+
+def rows_of(width, sequence=True):
+    generator = torch.Generator().manual_seed(1)
+    shape = (N, T, width) if sequence else (N, width)
+    X = torch.randn(shape, dtype=torch.float64, generator=generator)
+    return X, torch.randint(3, (N,), generator=generator)
+
+
+@pytest.mark.parametrize(("build", "data"), OFFLOADED.values(), ids=OFFLOADED)
+@pytest.mark.parametrize("method", METHODS.values())
+def test_offloaded_factors_are_the_same(method, build, data, tmp_path):
+    net, (X, y) = double(build()), data()
+    plain, offloaded = (
+        fitted(net, X, y, method(offload=offload), weight_decay=0.1, check_residual=False)
+        for offload in (None, tmp_path)
+    )
+    b = torch.randn(3, plain.n_features_in_, dtype=torch.float64)
+    assert torch.equal(offloaded.transform(b), plain.transform(b))
+    assert torch.equal(offloaded.inverse_.operator.apply(b), plain.inverse_.operator.apply(b))
+
+
 def test_what_does_not_fit_says_so_before_it_starts(monkeypatch):
     from skinvert import _memory
 
     net, X, y = double(nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 3))), torch.randn(5, 40), torch.randint(3, (5,))
     needed = 8 * 2 * (30**2 + 41**2 + 3**2 + 31**2)
     monkeypatch.setattr(_memory, "available_memory", lambda device: needed)
-    with pytest.raises(MemoryError, match='The Kronecker factors.*Try `params`.*method="cg"'):
+    with pytest.raises(MemoryError, match='The Kronecker factors.*Try offload.*`params`.*method="cg"'):
         fitted(net, X.double(), y)
 
 

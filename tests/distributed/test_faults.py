@@ -46,6 +46,7 @@ SAID = {
     "sharded_model": ("TypeError", "parameters must be whole in every process. Got 0.weight in parts"),
     "wrapped_in_shards": ("TypeError", "parameters must be whole in every process"),
     "layers_that_differ": ("ValueError", "The layers with factors must be the same on every rank. Got first on some"),
+    "offloaded": ("ValueError", "offload must be None for a fit with process_group. Got the CPU's memory"),
     "other_rows-cg": ("ValueError", "b in solve must be the same on every rank"),
     "other_rows-kfac": ("ValueError", "b in solve must be the same on every rank"),
 }

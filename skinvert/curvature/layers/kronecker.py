@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from ..._check import check_choice
 from ..._checkpoint import NOWHERE, Checkpoint, like
 from ..._memory import check_memory
+from ..._storage import HERE, Storage
 from ..._types import State
 from ...operators import KroneckerBasis, KroneckerBlock, KroneckerFactors
 from ..objective import Objective
@@ -19,6 +20,7 @@ from .kinds import Inputs, KroneckerLayer, Layer, symmetric_gram
 from .passes import Chunk, Kept, Passes, UnexplainedError
 from .probe import probe
 from .recording import PulledBack
+from .room import check_room
 from .squares import Squares, SquaresOfSums, add_squares
 
 __all__ = ["kronecker_factors"]
@@ -33,6 +35,7 @@ def kronecker_factors(
     unsupported: str = "error",
     verbose: int = 0,
     checkpoint: Checkpoint = NOWHERE,
+    storage: Storage = HERE,
 ) -> KroneckerFactors:
     r"""Return a curvature's factors, layer by layer.
 
@@ -58,6 +61,8 @@ def kronecker_factors(
         1 shows a progress bar.
     checkpoint : Checkpoint
         Where the sums are kept, chunk by chunk.
+    storage : Storage
+        Where the sums lie, and the numbers of the layers' parameters; room is made for all that a method makes of them.
 
     Returns
     -------
@@ -78,18 +83,26 @@ def kronecker_factors(
     while True:
         if found.reasons and unsupported == "error":
             refuse(found.reasons)
-        _check_memory(found.layers, row_bytes, curvature.objective)
+        check_room(found.layers, row_bytes, curvature, storage, checkpoint)
+        found = found._replace(layers=[_numbered_in(storage, layer) for layer in found.layers])
         try:
-            return _summed(Passes(curvature, found, row_bytes, verbose), approx, checkpoint)
+            return _summed(Passes(curvature, found, row_bytes, verbose), approx, checkpoint, storage)
         except UnexplainedError as error:
             found = found.without(error.reasons)
+            storage.close(["factors"])
             checkpoint.finish("layers left out", {"reasons": found.reasons}, replaces=FACTORS)
 
 
-def _summed(passes: Passes, approx: str, checkpoint: Checkpoint) -> KroneckerFactors:
+def _numbered_in(storage: Storage, layer: Layer) -> Layer:
+    """Return a layer whose parameters' numbers lie in the storage."""
+    return replace(layer, index=storage.keep(layer.index, "numbers")) if isinstance(layer, KroneckerLayer) else layer
+
+
+def _summed(passes: Passes, approx: str, checkpoint: Checkpoint, storage: Storage) -> KroneckerFactors:
     objective, layers = passes.curvature.objective, passes.found.layers
     sums = [
-        _Factors(layer, objective, approx) if isinstance(layer, KroneckerLayer) else Squares(layer) for layer in layers
+        _Factors(layer, objective, approx, storage) if isinstance(layer, KroneckerLayer) else Squares(layer)
+        for layer in layers
     ]
     done = _restored(sums, checkpoint)
     # What an earlier run has seen, this one has not.
@@ -112,7 +125,7 @@ def _summed(passes: Passes, approx: str, checkpoint: Checkpoint) -> KroneckerFac
     while sums:
         if isinstance(one := sums.pop(0), _Factors):
             blocks.append(one.block(passes.curvature.penalty))
-    refit = _Refit(passes, [layer for layer in layers if isinstance(layer, KroneckerLayer)], kept, checkpoint)
+    refit = _Refit(passes, [layer for layer in layers if isinstance(layer, KroneckerLayer)], kept, checkpoint, storage)
     return KroneckerFactors(tuple(blocks), places, values, refit)
 
 
@@ -158,10 +171,12 @@ class _Refit:
     layers: list[KroneckerLayer]
     kept: Kept
     checkpoint: Checkpoint
+    storage: Storage
 
     def __call__(self, bases: Sequence[KroneckerBasis]) -> list[torch.Tensor]:
         """Return Σ (U_Gᵀ (Σₜ gₜaₜᵀ) U_A)² of each layer: the exact diagonal of H, without the penalty, in its basis."""
-        sums = [SquaresOfSums(layer, basis) for layer, basis in zip(self.layers, bases, strict=True)]
+        pairs = zip(self.layers, bases, strict=True)
+        sums = [SquaresOfSums(layer, basis, self.storage) for layer, basis in pairs]
         named = {f"{j} sums": one.total for j, one in enumerate(sums)}
         known, done = self.checkpoint.resumed(EIGENVALUES, {"rows": "int", **like(named)}), 0
         if known is not None:
@@ -190,11 +205,14 @@ class _Refit:
 class _Factors:
     """A and G of one layer as they grow."""
 
-    def __init__(self, layer: KroneckerLayer, objective: Objective, approx: str) -> None:
-        self.layer, self.approx = layer, approx
+    def __init__(self, layer: KroneckerLayer, objective: Objective, approx: str, storage: Storage) -> None:
+        self.layer, self.approx, self.storage, self.device = layer, approx, storage, objective.device
         *groups, d, i = layer.index.shape
-        self.left = torch.zeros(*groups, d, d, dtype=objective.dtype, device=objective.device)
-        self.right = self.left.new_zeros((i,) if layer.is_one_hot else (*groups, i, i))
+        self.left = self._zeros((*groups, d, d), objective.dtype)
+        self.right = self._zeros((i,) if layer.is_one_hot else (*groups, i, i), objective.dtype)
+
+    def _zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self.storage.zeros(shape, dtype, self.device, "factors")
 
     def add_inputs(self, inputs: Inputs, mass: torch.Tensor) -> None:
         (a,) = inputs
@@ -203,23 +221,27 @@ class _Factors:
             if self.right.ndim == 1:
                 self._make_dense()
         weighted = a * mass.reshape(-1, *[1] * (a.ndim - 1))
-        self.right += (weighted * a).sum((0, 1)) if self.right.ndim == 1 else symmetric_gram(weighted, a)
+        seen = (weighted * a).sum((0, 1)) if self.right.ndim == 1 else symmetric_gram(weighted, a)
+        self.right += seen.to(self.right.device)
 
     def _make_dense(self) -> None:
         """Make room for a second moment of means of one-hot rows, which is not diagonal."""
         needed = 4 * self.right.numel() ** 2 * self.right.element_size()
         way_out = 'Try approx="expand", of which an Embedding\'s factor is diagonal.'
-        check_memory(needed, f"The reduced factor of {self.layer.name}", way_out, self.right.device)
-        self.right = torch.diag(self.right)
+        check_memory(needed, f"The reduced factor of {self.layer.name}", way_out, self.device)
+        diagonal = self.right
+        self.right = self._zeros((len(diagonal), len(diagonal)), diagonal.dtype)
+        self.right.diagonal().copy_(diagonal)
 
     def add_signals(self, g: torch.Tensor) -> None:
         rows = g.sum(-2, keepdim=True) if self.approx == "reduce" else g
-        self.left += symmetric_gram(rows, rows) / rows.shape[-2]
+        self.left += (symmetric_gram(rows, rows) / rows.shape[-2]).to(self.left.device)
 
     def scales(self) -> torch.Tensor:
         """Return the diagonals: where they are finite, all entries are."""
         right = self.right if self.right.ndim == 1 else self.right.diagonal(dim1=-2, dim2=-1)
-        return torch.cat([self.left.diagonal(dim1=-2, dim2=-1).reshape(-1), right.reshape(-1)])
+        both = torch.cat([self.left.diagonal(dim1=-2, dim2=-1).reshape(-1), right.reshape(-1)])
+        return both.to(self.device)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"left": self.left, "right": self.right}
@@ -235,24 +257,10 @@ class _Factors:
         self.right.copy_(known["right"])
 
     def block(self, penalty: torch.Tensor | None) -> KroneckerBlock:
-        own = None if penalty is None else penalty[self.layer.index]
-        right = self.right if self.right.ndim == 1 else (self.right + self.right.mT) / 2
-        return KroneckerBlock(self.layer.name, self.layer.index, (self.left + self.left.mT) / 2, right, own)
-
-
-def _check_memory(layers: list[Layer], row_bytes: int, objective: Objective) -> None:
-    """Raise where the factors, their eigenbases and one sample do not fit."""
-    held = largest = 0
-    for layer in layers:
-        if not isinstance(layer, KroneckerLayer):
-            continue
-        *groups, d, i = layer.index.shape
-        q = groups[0] if groups else 1
-        sides = [q * d * d, q * i * (1 if layer.is_one_hot else i)]
-        # Factors and eigenbases; eigenvalues and their inverse; two indices of 8 bytes.
-        held += 2 * sum(sides) + 2 * q * d * i + 16 * q * d * i // objective.dtype.itemsize
-        largest = max(largest, *sides)
-    # `eigh` works on a copy, with twice its size beside.
-    needed = (held + 3 * largest) * objective.dtype.itemsize + row_bytes
-    way_out = 'Try `params` with fewer parameters, or method="cg", which holds no factors.'
-    check_memory(needed, "The Kronecker factors of the layers", way_out, objective.device)
+        own, index = None, self.layer.index
+        if penalty is not None:
+            own = self.storage.keep(penalty[index.to(penalty.device)], "factors")
+        for side in (self.left, self.right):
+            if side.ndim > 1:
+                side.copy_((side + side.mT) / 2)
+        return KroneckerBlock(self.layer.name, index, self.left, self.right, own)

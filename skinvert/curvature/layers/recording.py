@@ -246,4 +246,4 @@ def _placed(layer: Layer, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     row = parts[0].new_zeros(max(place.stop for place in layer.places) - start)
     for place, part in zip(layer.places, parts, strict=True):
         row[place.start - start : place.stop - start] = part.reshape(-1)
-    return row[layer.index - start]
+    return row[layer.index.to(row.device) - start]

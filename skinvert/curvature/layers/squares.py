@@ -8,6 +8,7 @@ import torch
 
 from ..._checkpoint import like
 from ..._memory import rows_within
+from ..._storage import HERE, Storage
 from ..._types import State
 from ...operators import KroneckerBasis
 from .found import layers_of
@@ -64,6 +65,8 @@ class SquaresOfSums:
         The layer.
     basis : KroneckerBasis, default=None
         U_G and U_A.
+    storage : Storage
+        Where the sum is to lie.
 
     Attributes
     ----------
@@ -71,9 +74,9 @@ class SquaresOfSums:
         Without the penalty.
     """
 
-    def __init__(self, layer: KroneckerLayer, basis: KroneckerBasis | None = None) -> None:
-        self.basis = basis
-        self.total = torch.zeros(layer.index.shape, dtype=layer.parameters[0].dtype, device=layer.index.device)
+    def __init__(self, layer: KroneckerLayer, basis: KroneckerBasis | None = None, storage: Storage = HERE) -> None:
+        self.basis, first = basis, layer.parameters[0]
+        self.total = storage.zeros(layer.index.shape, first.dtype, first.device, "eigenvalues")
         self._a: torch.Tensor | None = None
         self._squares: torch.Tensor | None = None
 
@@ -95,12 +98,12 @@ class SquaresOfSums:
         step = rows_within(2 * self.total.numel() * self.total.element_size())
         for start in range(0, len(g), step):
             rows = slice(start, start + step)
-            self.total += (g[rows].mT @ self._a[rows]).square_().sum(0)
+            self.total += (g[rows].mT @ self._a[rows]).square_().sum(0).to(self.total.device)
 
     def end(self) -> None:
         """Add what the directions have in common."""
         if self._squares is not None and self._a is not None:
-            self.total += gram(self._squares, self._a.square())
+            self.total += gram(self._squares, self._a.square()).to(self.total.device)
         self._a = self._squares = None
 
 
