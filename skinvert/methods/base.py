@@ -135,9 +135,6 @@ class InverseOperator(TensorState, ABC):
     keeps_operator: bool = False
     # 1 shows a bar where solves take long.
     verbose: int = 0
-    # Of those that iterate: an absolute tolerance, where to start, and the most iterations of a row.
-    atol: float = 0.0
-    x0: Any = None
 
     _transient: tuple[str, ...] = ("exact",)
 

@@ -40,9 +40,11 @@ def inverted(
     inverse = method.resume(A.rough, hessian_perturbation, checkpoint, verbose)
     if inverse.approximate:
         return inverse.judged_by(A)
-    asked = {"rtol": inverse.tolerance, "atol": inverse.atol, "x0": inverse.x0, "maxiter": getattr(inverse, "maxiter", None)}
-    rough = inverse.scale_free().roughly(ROUGHLY, STEPS)
-    return MixedPrecision(A, inverse.hessian_perturbation, rough, verbose=verbose, name=method.name, **asked)
+    # What the rounds have of those that iterate.
+    asked: dict[str, Any] = {"atol": getattr(inverse, "atol", 0.0), "x0": getattr(inverse, "x0", None)}
+    rough, maxiter = inverse.scale_free().roughly(ROUGHLY, STEPS), getattr(inverse, "maxiter", None)
+    shift, rtol = inverse.hessian_perturbation, inverse.tolerance
+    return MixedPrecision(A, shift, rough, rtol, **asked, maxiter=maxiter, verbose=verbose, name=method.name)
 
 
 @dataclass
