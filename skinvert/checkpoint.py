@@ -1,4 +1,4 @@
-"""A fit's checkpoint as a file: what its stages have done, and of which fit; never mixed with another one's."""
+"""A job's checkpoint as a file: what its stages have done, and of which job; never mixed with another one's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +30,58 @@ from .persistence import load_state, save_state
 from .registry import InversionRegistry
 from .system import Function, System, is_method
 
-__all__ = ["CheckpointFile", "check_checkpoint", "open_checkpoint"]
+__all__ = [
+    "CheckpointFile",
+    "Job",
+    "check_checkpoint",
+    "check_path",
+    "identity",
+    "open_checkpoint",
+    "open_file",
+    "product",
+    "random_row",
+    "resumes",
+]
 
 KIND = "checkpoint"
-FIELDS = {"fit": "plain", "product": "tensor[1,p]", "stages": "state"}
+FIELDS = {"job": "plain", "numbers": "state", "stages": "state"}
 # Seconds between two writes: no fewer, and so many that writing takes no more than this share of the time.
 EVERY, SHARE = 1.0, 0.05
 # And until the next attempt after one that failed.
 RETRY = 60.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What tells one job from others.
+
+    Parameters
+    ----------
+    what : str
+        The word for it.
+    settled : mapping of str to str
+        What decides its result, by the words to name it by, each as a short text.
+    numbers : mapping of str to tensor
+        What it computes first, which must be the same to the half of its digits: code that has changed shows in it.
+    """
+
+    what: str = "job"
+    settled: Mapping[str, str] = field(default_factory=dict)
+    numbers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def check_path(path: object) -> None:
+    """Raise TypeError where a checkpoint that is asked for has no path."""
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise TypeError(must_be("checkpoint", "None or a path", type(path).__name__))
+
+
+def resumes(method: str | Method | Function) -> bool:
+    """Return whether a method, or that of a name, goes on from a checkpoint."""
+    if isinstance(method, Method):
+        return method.resumes
+    kinds = [kind for (_, name), kind in InversionRegistry.registry.items() if name == method]
+    return bool(kinds) and all(is_method(kind) and kind.resumes for kind in kinds)
 
 
 def check_checkpoint(path: object, method: Method | Function, together: bool = False) -> None:
@@ -48,8 +93,7 @@ def check_checkpoint(path: object, method: Method | Function, together: bool = F
         return
     if together:
         raise ValueError(must_be("checkpoint", "None for a fit with process_group", repr(path)))
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(must_be("checkpoint", "None or a path", type(path).__name__))
+    check_path(path)
     if not isinstance(method, Method) or not method.resumes:
         names = sorted({kind.name for kind in InversionRegistry.registry.values() if is_method(kind) and kind.resumes})
         got = method.name if isinstance(method, Method) else "a function"
@@ -81,14 +125,19 @@ def open_checkpoint(
     OSError
         Where it cannot be written.
     """
-    fit, product = _identity(method, system, settings), _product(system.curvature)
+    numbers = {"code of the model or its loss": product(system.curvature)}
+    return open_file(path, Job("fit", identity(method, system, settings), numbers), system.curvature.device, verbose)
+
+
+def open_file(path: str | os.PathLike[str], job: Job, device: torch.device, verbose: int = 0) -> CheckpointFile:
+    """Return the checkpoint of a job, its tensors on ``device``; as for a fit, and raising alike."""
     # Through a link to what it points at, as `save_state` writes.
     target = Path(os.path.realpath(path))
     if target.is_dir():
-        target /= hashlib.sha256(repr(sorted(fit.items())).encode()).hexdigest()[:32] + ".safetensors"
-    opened = CheckpointFile(target, fit, product)
+        target /= hashlib.sha256(repr(sorted(job.settled.items())).encode()).hexdigest()[:32] + ".safetensors"
+    opened = CheckpointFile(target, job)
     if target.exists():
-        opened.stages = _read(target, fit, product)
+        opened.stages = _read(target, job, device)
         say(f"checkpoint: goes on with {str(target)!r}, {', '.join(opened.stages) or 'nothing done'}", verbose)
     else:
         opened.write()
@@ -96,22 +145,20 @@ def open_checkpoint(
 
 
 class CheckpointFile(Checkpoint):
-    """The states of a fit's stages in a file, which is written now and then, whole or not at all.
+    """The states of a job's stages in a file, which is written now and then, whole or not at all.
 
     Parameters
     ----------
     path : Path
         Of the file.
-    fit : mapping of str to str
-        What tells this fit from others.
-    product : tensor of shape (1, p)
-        Of the curvature, or its first batch, with a row that is always the same.
+    job : Job
+        What tells it from others.
     """
 
     keeps = True
 
-    def __init__(self, path: Path, fit: Mapping[str, str], product: torch.Tensor) -> None:
-        self.path, self.fit, self.product = path, dict(fit), product
+    def __init__(self, path: Path, job: Job) -> None:
+        self.path, self.job = path, job
         # A state of a stage at work is asked for when it is written.
         self.stages: dict[str, State | Callable[[], State]] = {}
         self._due = time.monotonic() + EVERY
@@ -124,7 +171,7 @@ class CheckpointFile(Checkpoint):
         try:
             check_fields(stage, fields, known, frozenset())
         except ValueError as error:
-            raise ValueError(_refusal(self.path, f"one that no fit left ({error})")) from error
+            raise ValueError(_refusal(self.path, self.job, f"one that no {self.job.what} left ({error})")) from error
         return known
 
     def keep(self, stage: str, state: Callable[[], State]) -> None:
@@ -149,13 +196,18 @@ class CheckpointFile(Checkpoint):
         """Write the states as they are."""
         start = time.monotonic()
         stages = {name: state if isinstance(state, dict) else state() for name, state in self.stages.items()}
-        save_state(self.path, KIND, {"fit": self.fit, "product": self.product, "stages": stages}, FIELDS)
+        told = {"job": dict(self.job.settled), "numbers": dict(self.job.numbers), "stages": stages}
+        save_state(self.path, KIND, told, FIELDS)
         now = time.monotonic()
         self._due = now + max(EVERY, (now - start) * (1 - SHARE) / SHARE)
 
     def remove(self) -> None:
-        """Remove the file: the fit is done."""
-        self.path.unlink(missing_ok=True)
+        """Remove the file: the job is done."""
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            # The result is there.
+            warn(f"The checkpoint was not removed: {error}", RuntimeWarning)
 
     def _write_when_due(self) -> None:
         if time.monotonic() < self._due:
@@ -165,7 +217,7 @@ class CheckpointFile(Checkpoint):
         except (OSError, MemoryError) as error:
             # What was done so far is worth more than its checkpoint.
             self._due = time.monotonic() + RETRY
-            warn(f"The checkpoint was not written, and the fit goes on without: {error}", RuntimeWarning)
+            warn(f"The checkpoint was not written, and the {self.job.what} goes on without: {error}", RuntimeWarning)
 
 
 class _Part(Checkpoint):
@@ -189,10 +241,10 @@ class _Part(Checkpoint):
         return _Part(self, part)
 
 
-# -- of which fit ------------------------------------------------------------------------------------------------------
+# -- of which job ------------------------------------------------------------------------------------------------------
 
 
-def _identity(method: Method, system: System, settings: Mapping[str, object]) -> dict[str, str]:
+def identity(method: Method | Function, system: System, settings: Mapping[str, object]) -> dict[str, str]:
     """Return what decides the result of a fit, by the words to name it by, each as a short text."""
     A, model, batches = system.curvature, system.model, system.batches
     own: list[object] = [A.penalty]
@@ -202,7 +254,9 @@ def _identity(method: Method, system: System, settings: Mapping[str, object]) ->
     elif model is not None:
         own += model.parameters
     data: list[object] = [*A.gradient_rows()] if batches is None else [batches.checksums, batches.sample_weight]
-    own_settings = {name: value for name, value in method.get_params().items() if name not in method.placing}
+    given = method.get_params() if isinstance(method, Method) else {"function": method}
+    placing = method.placing if isinstance(method, Method) else ()
+    own_settings = {name: value for name, value in given.items() if name not in placing}
     parts = {
         "method": [type(method), sorted(own_settings.items(), key=lambda item: item[0])],
         "curvature": [system.curvature_name, A.dtype, A.device.type],
@@ -231,36 +285,47 @@ def _text(value: object) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
-def _product(A: LinearOperator) -> torch.Tensor:
-    """Return the product (1, p) of a random row: code of the model, or of its loss, that has changed shows in it."""
+def random_row(A: LinearOperator) -> torch.Tensor:
+    """Return a row (1, p) of random numbers, always the same."""
     generator = torch.Generator("cpu").manual_seed(0)
-    v = torch.randn(1, A.size, dtype=torch.float64, generator=generator, device="cpu").to(A.device, A.dtype)
+    return torch.randn(1, A.size, dtype=torch.float64, generator=generator, device="cpu").to(A.device, A.dtype)
+
+
+def product(A: LinearOperator) -> torch.Tensor:
+    """Return the product (1, p) of a random row: code of the model, or of its loss, that has changed shows in it."""
+    v = random_row(A)
     if not isinstance(A, Curvature):
         return A.apply(v)
     batch, weights = next(iter(A.objective.batches))
     return A.graph(batch, weights)(v)
 
 
-def _read(path: Path, fit: Mapping[str, str], product: torch.Tensor) -> dict[str, State | Callable[[], State]]:
-    """Return the states in a file of this fit; ValueError for any other file."""
+def _read(path: Path, job: Job, device: torch.device) -> dict[str, State | Callable[[], State]]:
+    """Return the states in a file of this job; ValueError for any other file."""
     try:
-        _, found = load_state(path, {KIND: (FIELDS, frozenset())}, product.device)
+        _, found = load_state(path, {KIND: (FIELDS, frozenset())}, device)
     except ValueError as error:
-        raise ValueError(_refusal(path, "another file, or a damaged one")) from error
-    known = found["fit"] if isinstance(found["fit"], dict) else {}
-    other = [name for name in {**fit, **known} if known.get(name) != fit.get(name)]
-    rtol = 10 * torch.finfo(product.dtype).eps ** 0.5
-    same = found["product"].shape == product.shape and found["product"].dtype == product.dtype
-    if not other and not (same and bool((found["product"] - product).norm() <= rtol * product.norm())):
-        other = ["code of the model or its loss"]
+        raise ValueError(_refusal(path, job, "another file, or a damaged one")) from error
+    known = found["job"] if isinstance(found["job"], dict) else {}
+    other = [name for name in {**job.settled, **known} if known.get(name) != job.settled.get(name)]
+    other = other or [name for name, own in job.numbers.items() if not _is_near(found["numbers"].get(name), own)]
     if other:
-        raise ValueError(_refusal(path, f"that of one with another {', another '.join(other)}"))
+        raise ValueError(_refusal(path, job, f"that of one with another {', another '.join(other)}"))
     stages = found["stages"]
     if not all(isinstance(state, dict) and all(isinstance(name, str) for name in state) for state in stages.values()):
-        raise ValueError(_refusal(path, "one whose stages have no states"))
+        raise ValueError(_refusal(path, job, "one whose stages have no states"))
     return stages
 
 
-def _refusal(path: Path, got: str) -> str:
-    hint = "Delete the file to begin anew, or give another path; in a folder that exists each fit has its own file."
-    return must_be(f"The checkpoint {str(path)!r}", "a file of this fit", got, hint)
+def _is_near(found: object, own: torch.Tensor) -> bool:
+    """Return whether numbers are the same but for what another machine rounds."""
+    if not isinstance(found, torch.Tensor) or found.shape != own.shape or found.dtype != own.dtype:
+        return False
+    rtol = 10 * torch.finfo(own.dtype).eps ** 0.5
+    return torch.equal(found, own) or bool((found - own).norm() <= rtol * own.norm())
+
+
+def _refusal(path: Path, job: Job, got: str) -> str:
+    what = job.what
+    hint = f"Delete the file to begin anew, or give another path; in a folder that exists each {what} has its own file."
+    return must_be(f"The checkpoint {str(path)!r}", f"a file of this {what}", got, hint)

@@ -230,6 +230,17 @@ def a_checkpoint_that_cannot_be_written():
             inverter("ekfac", checkpoint=f"{folder}/fit").fit(Net(), data())
 
 
+def a_checkpoint_that_cannot_be_removed():
+    def refused(path, missing_ok=False):
+        raise PermissionError(13, "Permission denied")
+
+    class Kept(type(Path())):
+        unlink = refused
+
+    with TemporaryDirectory() as folder, patch.object(skinvert.checkpoint, "Path", Kept):
+        inverter("ekfac", checkpoint=f"{folder}/fit").fit(Net(), data())
+
+
 def retraining_that_ends_where_it_began():
     X, y = data()
     X, y = X.numpy(), y.numpy()
@@ -261,6 +272,7 @@ PLACES = [
     (a_decoupled_weight_decay, "models/skorch.py:_decay_of"),
     (all_the_data_on_each_rank, "data/shards.py:shared_out"),
     (a_checkpoint_that_cannot_be_written, "checkpoint.py:_write_when_due"),
+    (a_checkpoint_that_cannot_be_removed, "checkpoint.py:remove"),
     (retraining_that_ends_where_it_began, "metrics/trainers.py:warn_of_no_change"),
 ]
 

@@ -13,7 +13,8 @@ from sklearn.exceptions import ConvergenceWarning
 from .._telling import warn
 from ..methods import CG
 from ..methods.quadratic import Certificate, SolvedRows
-from .scoring import Block, Done, gathered
+from .course import Course, Kept, Lines
+from .scoring import Block, gathered
 from .sides import Side
 
 __all__ = ["Bounded", "certified_blocks"]
@@ -60,8 +61,15 @@ class Bounded:
         found = torch.outer(self.solved, self.streamed)
         return found.mT if self.transposed else found
 
+    @property
+    def kept(self) -> Kept:
+        """What a checkpoint keeps of them."""
+        return Lines({"solved": self.solved}, {"streamed": self.streamed})
 
-def certified_blocks(certificate: Certificate, most: int, rtol: float, done: Done, bounds: Bounded) -> Iterator[Block]:
+
+def certified_blocks(
+    certificate: Certificate, most: int, rtol: float, course: Course, bounds: Bounded
+) -> Iterator[Block]:
     """Yield places and blocks of gᵢᵀA⁻¹bⱼ in float64, and write what bounds their errors into ``bounds``.
 
     Each solved row is refined until its largest bound is below ``rtol`` times the root mean square of its scores, or
@@ -70,10 +78,10 @@ def certified_blocks(certificate: Certificate, most: int, rtol: float, done: Don
     everything = slice(0, bounds.right.count)
     # A chunk's scores are held, beside its rows in float64.
     most = max(1, min(most // 2, most * bounds.left.model.num_params // max(1, bounds.right.count)))
-    for rows, gradients in gathered(bounds.left, most):
-        places = (everything, rows) if bounds.transposed else (rows, everything)
-        if done(*places):
+    for rows, gradients in gathered(bounds.left, most, course.done):
+        if course.knows(rows):
             continue
+        places = (everything, rows) if bounds.transposed else (rows, everything)
         solved = certificate.solved(gradients)
         block = _scores(solved, bounds)
         for _ in range(ROUNDS):
@@ -89,6 +97,7 @@ def certified_blocks(certificate: Certificate, most: int, rtol: float, done: Don
         bounds.solved[rows] = _error(solved, certificate)
         _warn_of_more(bounds.solved[rows] / _allowed(block, bounds.streamed, rtol), rtol, certificate)
         yield (*places, block.mT if bounds.transposed else block)
+        course.end(rows)
 
 
 def _tighter(certificate: Certificate, solved: SolvedRows, target: torch.Tensor) -> SolvedRows:

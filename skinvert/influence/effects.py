@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import TypeGuard
 
 import numpy as np
 import torch
 
 from .._check import must_be
+from .._checkpoint import NOWHERE, Checkpoint
 from .._memory import check_memory
 from .._types import Batch
+from ..curvature import split_batch
 from ..data import batches_of, with_any_targets
 from ..models import TorchTwiceDifferentiable, map_tensors
+from .course import Course, Lines
 from .fitted import Fitted
 from .removal import Removal
 from .scoring import blocks
@@ -21,30 +25,34 @@ from .sides import FixedGradients, RowSide, Side, moved
 __all__ = ["check_groups", "check_indices", "group_effect", "group_labels", "outputs_without", "self_influence"]
 
 
-def self_influence(fitted: Fitted) -> torch.Tensor:
+def self_influence(fitted: Fitted, checkpoint: Checkpoint = NOWHERE) -> torch.Tensor:
     """Return what removing each training row does to its own measurement (n,)."""
     measured, training = fitted.measured_training, fitted.training
-    scores = torch.empty(training.count, dtype=fitted.model.dtype, device=fitted.model.device)
+    scores = torch.full((training.count,), torch.nan, dtype=fitted.model.dtype, device=fitted.model.device)
+    course = Course(fitted.model, training.count, 1, [Lines({"scores": scores})], checkpoint=checkpoint)
     if fitted.removal == "newton":
-        _newton_diagonal(measured, fitted.remove(), fitted.most, scores)
+        _newton_diagonal(measured, fitted.remove(), fitted.most, scores, course)
         return scores
     for place, batch, shares in training.parts(fitted.most):
+        if course.knows(place):
+            continue
         gradients = training.row_gradients(batch)
         own = gradients if measured.measurement.name == "loss" else measured.row_gradients(batch)
         scores[place] = shares * (own * fitted.solve(gradients)).sum(1)
+        course.end(place)
     return scores
 
 
-def _newton_diagonal(measured: RowSide, removal: Removal, most: int, scores: torch.Tensor) -> None:
-    rows = _rows(measured)
-    for place, steps in removal.steps(most):
-        for j, step in enumerate(steps, start=place.start):
-            batch, near = next(rows), moved(measured.model, step)
-            scores[j] = (_value(measured, near, batch) - _value(measured, measured.model, batch))[0]
-
-
-def _rows(side: RowSide) -> Iterator[Batch]:
-    return (batch for _, batch, _ in side.parts(1))
+def _newton_diagonal(measured: RowSide, removal: Removal, most: int, scores: torch.Tensor, course: Course) -> None:
+    for place, batch, shares in removal.side.parts(removal.size(most)):
+        if course.knows(place):
+            continue
+        left, rows = course.rest(place), list(split_batch(batch, shares, 1))
+        steps = course.begin(left, partial(removal.steps_of, batch, shares, place.start))
+        for j, step in enumerate(steps, left.start):
+            (row, _), near = rows[j - place.start], moved(measured.model, step)
+            scores[j] = (_value(measured, near, row) - _value(measured, measured.model, row))[0]
+            course.end(slice(j, j + 1))
 
 
 def _value(side: RowSide, model: TorchTwiceDifferentiable, batch: Batch) -> torch.Tensor:
@@ -52,21 +60,29 @@ def _value(side: RowSide, model: TorchTwiceDifferentiable, batch: Batch) -> torc
         return side.measurement.of(model)(model.forward(map_tensors(torch.clone, batch)), batch).detach()
 
 
-def group_effect(fitted: Fitted, groups: Sequence[torch.Tensor], test: Side) -> torch.Tensor:
+def group_effect(
+    fitted: Fitted, groups: Sequence[torch.Tensor], test: Side, checkpoint: Checkpoint = NOWHERE
+) -> torch.Tensor:
     """Return the changes (test.count, n_groups) when all rows of a group are removed together."""
-    removal = fitted.remove()
+    removal, newton = fitted.remove(), fitted.removal == "newton"
     effects = torch.zeros(test.count, len(groups), dtype=fitted.model.dtype, device=fitted.model.device)
-    if fitted.removal == "newton":
+    counts, transposed = (test.count, len(groups)), newton or test.count > len(groups)
+    solved, streamed = reversed(counts) if transposed else counts
+    kept = [Lines({"effects": effects.mT if transposed else effects})]
+    course = Course(fitted.model, solved, streamed, kept, transposed=transposed, checkpoint=checkpoint)
+    if newton:
         now = test.values()
-        for j, rows in enumerate(groups):
+        for j, rows in enumerate(groups[course.done :], course.done):
             effects[:, j] = test.at(removal.step(rows)).values() - now
+            course.end(slice(j, j + 1))
         return effects
-    for place, cols, block in blocks(test, _summed(fitted, groups), fitted.solve, fitted.most, lambda *_: False):
+    sums = _summed(fitted, groups, checkpoint)
+    for place, cols, block in blocks(test, sums, fitted.solve, fitted.most, course):
         effects[place, cols] = block
     return effects
 
 
-def _summed(fitted: Fitted, groups: Sequence[torch.Tensor]) -> FixedGradients:
+def _summed(fitted: Fitted, groups: Sequence[torch.Tensor], checkpoint: Checkpoint) -> FixedGradients:
     """Return Σ wᵢgᵢ/Σw of each group, by one pass over the training rows."""
     training, model = fitted.training, fitted.model
     way_out = "Try fewer groups at a time."
@@ -77,8 +93,12 @@ def _summed(fitted: Fitted, groups: Sequence[torch.Tensor]) -> FixedGradients:
     member = torch.zeros(len(groups), training.count, dtype=torch.bool, device="cpu")
     for j, chosen in enumerate(groups):
         member[j, chosen] = True
-    for place, gradients in training.gradients(training.count):
+    course = Course(
+        model, training.count, 1, [Lines({}, {"sums": sums})], checkpoint=checkpoint, stage="sums of groups"
+    )
+    for place, gradients in training.gradients(training.count, course.done):
         sums += member[:, place].to(gradients) @ gradients
+        course.end(place)
     return FixedGradients(model, sums)
 
 

@@ -13,9 +13,10 @@ from ..curvature import Objective, Sharded
 from ..data import Batches, batches_of
 from ..inverter import HessianInverter
 from ..models import TorchTwiceDifferentiable
+from ..system import System
 from .measurements import Measurement, RowMeasurement, measurement_of
 from .removal import FirstOrder, Newton, Removal
-from .sides import RowSide, SetSide, Side
+from .sides import RowSide, SetSide
 
 __all__ = ["Fitted"]
 
@@ -74,6 +75,19 @@ class Fitted:
         return self.objective.model
 
     @property
+    def system(self) -> System:
+        """What the inverter was fitted to."""
+        own, batches = self.inverter, self.objective.batches
+        return System(
+            own.curvature_,
+            own.curvature_name_,
+            own.n_samples_,
+            model=own._model,
+            batches=batches,
+            layout=own._layout,
+        )
+
+    @property
     def training(self) -> RowSide:
         """The training rows' losses, each times wᵢ/Σw."""
         return self._rows_of_training("loss", self.objective.weight_sum)
@@ -83,7 +97,7 @@ class Fitted:
         """What is measured, of the training rows, each counting once."""
         return self._rows_of_training(self.measurement, None)
 
-    def test(self, data: object) -> Side:
+    def test(self, data: object) -> RowSide | SetSide:
         """Return what is measured of test data, in any form that ``fit`` takes."""
         rows = batches_of(self.model, data, batch_size=self.batch_size, needs_row_order=True)
         chosen = measurement_of(self.measurement, self.model, self.objective.scale, rows)

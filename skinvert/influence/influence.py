@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 from .._autograd import ordinary
 from .._callbacks import TakesCallbacks, followed
 from .._check import check_choice, check_number, must_be
+from .._checkpoint import NOWHERE, Checkpoint
 from .._fitting import fit_whole
 from .._frames import (
     Columned,
@@ -27,27 +29,25 @@ from .._frames import (
     with_labels,
 )
 from .._lazy import is_lazy, over_rows
-from .._memory import check_memory, readable
-from .._progress import progress_by, say
 from .._shown import Shown
 from .._types import Array, Data, Indices, State, TrainedModel
+from ..checkpoint import check_path
 from ..data import as_data, check_row_order, holds_tensors
 from ..files import Whole
 from ..inverter import HessianInverter
-from ..methods.quadratic import Certificate
 from ..models import is_model
 from ..plotting import report
 from ..selection import HessianInverterCV
-from .certified import Bounded, certified_blocks
 from .effects import check_groups, check_indices, group_effect, group_labels, outputs_without, self_influence
 from .features import feature_influence
 from .fitted import Fitted
-from .largest import largest
+from .jobs import with_own_checkpoint
+from .largest import Largest
+from .matrix import Matrix
 from .measurements import Measurement, check_row_by_row
-from .normalized import NORMS, normalized
+from .normalized import NORMS
 from .output import Out, destination, fingerprint
-from .scoring import Block, Done, blocks, shifted_blocks
-from .sides import Side, moved
+from .sides import moved
 from .statistics import RowStatistics
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Top(NamedTuple):
     scores: Array
 
 
-class InfluenceFunction(TakesCallbacks, Shown, RowStatistics, RowTransformer):
+class InfluenceFunction(TakesCallbacks, Shown, Matrix, RowStatistics, RowTransformer):
     r"""Predict what removing each training row does to what is measured on test rows.
 
     ``fit(model, data)``, or ``fit(X, y)`` with the inverter's ``model`` set; ``transform((X_test, y_test))`` is the
@@ -110,6 +110,12 @@ class InfluenceFunction(TakesCallbacks, Shown, RowStatistics, RowTransformer):
         Test rows per pass; results do not depend on it. Training rows come as the inverter's ``batch_size`` says.
     memory : int, default=None
         Bytes for the solutions that are held at once; None is scikit-learn's ``working_memory``.
+    checkpoint : str or Path, default=None
+        A file to which ``transform``, ``top``, ``group_effect`` and ``self_influence`` write what they have done, at
+        most every second and for at most 5 % of their time, and from which the same call goes on after an interruption,
+        a kill too, to the same result. It is removed once there is a result, and a file of any other job (another fit,
+        other rows, settings or versions) is refused. In a folder that exists each job has its own file, and so has the
+        fit of an inverter whose method has checkpoints and which has none itself; a file serves scores alone.
     verbose : int, default=0
         1 says on stderr what is computed, and shows progress bars.
 
@@ -179,6 +185,7 @@ class InfluenceFunction(TakesCallbacks, Shown, RowStatistics, RowTransformer):
         score_rtol: float | None = None,
         batch_size: int | None = None,
         memory: int | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
         verbose: int = 0,
     ) -> None:
         self.inverter = inverter
@@ -188,6 +195,7 @@ class InfluenceFunction(TakesCallbacks, Shown, RowStatistics, RowTransformer):
         self.score_rtol = score_rtol
         self.batch_size = batch_size
         self.memory = memory
+        self.checkpoint = checkpoint
         self.verbose = verbose
 
     # -- fit -------------------------------------------------------------------------------------------------------
@@ -219,6 +227,7 @@ class InfluenceFunction(TakesCallbacks, Shown, RowStatistics, RowTransformer):
         return self
 
     def _check(self) -> None:
+        check_path(self.checkpoint)
         check_choice(self.removal, "removal", REMOVALS)
         check_choice(self.normalize, "normalize", NORMS)
         if self.normalize is not None and self.removal != "first_order":
@@ -247,7 +256,8 @@ class InfluenceFunction(TakesCallbacks, Shown, RowStatistics, RowTransformer):
         else:
             fitted = clone(HessianInverter() if self.inverter is None else _checked(self.inverter))
             check_row_order(y if is_model(X) else as_data(X, y))
-            fitted.fit(X, y, sample_weight=sample_weight)
+            with with_own_checkpoint(fitted, self.checkpoint):
+                fitted.fit(X, y, sample_weight=sample_weight)
         self.inverter_ = fitted.inverter_ if isinstance(fitted, HessianInverterCV) else fitted
         self.n_samples_ = self._fitted().objective.batches.n_samples
         rows = rows_of(y if is_model(X) else X)
@@ -274,23 +284,26 @@ class InfluenceFunction(TakesCallbacks, Shown, RowStatistics, RowTransformer):
             Entry (i, j): the predicted change of measurement i when training row j is removed. An array for arrays, a
             tensor on the model's device for tensors. A frame, where ``set_output`` asks for one, has the index of X and
             the training rows' as its columns (as strings in polars). Of a measurement of all rows together, one row.
-            With ``out`` this, or the file's memmap. Dask arrays give a lazy one, whose blocks of test rows are computed
-            one by one: ``scores.to_zarr(path)``, say, on as many workers as there are.
+            With ``out`` this, or the file's memmap: such a file is its own checkpoint. Dask arrays give a lazy one,
+            whose blocks of test rows are computed one by one: ``scores.to_zarr(path)``, say, on as many workers as
+            there are.
         """
         if is_lazy((X, y)):
             return self._lazily(X if y is None else (X, y), out)
         data = self._test_data(X, y)
-        if len(self._members()) == 1:
-            scores = self._matrix(data, out)
-        else:
-            scores = self._mean(lambda member: member._matrix(data))
-            if out is not None:
-                known_by = fingerprint([type(self).__name__], [scores])
-                target = destination(out, (len(scores), self.n_samples_), scores.dtype, scores.device, known_by)
-                target.write(slice(None), slice(None), scores)
-                scores = target.close()
-        found = super().transform(rows_of(data), scores if out is not None else self._back(scores, data))
-        return with_labels(found, self.index_)
+        if self._of_one_file(out):
+            return self._labelled(self._matrix(data, out), data)
+        with self._job("transform", data) as checkpoint:
+            scores = self._mean(lambda member, part: member._matrix(data, checkpoint=part), checkpoint)
+            if out is None:
+                return self._labelled(self._back(scores, data), data)
+            known_by = fingerprint([type(self).__name__], [scores])
+            target = destination(out, (len(scores), self.n_samples_), scores.dtype, scores.device, known_by)
+            target.write(slice(None), slice(None), scores)
+            return self._labelled(target.close(), data)
+
+    def _labelled(self, scores: Array, data: object) -> Array:
+        return with_labels(super().transform(rows_of(data), scores), self.index_)
 
     def _lazily(self, data: object, out: Out) -> Array:
         """Return the scores of test data in Dask arrays."""
@@ -299,52 +312,11 @@ class InfluenceFunction(TakesCallbacks, Shown, RowStatistics, RowTransformer):
             hint = "What `transform` returns has `to_zarr` and `to_npy_stack`."
             raise ValueError(must_be("out", "None for Dask arrays", type(out).__name__, hint))
         check_row_by_row(self.measurement, self.score_rtol)
+        if self.checkpoint is not None and not os.path.isdir(self.checkpoint):
+            hint = "Each block of test rows is a job of its own."
+            raise ValueError(must_be("checkpoint for Dask arrays", "None or a folder", repr(self.checkpoint), hint))
         name = str(fitted.model.dtype).removeprefix("torch.")
         return over_rows(self, "transform", data, self.n_samples_, np.dtype(name))
-
-    def _matrix(self, data: object, out: Out = None) -> Array:
-        fitted = self._fitted()
-        test, n = fitted.test(data), self.n_samples_
-        dtype = fitted.model.dtype if self.score_rtol is None else torch.float64
-        if out is None:
-            needed, way_out = 2 * test.count * n * dtype.itemsize, "Try `top`, which holds none, or `out`."
-            check_memory(needed, f"{test.count:,} × {n:,} scores", way_out, fitted.model.device)
-        self._say(fitted, test.count)
-        known_by = "" if out is None else self._fingerprint(fitted, test)
-        scores = destination(out, (test.count, n), dtype, fitted.model.device, known_by)
-        found = self._blocks(fitted, test, scores.has)
-        for rows, cols, block in self._under_bar(found, test.count, scores.known):
-            scores.write(rows, cols, block)
-        return scores.close()
-
-    def _under_bar(self, found: Iterator[Block], n_test: int, known: Callable[[], int] = int) -> Iterator[Block]:
-        """Yield the blocks under one bar, over all the passes that a matrix in chunks takes."""
-        size, total = lambda block: block[2].numel(), n_test * self.n_samples_
-        return progress_by(found, size, "scores", self.verbose, total, known)
-
-    def _say(self, fitted: Fitted, n_test: int) -> None:
-        n, size = self.n_samples_, fitted.model.dtype.itemsize
-        solved = "training" if self.removal == "newton" or n_test > n else "test"
-        chunk = f"{min(fitted.most, n if solved == 'training' else n_test):,} {solved} rows are solved at once"
-        say(f"scores: {n_test:,} × {n:,}, {readable(n_test * n * size)}; {chunk}", self.verbose)
-
-    def _fingerprint(self, fitted: Fitted, test: Side) -> str:
-        inverter = self.inverter_
-        own = (self.removal, self.normalize, self.score_rtol)
-        seed = inverter.random_state if isinstance(inverter.random_state, int) else None
-        settings = [*own, inverter.method_, inverter.curvature_name_, inverter.blocks, inverter.params, seed]
-        shift = torch.tensor([inverter.hessian_perturbation_])
-        return fingerprint(settings, [shift, test.values(), fitted.training.values()])
-
-    def _blocks(self, fitted: Fitted, test: Side, done: Done) -> Iterator[Block]:
-        if self.removal == "newton":
-            return shifted_blocks(test, fitted.remove(), fitted.most, done)
-        if self.score_rtol is not None:
-            self._bounds = Bounded.unknown(test, fitted.training)
-            certificate = Certificate(self.inverter_._judged("scores"))
-            return certified_blocks(certificate, fitted.most, self.score_rtol, done, self._bounds)
-        found = blocks(test, fitted.training, fitted.solve, fitted.most, done)
-        return found if self.normalize is None else normalized(found, self.normalize, fitted, test)
 
     @property
     def score_error_(self) -> np.ndarray:
@@ -367,7 +339,9 @@ class InfluenceFunction(TakesCallbacks, Shown, RowStatistics, RowTransformer):
         Large where a row is unlike the others, mislabelled for instance.
         """
         check_is_fitted(self, "n_samples_")
-        return self._back(self._mean(lambda member: self_influence(member._fitted())), None)
+        with self._job("self_influence") as checkpoint:
+            found = self._mean(lambda member, part: self_influence(member._fitted(), part), checkpoint)
+            return self._back(found, None)
 
     @ordinary
     def top(self, X: Data, y: Data | None = None, *, k: int = 10, harmful: bool = False) -> Top:
@@ -389,26 +363,25 @@ class InfluenceFunction(TakesCallbacks, Shown, RowStatistics, RowTransformer):
             them, with the index of X: ``rows`` are then labels of training rows, of ``index_``, not places.
         """
         data = self._test_data(X, y)
-        rows, scores = self._largest(data, k, harmful)
-        columns = range(rows.shape[1])
-        labels = self._framed(self._labels_at(rows), data, columns)
-        found = self._framed(self._back(scores, data), data, columns)
-        return Top(labels if isinstance(labels, Columned) else self._back(rows, data), found)
+        with self._job("top", data, k=k, harmful=harmful) as checkpoint:
+            rows, scores = self._largest(data, k, harmful, checkpoint)
+            columns = range(rows.shape[1])
+            labels = self._framed(self._labels_at(rows), data, columns)
+            found = self._framed(self._back(scores, data), data, columns)
+            return Top(labels if isinstance(labels, Columned) else self._back(rows, data), found)
 
-    def _largest(self, data: object, k: int, harmful: bool) -> Top:
+    def _largest(self, data: object, k: int, harmful: bool, checkpoint: Checkpoint = NOWHERE) -> Top:
         """Return what ``top`` does, by places, as tensors, whatever ``set_output`` asks for."""
         k = min(check_number(k, "k", low=1, integer=True), self.n_samples_)
-        scores, rows = largest(self._all_blocks(data), k, -1 if harmful else 1)
-        return Top(rows, scores)
-
-    def _all_blocks(self, data: object) -> Iterator[Block]:
-        """Yield the blocks of the matrix; of an ensemble, which are the mean of its members, as one."""
+        sign = -1 if harmful else 1
         if len(self._members()) > 1:
-            scores = self._mean(lambda member: member._matrix(data))
-            return iter([(slice(0, len(scores)), slice(0, self.n_samples_), scores)])
-        fitted = self._fitted()
-        test = fitted.test(data)
-        return self._under_bar(self._blocks(fitted, test, lambda *_: False), test.count)
+            scores = self._mean(lambda member, part: member._matrix(data, checkpoint=part), checkpoint)
+            found = Largest(k, sign, scores.dtype, (len(scores), self.n_samples_))
+            found.take((slice(0, len(scores)), slice(0, self.n_samples_), scores))
+        else:
+            found = self._largest_of_one(data, k, sign, checkpoint)
+        scores, rows = found.found()
+        return Top(rows, scores)
 
     @ordinary
     def group_effect(self, groups: Array | Sequence[Indices], X: Data, y: Data | None = None) -> Array:
@@ -431,8 +404,9 @@ class InfluenceFunction(TakesCallbacks, Shown, RowStatistics, RowTransformer):
         """
         data = self._test_data(X, y)
         members = check_groups(groups, self.n_samples_)
-        effects = self._back(self._mean(lambda member: _group_effect(member, members, data)), data)
-        return self._framed(effects, data, group_labels(groups, members))
+        with self._job("group_effect", data, groups=members) as checkpoint:
+            effects = self._mean(lambda member, part: _group_effect(member, members, data, part), checkpoint)
+            return self._framed(self._back(effects, data), data, group_labels(groups, members))
 
     # -- parameters ------------------------------------------------------------------------------------------------
 
@@ -462,7 +436,7 @@ class InfluenceFunction(TakesCallbacks, Shown, RowStatistics, RowTransformer):
         """
         data = self._test_data(X, y)
         chosen = check_indices(rows, self.n_samples_)
-        return self._back(self._mean(lambda member: outputs_without(member._fitted(), chosen, data)), data)
+        return self._back(self._mean(lambda member, _: outputs_without(member._fitted(), chosen, data)), data)
 
     @ordinary
     def feature_influence(self, rows: Indices, X: Data, y: Data | None = None) -> Array:
@@ -477,7 +451,7 @@ class InfluenceFunction(TakesCallbacks, Shown, RowStatistics, RowTransformer):
         """
         data = self._test_data(X, y)
         chosen = check_indices(rows, self.n_samples_)
-        return self._back(self._mean(lambda member: _feature_influence(member, chosen, data)), data)
+        return self._back(self._mean(lambda member, _: _feature_influence(member, chosen, data)), data)
 
     def report(
         self,
@@ -551,8 +525,12 @@ class InfluenceFunction(TakesCallbacks, Shown, RowStatistics, RowTransformer):
         check_is_fitted(self, "inverter_")
         return Fitted(self.inverter_, self.removal, self.measurement, self.batch_size, self.memory, self.verbose)
 
-    def _mean(self, of: Callable[[InfluenceFunction], torch.Tensor]) -> torch.Tensor:
-        found = [of(member) for member in self._members()]
+    def _mean(
+        self, of: Callable[[InfluenceFunction, Checkpoint], torch.Tensor], checkpoint: Checkpoint = NOWHERE
+    ) -> torch.Tensor:
+        members = self._members()
+        parts = [checkpoint if len(members) == 1 else checkpoint.within(f"model {i}") for i in range(len(members))]
+        found = [of(member, part) for member, part in zip(members, parts, strict=True)]
         return found[0] if len(found) == 1 else torch.stack(found).mean(0)
 
     def _test_data(self, X: object, y: object) -> object:
@@ -585,9 +563,11 @@ def _checked(inverter: object) -> HessianInverter | HessianInverterCV:
     return inverter
 
 
-def _group_effect(member: InfluenceFunction, groups: list[torch.Tensor], data: object) -> torch.Tensor:
+def _group_effect(
+    member: InfluenceFunction, groups: list[torch.Tensor], data: object, checkpoint: Checkpoint
+) -> torch.Tensor:
     fitted = member._fitted()
-    return group_effect(fitted, groups, fitted.test(data))
+    return group_effect(fitted, groups, fitted.test(data), checkpoint)
 
 
 def _feature_influence(member: InfluenceFunction, rows: torch.Tensor, data: object) -> torch.Tensor:

@@ -48,11 +48,6 @@ class Removal(ABC):
         for place, batch, shares in self.side.parts(self.size(most)):
             yield place, batch, self.steps_of(batch, shares, place.start)
 
-    def steps(self, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield which rows, and the change of θ (m, p) that leaving out each of them makes."""
-        for place, _, steps in self.parts(most):
-            yield place, steps
-
     @abstractmethod
     def step(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the change of θ (p,) that leaving out all the ``rows`` (m,), indices, makes."""

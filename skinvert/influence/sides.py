@@ -19,7 +19,23 @@ from ..models import TorchTwiceDifferentiable, leading_length, map_tensors
 from ..models.structural_copy import structural_copy
 from .measurements import Measurement, RowMeasurement, SetMeasurement, all_outputs
 
-__all__ = ["FixedGradients", "Gradients", "RowSide", "SetSide", "Side", "moved"]
+__all__ = ["FixedGradients", "Gradients", "RowSide", "SetSide", "Side", "Streamed", "moved"]
+
+
+@dataclass
+class Streamed:
+    """How far directions have met the rows of a side.
+
+    Parameters
+    ----------
+    rows : int, default=0
+        How many they have met: they are passed over.
+    forward : bool, default=True
+        Whether forward mode served them so far.
+    """
+
+    rows: int = 0
+    forward: bool = True
 
 
 class Gradients(ABC):
@@ -41,12 +57,15 @@ class Gradients(ABC):
         """Number of values."""
 
     @abstractmethod
-    def gradients(self, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield which values, and their gradients (m, p), at most so many at once."""
+    def gradients(self, most: int, start: int = 0) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield which values, and their gradients (m, p), at most so many at once, without the chunks before ``start``.
+
+        What is left out changes nothing in the others.
+        """
 
     @abstractmethod
-    def along(self, X: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield which values, and their derivatives (k, m) along the rows of X (k, p)."""
+    def along(self, X: torch.Tensor, met: Streamed | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield which values, and their derivatives (k, m) along the rows of X (k, p), from where ``met`` has it."""
 
 
 class Side(Gradients):
@@ -90,20 +109,23 @@ class RowSide(Side):
         """Number of rows."""
         return self.batches.n_samples
 
-    def gradients(self, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    def gradients(self, most: int, start: int = 0) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield the gradients in chunks, none across two batches."""
         size = min(most, rows_within(3 * self.model.num_params * self.model.dtype.itemsize))
         for place, batch, shares in self.parts(size):
-            yield place, shares[:, None] * self.row_gradients(batch)
+            if place.stop > start:
+                yield place, shares[:, None] * self.row_gradients(batch)
 
-    def along(self, X: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    def along(self, X: torch.Tensor, met: Streamed | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield the derivatives: in forward mode for few directions, else from the rows' gradients."""
-        forward = True
+        met = Streamed() if met is None else met
         for place, batch, shares in self.parts():
             # The first batch decides: the others are like it.
-            forward = forward and (place.start > 0 or len(X) <= most_directions(self.model, batch))
-            found = self._forward(batch, X) if forward else None
-            forward = found is not None
+            met.forward = met.forward and (place.start > 0 or len(X) <= most_directions(self.model, batch))
+            if place.stop <= met.rows:
+                continue
+            found = self._forward(batch, X) if met.forward else None
+            met.forward = found is not None
             yield place, (self._by_gradients(batch, X) if found is None else found) * shares
 
     def values(self) -> torch.Tensor:
@@ -165,15 +187,17 @@ class FixedGradients(Gradients):
         """Number of rows."""
         return len(self.rows)
 
-    def gradients(self, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    def gradients(self, most: int, start: int = 0) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield the rows in chunks."""
-        for start in range(0, len(self.rows), most):
-            part = self.rows[start : start + most]
-            yield slice(start, start + len(part)), part
+        for first in range(0, len(self.rows), most):
+            part = self.rows[first : first + most]
+            if first + len(part) > start:
+                yield slice(first, first + len(part)), part
 
-    def along(self, X: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    def along(self, X: torch.Tensor, met: Streamed | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield the products with all rows."""
-        yield slice(0, len(self.rows)), X @ self.rows.mT
+        if met is None or met.rows < len(self.rows):
+            yield slice(0, len(self.rows)), X @ self.rows.mT
 
 
 @dataclass(frozen=True)
@@ -199,17 +223,17 @@ class SetSide(Side):
         """How many numbers."""
         return len(self.measurement.functions)
 
-    def gradients(self, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    def gradients(self, most: int, start: int = 0) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield the gradient of each number, by one backward pass over the rows."""
         outputs, targets = all_outputs(self.model, self.batches)
         free = outputs.requires_grad_(True)
-        for j, function in enumerate(self.measurement.functions):
+        for j, function in enumerate(self.measurement.functions[start:], start):
             (signal,) = torch.autograd.grad(_number(function, free, targets), free)
             yield slice(j, j + 1), self._pulled(signal)[None]
 
-    def along(self, X: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    def along(self, X: torch.Tensor, met: Streamed | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield the derivatives, from the gradients."""
-        for place, gradient in self.gradients(1):
+        for place, gradient in self.gradients(1, 0 if met is None else met.rows):
             yield place, X @ gradient.mT
 
     def values(self) -> torch.Tensor:

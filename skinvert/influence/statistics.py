@@ -12,6 +12,7 @@ import torch
 
 from .._autograd import ordinary
 from .._check import check_choice, check_number, must_be
+from .._checkpoint import Checkpoint
 from .._types import Array, Data
 from .diagnostics import Diagnostics, diagnose, leverage
 from .fitted import Fitted
@@ -114,7 +115,7 @@ class RowStatistics(ABC):
         [2.5, 2.5, 1.0]
         """
         check_choice(scale, "scale", SCALES)
-        found = self._mean(lambda member: predictions_left_out(member._fitted(), scale))
+        found = self._mean(lambda member, _: predictions_left_out(member._fitted(), scale))
         return found.cpu().numpy()
 
     @ordinary
@@ -166,7 +167,7 @@ class RowStatistics(ABC):
     def _fitted(self) -> Fitted: ...
 
     @abstractmethod
-    def _mean(self, of: Callable[[Self], torch.Tensor]) -> torch.Tensor: ...
+    def _mean(self, of: Callable[[Self, Checkpoint], torch.Tensor]) -> torch.Tensor: ...
 
     @abstractmethod
     def _test_data(self, X: object, y: object) -> object: ...

@@ -19,11 +19,15 @@ from ..registry import InversionRegistry
 from ..system import is_method
 from .claims import ROUNDING, claim, numbers, quiet, raise_faults
 from .problems import Problem, problems_for, rows
+from .recorded import Recorded
 
 if TYPE_CHECKING:
     import pytest
 
 __all__ = ["METHOD_CHECKS", "check_method", "parametrize_with_methods", "registered_methods"]
+
+# How many of a method's states are gone on from.
+STATES = 5
 
 
 def check_method(method: Method) -> None:
@@ -239,9 +243,7 @@ def check_root_is_of_the_inverse(method: Method) -> None:
 
 def check_solves_alike_twice(method: Method) -> None:
     """Hold that two solves, and two inversions with one seed, agree, and leave the global generators alone."""
-    seeded = clone(method)
-    if "random_state" in seeded.get_params():
-        seeded.set_params(random_state=0)
+    seeded = _seeded(method)
     for problem, inverse in _inverses(seeded, definite=True):
         B = rows(3, problem.A.size, problem.A.dtype)
         before = _global_states()
@@ -267,6 +269,27 @@ def check_state_survives_pickling(method: Method) -> None:
         _same(problem.at(shift), method, moved, inverse.at(shift).solve(B).x, "it serves another λ as before")
 
 
+def check_resumes_from_any_state(method: Method) -> None:
+    """Hold ``resume``, of a method that ``resumes``, to the bits of ``invert`` from each state that it tells.
+
+    The states are as they come back from a file; of many the first, the last and some between are tried.
+    """
+    if not type(method).resumes:
+        return
+    for problem, inverse in _inverses(_seeded(method), definite=True):
+        B = rows(3, problem.A.size, problem.A.dtype)
+        expected, first = inverse.solve(B).x, Recorded(problem.A.device)
+        x = _resumed(problem, method, first).solve(B).x
+        _claim(torch.equal(x, expected), "`resume` gives the bits of `invert`", _gap(x, expected), problem)
+        _claim(bool(first.written), "`resume` tells its checkpoint what it has done", "no state", problem)
+        for which in sorted({int(at) for at in np.linspace(0, len(first.written) - 1, STATES)}):
+            again = Recorded(problem.A.device, first.written[which]())
+            x = _resumed(problem, method, again).solve(B).x
+            what = f"`resume` from state {which + 1} of {len(first.written)}"
+            _claim(torch.equal(x, expected), f"{what} gives the bits of `invert`", _gap(x, expected), problem)
+            _claim(bool(again.resumed_stages), f"{what} asks for what is known", "a run from the beginning", problem)
+
+
 METHOD_CHECKS: list[Callable[[Method], None]] = [
     check_settings_are_kept,
     check_says_what_it_is,
@@ -282,6 +305,7 @@ METHOD_CHECKS: list[Callable[[Method], None]] = [
     check_root_is_of_the_inverse,
     check_solves_alike_twice,
     check_state_survives_pickling,
+    check_resumes_from_any_state,
 ]
 
 
@@ -312,6 +336,21 @@ def _inverses(method: Method, definite: bool = False) -> Iterator[tuple[Problem,
 def _inverse(problem: Problem, method: Method) -> InverseOperator:
     with quiet():
         return problem.invert(method)
+
+
+def _seeded(method: Method) -> Method:
+    seeded = clone(method)
+    return seeded.set_params(random_state=0) if "random_state" in seeded.get_params() else seeded
+
+
+def _resumed(problem: Problem, method: Method, checkpoint: Recorded) -> InverseOperator:
+    with quiet():
+        chosen = _seeded(method).choose(problem.A, problem.shift)
+        return chosen.resume(problem.A, problem.shift, checkpoint).judged_by(problem.A)
+
+
+def _gap(X: torch.Tensor, Y: torch.Tensor) -> str:
+    return f"{float((X - Y).norm()):.3g} off"
 
 
 def _same(problem: Problem, method: Method, X: torch.Tensor, Y: torch.Tensor, what: str) -> None:

@@ -30,7 +30,9 @@ sketch.AT_ONCE = 8
 
 D, C, HIDDEN = 20, 5, 30
 METHODS = {"kfac": KFAC(), "ekfac": EKFAC(), "arnoldi": Arnoldi(rank=20), "nystroem": Nystroem(rank=300)}
-JOBS = [*METHODS, "influence"]
+# Scores with a checkpoint, in float32, by several batches of training rows and several chunks of test rows.
+SCORES = {"scores": {}, "newton": {"removal": "newton", "measurement": "margin"}}
+JOBS = [*METHODS, "influence", *SCORES]
 
 
 def problem(rows):
@@ -47,6 +49,8 @@ def run(job, folder, rows):
         inverter = HessianInverter("kfac", 1e-1, loss="cross_entropy", check_residual=False)
         influence = InfluenceFunction(inverter, memory=2**19).fit(net, (X, y))
         return np.array(influence.transform((X, y), out=folder / "scores.npy"))
+    if job in SCORES:
+        return scores(folder, net, X, y, SCORES[job])
     inverter = HessianInverter(METHODS[job], 1e-1, checkpoint=folder / "fit", **settings).fit(net, (X, y))
     # Nothing of the file is left once there is a result.
     assert not (folder / "fit").exists()
@@ -54,6 +58,18 @@ def run(job, folder, rows):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return inverter.transform(b).numpy()
+
+
+def scores(folder, net, X, y, settings):
+    """Return scores of a few test rows, which one pass over the training rows meets."""
+    inverter = HessianInverter("kfac", 1e-1, loss="cross_entropy", batch_size=8)
+    count = 8 if settings else 64
+    test = torch.randn(count, D, generator=torch.Generator().manual_seed(1)), torch.arange(count) % C
+    settings = {"batch_size": 4, "memory": 2**18, **settings}
+    influence = InfluenceFunction(inverter, checkpoint=folder / "scores", **settings).fit(net, (X, y))
+    found = influence.transform(test).numpy()
+    assert not (folder / "scores").exists()
+    return found
 
 
 def counted():

@@ -1,19 +1,18 @@
 """Checkpoints: a fit that was stopped after any write goes on to the same bits, and takes no other work for its own."""
 
 import copy
-import json
 import os
 import pickle
 
 import numpy as np
 import pytest
 import safetensors
-import safetensors.numpy
 import sklearn
 import torch
 from facts import EVERY, RESUMING, TIGHT
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
+from stopping import StoppedError, always_due, entries, rewritten, set_entry, stopping
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,40 +22,19 @@ from skinvert.checkpoint import CheckpointFile
 from skinvert.curvature.layers import passes
 from skinvert.curvature.layers.probe import probe
 from skinvert.methods import EKFAC, KFAC, Arnoldi, Nystroem
-from skinvert.persistence import HEADER_BYTES, _checksum
+from skinvert.persistence import HEADER_BYTES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*worse than x = 0", "ignore:A = H . λI as arnoldi")
 
 
-class StoppedError(BaseException):
-    """As SIGKILL would, at once after a write."""
-
-
 @pytest.fixture(autouse=True)
 def _always_due(monkeypatch):
-    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
-    monkeypatch.setattr(checkpoint, "SHARE", 1.0)
+    always_due(monkeypatch)
 
 
 @pytest.fixture
 def stop(monkeypatch):
-    """Return what sets after which write the fit stops, and the list of what was written by then."""
-    written, original = [], CheckpointFile.write
-
-    def write(self):
-        original(self)
-        written.append(dict(self.stages))
-        if len(written) == write.last:
-            raise StoppedError
-
-    def after(count):
-        written.clear()
-        write.last = count
-        return written
-
-    write.last = None
-    monkeypatch.setattr(CheckpointFile, "write", write)
-    return after
+    return stopping(monkeypatch)
 
 
 def network(dtype=torch.float64):
@@ -354,27 +332,6 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_left(kind, stopped):
 # -- from a stranger ---------------------------------------------------------------------------------------------------
 
 
-def rewritten(path, change):
-    """Change the stages of a checkpoint, and sign it as ``save`` would."""
-    with safetensors.safe_open(path, framework="numpy") as file:
-        header = file.metadata()
-    arrays = safetensors.numpy.load_file(path)
-    state = json.loads(header["state"])
-    stages = next(pair for pair in state["root"][1] if pair[0] == "stages")[1][1]
-    change(stages, arrays)
-    header["state"] = json.dumps(state)
-    header["sha256"] = _checksum(header, arrays)
-    safetensors.numpy.save_file(arrays, path, header)
-
-
-def entries(stages, stage):
-    return next(pair for pair in stages if pair[0] == stage)[1][1]
-
-
-def set_entry(stages, stage, name, value):
-    next(pair for pair in entries(stages, stage) if pair[0] == name)[1] = value
-
-
 CRAFTED = {
     "a function": lambda stages, arrays: set_entry(
         stages, "Kronecker factors", "rows", ["packed", "dtype", "save", []]
@@ -519,7 +476,7 @@ def test_writes_take_a_twentieth_of_the_time(tmp_path, monkeypatch):
         spent[0] += 2.0
 
     monkeypatch.setattr(checkpoint, "save_state", save)
-    file = CheckpointFile(tmp_path / "fit", {}, torch.zeros(1, 1))
+    file = CheckpointFile(tmp_path / "fit", checkpoint.Job())
     for _ in range(10_000):
         now[0] += 0.1
         file.keep("stage", dict)

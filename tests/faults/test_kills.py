@@ -8,6 +8,7 @@ import sys
 import pytest
 
 FOUR = ["ekfac", "arnoldi", "nystroem", "influence"]
+SCORES = ["scores", "newton"]
 
 
 def outcomes(folder, *arguments):
@@ -35,9 +36,14 @@ def test_jobs_go_on_after_a_kill(tmp_path):
     assert sum(told["kills"] for told in found) >= 2, found
 
 
+def test_scores_go_on_after_a_kill(tmp_path):
+    for told in outcomes(tmp_path, 40, 1, 3, 0, *SCORES):
+        check(told, 1, 1)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("job", [*FOUR, "kfac"])
+@pytest.mark.parametrize("job", [*FOUR, "kfac", *SCORES])
 def test_twenty_kills_and_twenty_finishes(job, tmp_path):
     (told,) = outcomes(tmp_path, 400, 20, 3, 1, job)
     print(told)

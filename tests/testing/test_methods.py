@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
+from skinvert._checkpoint import NOWHERE
 from skinvert.methods import CG, MINRES, Arnoldi, Direct, Nystroem
 from skinvert.methods.base import InverseOperator, Method, relative_residual
-from skinvert.operators import Shifted
+from skinvert.operators import Dense, Shifted
 from skinvert.reasons import Reason, reasons
 from skinvert.results import InverseHvpResult
 from skinvert.testing import check_method, parametrize_with_methods
@@ -147,6 +148,75 @@ def test_a_right_method_passes():
 def test_a_fault_is_told(fault, told):
     with pytest.raises(AssertionError, match=told):
         check_method(Plain(fault=fault))
+
+
+class Summing(Plain):
+    """Squares A row by row, and inverts it; goes on after the rows that a checkpoint has, right but for one fault."""
+
+    name, resumes = "summing", True
+    cost, memory, exactness, choose_it_for = "p³ once", "p²", "exact", "tests"
+
+    def invert(self, A, hessian_perturbation, verbose=0):
+        return self.resume(A, hessian_perturbation, NOWHERE)
+
+    def resume(self, A, hessian_perturbation, checkpoint, verbose=0):
+        fields = {"done": "int", "total": "tensor[p,p]"}
+        known = None if self.fault == "forgetful" else checkpoint.resumed("sum", fields)
+        matrix = A.to_dense()
+        state = {"done": 0, "total": torch.zeros_like(matrix)} if known is None else dict(known)
+        for j in range(state["done"], len(matrix)):
+            if self.fault == "early":
+                state["done"] = j + 1
+                checkpoint.keep("sum", lambda: self.told(state))
+            state["total"][j] += matrix[j]
+            state["done"] = j + 1
+            if self.fault not in ("early", "silent"):
+                checkpoint.keep("sum", lambda: self.told(state))
+        if self.fault == "another" and checkpoint.keeps:
+            state["total"] *= 1 + 1e-6
+        return PlainInverse(Dense(state["total"]), hessian_perturbation)
+
+    def told(self, state):
+        total = state["total"].float().to(state["total"].dtype) if self.fault == "rounded" else state["total"]
+        total = total[:1] if self.fault == "shape" else total
+        return {**state, "total": self if self.fault == "object" else total}
+
+
+def test_a_method_that_resumes_rightly_passes():
+    check_method(Summing())
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("early", r"`resume` from state 1 of \d+ gives the bits of `invert`"),
+        ("rounded", r"`resume` from state \d+ of \d+ gives the bits of `invert`"),
+        ("shape", "must be a file of this job"),
+        ("forgetful", r"`resume` from state 1 of \d+ asks for what is known"),
+        ("silent", "`resume` tells its checkpoint what it has done"),
+        ("another", "`resume` gives the bits of `invert`"),
+        ("object", "must be plain, or skinvert's own"),
+    ],
+)
+def test_a_fault_of_resume_is_told(fault, told):
+    with pytest.raises(AssertionError, match=f"check_resumes_from_any_state: .*{told}") as error:
+        check_method(Summing(fault=fault))
+    assert "fails 1 of" in str(error.value)
+
+
+def test_a_seldom_state_is_tried():
+    """Of many states the last is among those that are gone on from."""
+
+    class Late(Summing):
+        name = "late"
+        cost, memory, exactness, choose_it_for = Plain.cost, Plain.memory, Plain.exactness, Plain.choose_it_for
+
+        def told(self, state):
+            wrong = state["done"] == len(state["total"])
+            return {**state, "total": 2 * state["total"]} if wrong else super().told(state)
+
+    with pytest.raises(AssertionError, match=r"from state (\d+) of \1 gives the bits"):
+        check_method(Late())
 
 
 def test_what_is_no_method_is_refused():

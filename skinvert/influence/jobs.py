@@ -1,0 +1,81 @@
+"""What tells one computation of scores from others: the fit, the rows it is of, and what is measured of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from ..checkpoint import Job, identity, product, random_row, resumes
+from ..inverter import HessianInverter
+from ..selection import HessianInverterCV
+from .fitted import Fitted
+from .sides import RowSide, SetSide
+
+__all__ = ["job_of", "with_own_checkpoint"]
+
+# Settings of an inverter that decide its solutions, beside those that its curvature and model show.
+DECISIVE = ("autocast", "blocks", "batch_size", "random_state")
+
+
+def job_of(pairs: Sequence[tuple[Fitted, RowSide | SetSide]], settings: Mapping[str, object]) -> Job:
+    """Return the job that is made of each model and what is measured there, by ``settings``."""
+    told = [_settled(fitted, side, settings) for fitted, side in pairs]
+    settled = {name: hashlib.sha256(repr([each[name] for each in told]).encode()).hexdigest()[:16] for name in told[0]}
+    numbers: dict[str, torch.Tensor] = {}
+    for i, (fitted, side) in enumerate(pairs):
+        where = "" if len(pairs) == 1 else f", of model {i}"
+        numbers |= {f"{name}{where}": values for name, values in _numbers(fitted, side).items()}
+    return Job("job", settled, numbers)
+
+
+def _settled(fitted: Fitted, side: RowSide | SetSide, settings: Mapping[str, object]) -> dict[str, str]:
+    inverter = fitted.inverter
+    asked = inverter.hessian_perturbation
+    own = {
+        # A share of the mean eigenvalue may be found with other last digits.
+        "hessian_perturbation": asked if isinstance(asked, str) else inverter.hessian_perturbation_,
+        **{name: vars(inverter)[name] for name in DECISIVE},
+        "measurement": fitted.measurement,
+        "batch_size of test rows": fitted.batch_size,
+        "memory": fitted.memory,
+        "test data": side.batches.checksums,
+        **settings,
+    }
+    return identity(inverter.method_, fitted.system, own)
+
+
+def _numbers(fitted: Fitted, side: RowSide | SetSide) -> dict[str, torch.Tensor]:
+    """Return a product with the curvature, what the factorisation makes of it, and what is measured."""
+    A = fitted.system.curvature
+    found = {"code of the model or its loss": product(A), "code of the measurement": side.values()}
+    inverse = fitted.inverter.inverse_
+    if inverse is not None and not inverse.keeps_operator:
+        with warnings.catch_warnings():
+            # The solutions that count warn for themselves.
+            warnings.simplefilter("ignore")
+            found["inverse"] = inverse.apply(random_row(A))
+    return found
+
+
+@contextmanager
+def with_own_checkpoint(
+    inverter: HessianInverter | HessianInverterCV, folder: str | os.PathLike[str] | None
+) -> Iterator[None]:
+    """Let a fit of ``inverter`` keep its checkpoint in ``folder``, if that is one, where it can and has none itself.
+
+    A file is left to the scores: it is that of one job alone.
+    """
+    alone = isinstance(inverter, HessianInverter) and inverter.checkpoint is None and inverter.process_group is None
+    if not alone or folder is None or not os.path.isdir(folder) or not resumes(inverter.method):
+        yield
+        return
+    inverter.checkpoint = folder
+    try:
+        yield
+    finally:
+        inverter.checkpoint = None
