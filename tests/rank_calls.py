@@ -314,6 +314,12 @@ def little_memory(rank, size, method):
         return known(fitted(rank, size, method, batch_size=3), B)
 
 
+def in_autocast(rank, size, method):
+    """A fit whose passes are in bfloat16, and whose sums over ranks are not."""
+    settings = {"dtype": torch.float32, "autocast": "bfloat16", "curvature": "ggn"}
+    return fitted(rank, size, method, **settings).transform(B)
+
+
 def all_the_data(rank, size):
     return inverter().fit(CASE.module, CASE.data).n_samples_
 
@@ -333,6 +339,7 @@ CALLS = {
     **{f"scikit-{kind}": partial(scikit, kind=kind) for kind in ("ragged", "empty")},
     **{f"rows-{m}-{k}": partial(plain_rows, method=m, kind=k) for m, k in (("direct", "empty"), ("lissa", "ragged"))},
     **{f"little_memory-{m}": partial(little_memory, method=m) for m in ("direct", "cg", "ekfac")},
+    **{f"in_autocast-{m}": partial(in_autocast, method=m) for m in ("cg", "direct", "ekfac")},
     **{f"abstract-{kind}": partial(abstract, kind=kind) for kind in ("ragged", "empty")},
     **{call.__name__: call for call in (in_float32, wide_trace, pickled, subgroup, in_ddp, one_token_each)},
     **{
