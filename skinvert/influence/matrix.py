@@ -119,7 +119,8 @@ class Matrix(ABC):
         inverter = self.inverter_
         own = (self.removal, self.normalize, self.score_rtol)
         seed = inverter.random_state if isinstance(inverter.random_state, int) else None
-        settings = [*own, inverter.method_, inverter.curvature_name_, inverter.blocks, inverter.params, seed]
+        names = ("curvature_name_", "blocks", "params", "autocast")
+        settings = [*own, inverter.method_, *(getattr(inverter, name) for name in names), seed]
         shift = torch.tensor([inverter.hessian_perturbation_])
         return fingerprint(settings, [shift, test.values(), fitted.training.values()])
 
