@@ -28,3 +28,8 @@ def test_no_numbers_and_a_bool_have_one():
     assert checksum(torch.zeros(0, 3)) != checksum(torch.zeros(0, 4))
     assert checksum(torch.tensor(True)) != checksum(torch.tensor(False))
     assert checksum(torch.arange(6).reshape(2, 3).mT) == checksum(torch.tensor([[0, 3], [1, 4], [2, 5]]))
+
+
+def test_a_single_number_with_a_stride_has_that_of_one_without():
+    one = torch.tensor([1.0, 2.0, 3.0, 4.0])[1::3]
+    assert one.stride() == (3,) and checksum(one) == checksum(torch.tensor([2.0]))

@@ -291,6 +291,30 @@ def test_products_of_many_rows(model, name):
     assert is_recorded(A) == [model in SERVED] * 3
 
 
+# Between a convolution and units that are off, whose slope is zero for the whole batch.
+MOVING = {
+    "reflection": lambda: nn.ReflectionPad2d(1),
+    "upsample": lambda: nn.Upsample(scale_factor=2),
+    "avg_pool": lambda: nn.AvgPool2d(2),
+    "max_pool": lambda: nn.MaxPool2d(2),
+    "convolution": lambda: nn.Conv2d(2, 3, 2),
+    "group_norm": lambda: nn.GroupNorm(1, 2),
+}
+
+
+@pytest.mark.parametrize("name", ["hessian", "ggn"])
+@pytest.mark.parametrize("layer", MOVING)
+def test_a_batch_in_which_all_units_are_off(layer, name):
+    first = [nn.Conv2d(1, 2, 2), MOVING[layer]()]
+    off = first[-1] if layer in ("convolution", "group_norm") else first[0]
+    nn.init.constant_(off.bias, -50.0)
+    case = case_of(lambda: nn.Sequential(*first, nn.ReLU(), nn.Flatten(), nn.LazyLinear(CLASSES)), (1, 6, 6))
+    A = curvature_of(case, name)
+    expected = Oracle(case).curvature(name)
+    assert np.linalg.norm(expected) > 0
+    assert matrix_error(A.apply(rows(33, A.size)), rows(33, A.size).numpy() @ expected) <= 1e-11
+
+
 @pytest.mark.parametrize("name", ["hessian", "ggn"])
 def test_weight_norm(name):
     """Against the same written out: the fused kernel's own second derivative is wrong."""

@@ -32,7 +32,7 @@ class Oracle:
         self.theta = [p for p in self.module.parameters() if p.requires_grad]
         self.p = sum(t.numel() for t in self.theta)
         # Fused kernels have second derivatives that are wrong, or none: gradients are differenced there.
-        fused = any(name.startswith(("weight_norm", "bag")) for name in case.layers)
+        fused = any(name.startswith(("weight_norm", "bag")) for name in (*case.layers, case.wrapper))
         self.differenced = fused or "hardsigmoid" in case.activations
 
     def outputs(self, rows=slice(None)):
@@ -82,10 +82,14 @@ class Oracle:
                 G += w * self.row_ggn(i)
         return G / self.mass() + self._penalty()
 
+    def row_jacobian(self, i):
+        """J of a row's outputs, flattened, and the outputs."""
+        f = self.outputs(slice(i, i + 1))
+        return torch.stack([self.derivative(e, retain_graph=True) for e in f.reshape(-1)]).detach(), f
+
     def row_ggn(self, i):
         """JᵀDJ of a row's loss before the average."""
-        f = self.outputs(slice(i, i + 1))
-        J = torch.stack([self.derivative(e, retain_graph=True) for e in f.reshape(-1)]).detach()
+        J, f = self.row_jacobian(i)
         free = f.detach().requires_grad_(True)
         (r,) = torch.autograd.grad(self.loss.summed(free, self.y[i : i + 1]), free, create_graph=True)
         columns = [

@@ -117,7 +117,8 @@ class Program:
             j: part.reshape(len(V), *shape) for j, (part, shape) in enumerate(zip(parts, self.shapes, strict=True))
         }
         for step in self.steps:
-            found = step.push(*[None if source is None else alive[source] for source in step.sources])
+            # No tangent came to a slot where a slope is zero for the whole batch: of units that are all off.
+            found = step.push(*[None if source is None else alive.get(source) for source in step.sources])
             for target, tangent in zip(step.targets, found, strict=True):
                 if target is not None:
                     # None is zero: of a result that does not depend on what has a tangent here.
@@ -125,7 +126,8 @@ class Program:
             for slot in step.last:
                 alive.pop(slot, None)
         assert self.result is not None
-        return alive[self.result].reshape(len(V), -1)
+        result = alive.get(self.result)
+        return V.new_zeros(len(V), self.output) if result is None else result.reshape(len(V), -1)
 
 
 class _Slots:
