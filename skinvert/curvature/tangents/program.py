@@ -117,17 +117,16 @@ class Program:
             j: part.reshape(len(V), *shape) for j, (part, shape) in enumerate(zip(parts, self.shapes, strict=True))
         }
         for step in self.steps:
-            # No tangent came to a slot where a slope is zero for the whole batch: of units that are all off.
-            found = step.push(*[None if source is None else alive.get(source) for source in step.sources])
+            found = step.push(*[None if source is None else alive[source] for source in step.sources])
             for target, tangent in zip(step.targets, found, strict=True):
                 if target is not None:
-                    # None is zero: of a result that does not depend on what has a tangent here.
+                    # None is zero: of a result that does not depend on what has a tangent here, or of units that are
+                    # off for the whole batch. Rules are given what they were told would be there.
                     alive[target] = V.new_zeros(len(V), *self.slots[target]) if tangent is None else tangent
             for slot in step.last:
                 alive.pop(slot, None)
         assert self.result is not None
-        result = alive.get(self.result)
-        return V.new_zeros(len(V), self.output) if result is None else result.reshape(len(V), -1)
+        return alive[self.result].reshape(len(V), -1)
 
 
 class _Slots:

@@ -44,9 +44,7 @@ class Push:
     held: Sequence[torch.Tensor] = field(default=(), repr=False)
 
     def __call__(self, *tangents: Tangent) -> tuple[Tangent, ...]:
-        """Return the results' tangents: none of none."""
-        if all(tangent is None for tangent in tangents):
-            return tuple(None for _ in self.live)
+        """Return the results' tangents."""
         found = self.along(*tangents)
         return found if isinstance(found, tuple) else (found,)
 
