@@ -99,7 +99,8 @@ class Hessian(Curvature):
 
     def diagonal(self) -> torch.Tensor:
         """Return the diagonal (p,): from the layers where each sees one row a sample, else by p products."""
-        found = None if self.differenced is not None else hessian_diagonal_from_layers(self.objective)
+        layered = self.differenced is None and self.objective.model.autocast is None
+        found = hessian_diagonal_from_layers(self.objective) if layered else None
         sizes = [t.numel() for t in self.objective.model.theta]
         if found is None or not agrees_at_some(self, found, sizes):
             return super().diagonal()

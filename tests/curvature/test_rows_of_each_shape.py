@@ -139,7 +139,7 @@ def test_batches_of_products_are_tried(k):
     net = net_of("PReLU")
     X, _ = data(5)
     outputs, theta = net(X), list(net.parameters())
-    products = WrongAtOnce(outputs, theta)
+    products = WrongAtOnce(outputs, theta, torch.finfo(outputs.dtype).eps)
     # As on an accelerator: all rows in one pass.
     products.batched = True
     V = torch.randn(k, outputs.numel(), dtype=torch.float64)

@@ -59,6 +59,8 @@ class Case:
     # Of the variant `wrapped` alone.
     wrapper: str = "none"
     layout: str = "plain"
+    # Of the variant `rough` alone.
+    autocast: str | None = None
 
     @property
     def log_probabilities(self):

@@ -166,6 +166,7 @@ def inverter_of(case, loss, **more):
         "blocks": case.blocks,
         "batch_size": case.batch_size,
         "dtype": case.dtype,
+        "autocast": case.autocast,
         "random_state": 0,
     }
     return HessianInverter(_method(case), case.perturbation, loss=loss.given, **{**settings, **more})

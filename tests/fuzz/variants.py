@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import torch
 from fuzz import around, asked, draws, interrupted, runner, scores, together
 from fuzz.cases import choice
 
@@ -12,6 +13,10 @@ def _of(change):
 
 def _without_gradients(case):
     return replace(case, ambient="inference" if case.seed % 2 else "no_grad")
+
+
+def _in_bfloat16(case):
+    return replace(case, dtype=torch.float32, autocast="bfloat16")
 
 
 # By name: what runs a case, and keeps in a dict what the other ways need too.
@@ -26,9 +31,10 @@ VARIANTS = {
     "together": together.run,
     "interrupted": interrupted.run,
     "asked": asked.run,
+    "rough": _of(_in_bfloat16),
 }
 # What costs more is run on one case in so many, so that the sweep takes no more than half as long again.
-SHARES = {"around": 3, "draws": 3, "interrupted": 4, "asked": 3}
+SHARES = {"around": 3, "draws": 3, "interrupted": 4, "asked": 3, "rough": 3}
 
 
 def is_run(name, case):

@@ -283,3 +283,22 @@ def test_gradients_of_other_rows_than_the_fitted_ones(reduce):
         value = scale * ((net(X[i]) - y[i]) ** 4).sum()
         expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, list(net.parameters()))])
         assert torch.allclose(received[i], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_weights_show_where_all_losses_are_the_same(dtype, reduction):
+    # Of a last layer that starts at zero: any weighted mean of equal losses is their mean.
+    weights = torch.tensor([1.0, 5.0, 1.0], dtype=dtype)
+
+    def weighted(output, target):
+        own, shares = F.cross_entropy(output, target, reduction="none"), weights[target]
+        total = (own * shares).sum() / shares.sum()
+        return total if reduction == "mean" else len(output) * total
+
+    net = nn.Linear(2, 3).to(dtype)
+    for tensor in net.parameters():
+        nn.init.zeros_(tensor)
+    data = torch.randn(6, 2, dtype=dtype), torch.tensor([0, 1, 2, 0, 1, 1])
+    with pytest.raises(ValueError, match="The loss callable must be a mean or a sum"):
+        HessianInverter("direct", 1.0, loss=weighted).fit(net, data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 
@@ -92,7 +93,8 @@ class CallableLoss(Loss):
             each = alone / self._copies if kind == "sum" else alone
             if _close(twice / rows, times * once / rows, each) and _close(once / rows, each.mean(), each):
                 self.kind = kind
-                return
+                if self._has_gradients_of_rows(output, target):
+                    return
         self._refuse(output, target, once, twice, alone)
 
     def __str__(self) -> str:
@@ -120,6 +122,17 @@ class CallableLoss(Loss):
                 got = f"shape {tuple(values.shape)} on {len(output)} rows, another value of row {i} alone"
                 hint = f"y of shape {_shapes(target)} against outputs {tuple(output.shape)} may have been broadcast."
                 raise ValueError(must_be("The loss callable", must, got, hint))
+
+    def _has_gradients_of_rows(self, output: torch.Tensor, target: object) -> bool:
+        """Return whether the gradient is that of the rows' values: weighted ones may have a mean that is the same."""
+        f = output.detach().requires_grad_(True)
+        with torch.enable_grad():
+            whole = self._scalar(f, target)
+            rows = self.per_sample(f, target)
+            (own,) = torch.autograd.grad(whole, f)
+            (expected,) = torch.autograd.grad(rows.sum() if self.kind == "sum" else rows.mean(), f)
+        # Not (a > b): of what is not finite more is said elsewhere.
+        return not bool((own - expected).norm() > math.sqrt(_tolerance(output)) * expected.norm())
 
     def _check_differentiable(self, output: torch.Tensor, target: object) -> None:
         kept = [tensor.clone() for tensor in _tensors(target)]
