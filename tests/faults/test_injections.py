@@ -219,7 +219,7 @@ FAULTS = {
         patch=[(torch.linalg, "eigh", broken(ALLOCATE))],
     ),
     "no memory for the factors, before any of them is made": Fault(
-        r"^The Kronecker factors of the layers needs about .* but .* are available on cpu. Try `params`",
+        r"^The Kronecker factors of the layers needs about .* but .* are available on cpu. Try offload .* or `params`",
         MemoryError,
         lambda: inverter().fit(Net(), loader()),
         patch=[(_memory, "available_memory", lambda device: 100)],
