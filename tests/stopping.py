@@ -1,5 +1,6 @@
 """Work that is stopped at once after a write of its checkpoint, as by SIGKILL; and checkpoints that were changed."""
 
+import errno
 import json
 
 import safetensors
@@ -18,6 +19,24 @@ def always_due(monkeypatch):
     """Let every state be written."""
     monkeypatch.setattr(checkpoint, "EVERY", 0.0)
     monkeypatch.setattr(checkpoint, "SHARE", 1.0)
+
+
+# What writing a file may end with.
+FAILURES = [OSError(errno.ENOSPC, "No space left on device"), PermissionError(13, "no"), MemoryError("no")]
+
+
+def failing(monkeypatch, error, after=2):
+    """Let writes fail after the first ones; return the list that has an entry for each try."""
+    save, tries = checkpoint.save_state, []
+
+    def saved(*args):
+        tries.append(1)
+        if len(tries) > after:
+            raise error
+        save(*args)
+
+    monkeypatch.setattr(checkpoint, "save_state", saved)
+    return tries
 
 
 def stopping(monkeypatch):

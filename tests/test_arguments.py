@@ -157,6 +157,12 @@ def test_settings_that_a_model_cannot_follow_are_not_dropped(setting):
         solve_hvp("direct", OfItsOwn(), data, torch.ones(1, 2), **setting)
 
 
+def test_a_model_without_forward_passes_has_no_autocast():
+    inverter = HessianInverter("cg", 1.0, autocast="bfloat16")
+    with pytest.raises(ValueError, match="The model for autocast must be a PyTorch module"):
+        inverter.fit(OfItsOwn(), (torch.ones(3, 1), torch.ones(3)))
+
+
 # -- λ -------------------------------------------------------------------------------------------------------------
 
 

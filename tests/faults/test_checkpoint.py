@@ -12,7 +12,7 @@ import torch
 from facts import EVERY, RESUMING, TIGHT
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
-from stopping import StoppedError, always_due, entries, rewritten, set_entry, stopping
+from stopping import FAILURES, StoppedError, always_due, entries, failing, rewritten, set_entry, stopping
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -503,20 +503,10 @@ class _Usage:
     free = 0
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), PermissionError(13, "no"), MemoryError("no")]
-)
+@pytest.mark.parametrize("error", FAILURES)
 def test_a_write_that_fails_later_costs_the_checkpoint_not_the_fit(error, tmp_path, monkeypatch):
     net, data, path = Edited(), rows(), tmp_path / "fit"
-    expected, save, calls = solution(inverter("ekfac").fit(net, data)), checkpoint.save_state, []
-
-    def saved(*args):
-        calls.append(1)
-        if len(calls) > 2:
-            raise error
-        save(*args)
-
-    monkeypatch.setattr(checkpoint, "save_state", saved)
+    expected, calls = solution(inverter("ekfac").fit(net, data)), failing(monkeypatch, error)
     with pytest.warns(RuntimeWarning, match="The checkpoint was not written, and the fit goes on without") as told:
         fitted = inverter("ekfac", path).fit(net, data)
     assert torch.equal(solution(fitted), expected)

@@ -1,7 +1,6 @@
 """Scores with a checkpoint: stopped after any write they go on to the same bits, and take no other job's for theirs."""
 
 import copy
-import errno
 import os
 import pickle
 
@@ -13,7 +12,7 @@ import torch
 from sklearn.base import clone
 from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import GridSearchCV
-from stopping import StoppedError, always_due, entries, rewritten, set_entry, stopping
+from stopping import FAILURES, StoppedError, always_due, entries, failing, rewritten, set_entry, stopping
 from torch import nn
 
 import skinvert
@@ -578,19 +577,9 @@ def test_a_disk_that_is_full_at_the_start_is_told_before_the_work(tmp_path, monk
         found.transform(FEW)
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left"), PermissionError(13, "no"), MemoryError("no")]
-)
+@pytest.mark.parametrize("error", FAILURES)
 def test_a_write_that_fails_later_costs_the_checkpoint_not_the_scores(error, tmp_path, monkeypatch):
-    expected, save, calls = fitted().transform(FEW), checkpoint.save_state, []
-
-    def saved(*args):
-        calls.append(1)
-        if len(calls) > 2:
-            raise error
-        save(*args)
-
-    monkeypatch.setattr(checkpoint, "save_state", saved)
+    expected, calls = fitted().transform(FEW), failing(monkeypatch, error)
     with pytest.warns(RuntimeWarning, match="The checkpoint was not written, and the job goes on without") as told:
         received = fitted(tmp_path / "scores").transform(FEW)
     assert torch.equal(received, expected)
