@@ -95,6 +95,14 @@ CASES = [
     *((kind, call, "few") for kind in ("first order", "newton") for call in ("self_influence", "group_effect")),
     ("first order", "group_effect", "many"),
 ]
+# One of each way through the code; the rest takes minutes.
+QUICK = [
+    *((kind, "transform", "few") for kind in ("first order", "newton", "certified")),
+    ("first order", "top", "few"),
+    ("newton", "self_influence", "few"),
+    ("first order", "group_effect", "few"),
+]
+STOPPED = [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
 
 
 def check_every_stop(stop, run, path, every=False):
@@ -117,7 +125,7 @@ def check_every_stop(stop, run, path, every=False):
         assert len(written) <= total - count + 1, count
 
 
-@pytest.mark.parametrize(("kind", "call", "test"), CASES)
+@pytest.mark.parametrize(("kind", "call", "test"), STOPPED)
 def test_stopped_after_any_write_it_goes_on_to_the_same_bits(kind, call, test, tmp_path, stop):
     data = FEW if test == "few" else MANY
 
