@@ -44,6 +44,12 @@ class AtHand(NamedColumns):
         judges = check_choice(self.check_residual, "check_residual", [True, False])
         return inverse.judged_by(vars(self).get("curvature_")) if judges else inverse.unjudged()
 
+    @property
+    def _used(self) -> str:
+        """The method in words, with the setting that makes its factorisation a part of the inverse alone."""
+        autocast = vars(self).get("autocast")
+        return repr(vars(self)["method_"]) + ("" if autocast is None else f" with autocast={autocast!r}")
+
     def _factorised(self, what: str, hint: str = "Call `solve`.") -> InverseOperator:
         check_is_fitted(self, "n_features_in_")
         if self.inverse_ is None:

@@ -60,7 +60,8 @@ class Fitting(ABC):
         check_fit_arguments(X, y, self.model)
         shift = check_perturbation(self.hessian_perturbation, "HessianInverter")
         if self._ranks is not None:
-            self._ranks.meet("fit", {"hessian_perturbation": shift, "params": self.params, "blocks": self.blocks})
+            own = {name: vars(self)[name] for name in ("params", "blocks", "autocast")}
+            self._ranks.meet("fit", {"hessian_perturbation": shift, **own})
         check_choice(self.check_residual, "check_residual", [True, False])
         if is_model(X):
             system = self._model_system(X, y, sample_weight)

@@ -538,7 +538,7 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Fitting, AtHand, Pos
     def _file_state(self) -> State:
         if not self._serves_alone():
             hint = "It solves with model and data, which a file of arrays cannot hold. Try pickle or joblib."
-            raise ValueError(must_be("method for save", "one that factorises, such as 'direct'", self.method_, hint))
+            raise ValueError(must_be("method for save", "one that factorises, such as 'direct'", self._used, hint))
         # Where it was fitted is of no use elsewhere.
         left_out = {*UNSAVED, "checkpoint"}
         state = {name: value for name, value in self.__getstate__().items() if name not in left_out}

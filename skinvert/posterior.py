@@ -307,6 +307,10 @@ class Posterior(ABC):
     @abstractmethod
     def _factorised(self, what: str, hint: str = ...) -> InverseOperator: ...
 
+    @property
+    @abstractmethod
+    def _used(self) -> str: ...
+
     @abstractmethod
     def _judged(self, what: str, hint: str = ...) -> InverseOperator: ...
 
@@ -340,7 +344,7 @@ class Posterior(ABC):
         if not inverse.gaussian:
             kinds = [kind for kind in InversionRegistry.registry.values() if is_method(kind)]
             names = sorted(kind.name for kind in kinds if kind.gaussian)
-            raise TypeError(must_be(f"method for {what}", f"one of {names}", repr(self.method_)))
+            raise TypeError(must_be(f"method for {what}", f"one of {names}", self._used))
         return inverse
 
     def _certified(self, what: str) -> InverseOperator:

@@ -9,7 +9,7 @@ import torch
 from definitions import SETTINGS_FLOAT32, definition_of
 from facts import APPROXIMATE, EXACT, KINDS
 from oracles import oracle_matrix, perturbation_for, relative_error, solution
-from problems import problem
+from problems import LastState, problem
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from torch import nn
@@ -18,6 +18,7 @@ from skinvert import HessianInverter, HessianInverterCV, InfluenceFunction, solv
 from skinvert.curvature import CURVATURES, faces_of
 from skinvert.curvature.saved import counted
 from skinvert.methods import CG, LiSSA
+from skinvert.reasons import Reason
 
 MODELS = {"linear": "mse", "softmax": "cross_entropy", "mlp": "cross_entropy", "cnn2d": "cross_entropy"}
 # Of bfloat16 one number has 0.4 %.
@@ -138,6 +139,21 @@ def test_scales_of_b():
     assert not x[3].any()
 
 
+def test_what_a_dtype_cannot_hold_is_told():
+    case, _, _, inverter = fitted("cg", "ggn", "mlp")
+    b = 1e-40 * case.right_hand_sides(2)
+    with pytest.warns(ConvergenceWarning, match="below the range"):
+        _, info = inverter.solve(torch.from_numpy(b).float())
+    assert not info["converged"].any() and (info["reason"] == int(Reason.OUT_OF_RANGE)).all()
+
+
+def test_what_takes_a_factorisation_of_the_exact_curvature_says_so(tmp_path):
+    _, _, _, inverter = fitted("direct", "ggn", "softmax")
+    for ask in (inverter.log_det, lambda: inverter.sample(2), lambda: inverter.save(tmp_path / "fit")):
+        with pytest.raises((TypeError, ValueError), match=r"Got Direct\(.*\) with autocast='bfloat16'"):
+            ask()
+
+
 def test_no_rows_and_more_rows_than_parameters():
     case, H, shift, inverter = fitted("cg", "ggn", "softmax")
     assert inverter.transform(torch.zeros(0, case.p)).shape == (0, case.p)
@@ -155,7 +171,7 @@ def test_what_is_not_solved_is_told():
         _, info = inverter.fit(net, data).solve(b)
     assert not info["converged"].any()
     assert (info["residual"] > 1e-5).all() and (info["residual"] <= 1).all()
-    assert (info["reason"] == 1).all()
+    assert (info["reason"] == int(Reason.MAX_ITERATIONS)).all()
 
 
 def test_an_indefinite_curvature_is_told():
@@ -216,15 +232,6 @@ def test_models_that_return_mappings():
     assert relative_error(own, HessianInverter("cg", 0.1).fit(net, batches).transform(b)) < 1e-4
 
 
-class LSTM(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lstm, self.out = nn.LSTM(2, 3, batch_first=True), nn.Linear(3, 2)
-
-    def forward(self, x):
-        return self.out(self.lstm(x)[0][:, -1])
-
-
 PLAIN = nn.Linear(2, 2), (torch.randn(4, 2), torch.randn(4, 2))
 
 
@@ -242,7 +249,7 @@ def test_what_has_no_autocast_says_so(settings, model, data, match):
 
 
 def test_a_layer_without_a_kernel_in_bfloat16_says_so():
-    net, data = LSTM(), (torch.randn(4, 5, 2), torch.randn(4, 2))
+    net, data = LastState(), (torch.randn(4, 5, 2), torch.randn(4, 3))
     inverter = HessianInverter("cg", 1.0, loss="mse", curvature="ggn")
     try:
         with torch.autocast("cpu", torch.bfloat16):

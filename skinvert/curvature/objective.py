@@ -200,7 +200,8 @@ class Objective(MeanLoss):
             part.model.gradient_of(part.losses(few).sum())
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, NotImplementedError, TypeError) as error:
+        except RuntimeError as error:
+            # Of a kernel, or a layer, that has none in this dtype.
             must = f"one that runs in {dtype} on {self.device.type}"
             raise ValueError(must_be("The model for autocast", must, f"{error}", "Leave autocast out.")) from error
         return part

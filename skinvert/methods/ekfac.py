@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import ClassVar
 
-from .._checkpoint import NOWHERE, Checkpoint
-from .._storage import check_offload, storage_of
+from .._checkpoint import Checkpoint
+from .._storage import storage_of
 from ..operators import LinearOperator
-from .base import Method
-from .kfac import decomposed, factors_of, inverse_of_layers, spectrum_of, with_penalty
+from .kfac import KFAC, decomposed, factors_of, inverse_of_layers, spectrum_of, with_penalty
 from .spectral_inverse import SpectralInverse
 
 __all__ = ["EKFAC"]
 
 
-class EKFAC(Method):
+class EKFAC(KFAC):
     r"""H ≈ Q diag(QᵀHQ) Qᵀ in each layer, with Q = U_G ⊗ U_A the eigenbasis of KFAC's factors.
 
     Of all matrices with these eigenvectors it is the nearest to the layer's exact block. The eigenvalues come from
@@ -58,35 +56,10 @@ class EKFAC(Method):
     """
 
     name: ClassVar[str] = "ekfac"
-    gaussian: ClassVar[bool] = True
-    resumes: ClassVar[bool] = True
-    requires: ClassVar[tuple[str, ...]] = ("kronecker_factors",)
-    default_curvature: ClassVar[str] = "ggn"
     cost: ClassVar[str] = "as kfac, and a second pass"
     memory: ClassVar[str] = "2 (d² + i²) + d i a layer"
     exactness: ClassVar[str] = "kfac's eigenvectors, the exact curvature along them"
     choose_it_for: ClassVar[str] = "as kfac, at a better accuracy"
-
-    placing: ClassVar[tuple[str, ...]] = ("offload",)
-
-    def __init__(
-        self,
-        *,
-        approx: str = "expand",
-        unsupported: str = "error",
-        offload: str | os.PathLike[str] | None = None,
-    ) -> None:
-        self.approx = approx
-        self.unsupported = unsupported
-        self.offload = offload
-
-    def check(self) -> None:
-        """Raise where ``offload`` is no place for factors."""
-        check_offload(self.offload)
-
-    def invert(self, A: LinearOperator, hessian_perturbation: float, verbose: int = 0) -> SpectralInverse:
-        """Compute the factors, their eigenbases and the eigenvalues in them."""
-        return self.resume(A, hessian_perturbation, NOWHERE, verbose)
 
     def resume(
         self, A: LinearOperator, hessian_perturbation: float, checkpoint: Checkpoint, verbose: int = 0

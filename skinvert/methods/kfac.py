@@ -104,7 +104,6 @@ class KFAC(Method):
     memory: ClassVar[str] = "2 (d² + i²) a layer"
     exactness: ClassVar[str] = "one Kronecker product a layer"
     choose_it_for: ClassVar[str] = "layered networks too large for a matrix"
-
     placing: ClassVar[tuple[str, ...]] = ("offload",)
 
     def __init__(

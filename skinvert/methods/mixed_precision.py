@@ -11,11 +11,11 @@ import torch
 from .._check import check_shift, finite_rows
 from .._checkpoint import NOWHERE, Checkpoint
 from .._progress import progress
-from .._scaling import far_exponents, norms, times_powers
+from .._scaling import far_exponents, lost_rows, norms, times_powers
 from ..operators import LinearOperator
 from ..reasons import Reason, reasons
 from ..results import InverseHvpResult
-from ..solvers.krylov import starting_point, within
+from ..solvers.krylov import starting_point, warn_of_lost, within
 from ..solvers.residuals import relative_residual
 from .base import InverseOperator, Method, warn_not_converged, warn_of_overflow
 
@@ -35,9 +35,9 @@ def inverted(
 
     An approximate method's are left as they are, and judged against A.
     """
+    inverse = method.resume(A if A.rough is None else A.rough, hessian_perturbation, checkpoint, verbose)
     if A.rough is None:
-        return method.resume(A, hessian_perturbation, checkpoint, verbose)
-    inverse = method.resume(A.rough, hessian_perturbation, checkpoint, verbose)
+        return inverse
     if inverse.approximate:
         return inverse.judged_by(A)
     # What the rounds have of those that iterate.
@@ -137,11 +137,13 @@ class MixedPrecision(InverseOperator):
         residual = relative_residual(self.operator, run.B, run.X)
         converged = within(residual, run.B, self.rtol, run.atol)
         X = warn_of_overflow(self.name, times_powers(run.X, powers))
-        held = finite_rows(X)
-        converged &= held
-        warn_not_converged(self.name, residual[held], converged[held], self.rtol, self._hint(run))
+        held, lost = finite_rows(X), lost_rows(run.X, X)
+        warn_of_lost(self.name, lost, X.dtype)
+        converged &= held & ~lost
+        rest = held & ~lost
+        warn_not_converged(self.name, residual[rest], converged[rest], self.rtol, self._hint(run))
         causes = (Reason.MAX_ITERATIONS, run.spent), (Reason.NEGATIVE_CURVATURE, run.negative)
-        reason = reasons(converged, Reason.STAGNATED, *causes, (Reason.OUT_OF_RANGE, ~held))
+        reason = reasons(converged, Reason.STAGNATED, *causes, (Reason.OUT_OF_RANGE, lost | ~held))
         info = {"residual": residual, "converged": converged, "reason": reason, "approximate": False}
         return InverseHvpResult(X, {**info, **({} if run.n_iter is None else {"n_iter": run.n_iter})})
 
