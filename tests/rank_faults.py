@@ -229,6 +229,10 @@ def other_shift(rank, size):
     return fitted(rank, size, hessian_perturbation=1.0 + rank)
 
 
+def other_autocast(rank, size):
+    return fitted(rank, size, dtype=torch.float32, autocast="bfloat16" if rank else None)
+
+
 def other_method(rank, size):
     return fitted(rank, size, ["direct", "cg"][rank % 2])
 
@@ -301,6 +305,7 @@ FAULTS = {
         *(sampler_and_weights, data_sets_that_differ, mixed_forms, no_rows, no_weights, with_nan, without_data),
         *(no_model, failing_data, failing_assembly, too_little_for_lissa, other_path, other_shape, wrong_shape),
         *(another_call, other_parameter, other_buffer, other_shift, other_method, other_curvature, other_memory),
+        other_autocast,
         *(
             failing_late,
             other_products,

@@ -223,6 +223,25 @@ class Returned(nn.Module):
         return {"loss": loss, "logits": logits}
 
 
+def test_an_approximate_method_is_judged_by_the_exact_curvature_in_the_functional_face():
+    case, H, shift, _ = fitted("kfac", "ggn", "mlp")
+    b = case.right_hand_sides(3)
+    settings = {"curvature": "ggn", "loss": case.loss, "weight_decay": case.weight_decay, "dtype": torch.float32}
+    x, info = solve_hvp("kfac", case.module, case.data, b, hessian_perturbation=shift, autocast="bfloat16", **settings)
+    residual = np.linalg.norm(x @ (H + shift * np.eye(len(H))) - b, axis=1) / np.linalg.norm(b, axis=1)
+    np.testing.assert_allclose(info["residual"], residual, atol=1e-5)
+
+
+def test_the_hessians_diagonal_of_layers_that_see_bfloat16():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    data = torch.randn(6, 3), torch.randn(6, 1)
+    # The layer below is in bfloat16, and nothing of it is selected.
+    exact = HessianInverter("cg", 1.0, loss="mse", params="1.*").fit(net, data).curvature_
+    rough = exact.in_autocast(torch.bfloat16)
+    assert relative_error(rough.diagonal()[None], exact.to_dense().diagonal()[None]) < HALF
+
+
 def test_models_that_return_mappings():
     torch.manual_seed(0)
     net = Returned()

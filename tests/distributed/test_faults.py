@@ -35,6 +35,7 @@ SAID = {
     "other_parameter": ("ValueError", "parameter 2.weight in the model must be the same on every rank"),
     "other_buffer": ("ValueError", "buffer 1.running_mean in the model must be the same on every rank"),
     "other_shift": ("ValueError", "hessian_perturbation in fit must be the same on every rank. Got 1.0 on rank 0; 2.0"),
+    "other_autocast": ("ValueError", "autocast in fit must be the same on every rank. Got None on rank 0; 'bfloat16'"),
     "other_method": ("ValueError", "Got Direct() on rank 0; CG() on rank 1"),
     "other_curvature": ("ValueError", "Got 'ggn' on rank 0; 'hessian' on rank 1"),
     "other_memory": ("ValueError", "working_memory in fit must be the same on every rank"),
