@@ -32,6 +32,7 @@ class AtHand(NamedColumns):
     check_residual: bool
     n_features_in_: int
     hessian_perturbation_: float
+    method_: object
     curvature_: LinearOperator
     inverse_: InverseOperator | None
     _layout: ParameterLayout | None
@@ -48,7 +49,7 @@ class AtHand(NamedColumns):
     def _used(self) -> str:
         """The method in words, with the setting that makes its factorisation a part of the inverse alone."""
         autocast = vars(self).get("autocast")
-        return repr(vars(self)["method_"]) + ("" if autocast is None else f" with autocast={autocast!r}")
+        return repr(self.method_) + ("" if autocast is None else f" with autocast={autocast!r}")
 
     def _factorised(self, what: str, hint: str = "Call `solve`.") -> InverseOperator:
         check_is_fitted(self, "n_features_in_")

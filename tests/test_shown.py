@@ -101,6 +101,8 @@ def test_influence(models):
 @pytest.mark.parametrize("kind", [HessianInverter, HessianInverterCV, PerSampleGradient, InfluenceFunction])
 def test_before_a_fit_there_is_the_diagram_alone(kind):
     assert kind()._repr_html_().startswith("<style>")
+    # The diagram of what holds it, and a notebook's completion, look at each name: none may raise.
+    assert "fit" in dir(kind())
     with sklearn.config_context(display="text"):
         assert not hasattr(kind(), "_repr_html_")
         assert kind()._repr_mimebundle_() == {"text/plain": repr(kind())}
