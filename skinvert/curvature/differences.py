@@ -7,7 +7,7 @@ import copy
 import torch
 
 from .._types import Batch
-from ..models import TorchTwiceDifferentiable, map_tensors
+from ..models import TorchTwiceDifferentiable, doubled, map_tensors
 from ..models.second_derivative import constant_entries
 from ..models.structural_copy import structural_copy
 
@@ -45,7 +45,7 @@ class DifferencedGradient:
 
     def products(self, batch: Batch, weights: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
         """Return the products with the rows of V (k, p), in its dtype."""
-        batch = map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, batch)
+        batch = doubled(batch)
         moves = ~constant_entries(self.model, map_tensors(torch.clone, batch))
         rows = [moves * self._product(batch, weights.double(), moves * v) for v in V.double()]
         return torch.stack(rows).to(V.dtype) if rows else V.clone()

@@ -6,7 +6,7 @@ import torch
 
 from .._check import must_be
 from .._types import Batch
-from ..models import TorchTwiceDifferentiable
+from ..models import TorchTwiceDifferentiable, doubled
 from .products import Products, flat_products
 
 __all__ = ["check_convex", "loss_products", "output_factor"]
@@ -15,10 +15,28 @@ __all__ = ["check_convex", "loss_products", "output_factor"]
 def output_factor(model: TorchTwiceDifferentiable, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Return Sᵢ (m, c, c) with ∇²_f sᵢ = SᵢSᵢᵀ by autograd; raise where the loss is not convex in the outputs."""
     values, vectors = torch.linalg.eigh(_output_hessians(model, outputs, batch))
-    if bool((values < 0).any()) and float(values.min()) < -_rounding(model, outputs, batch, values):
-        raise _not_convex(float(values.min()))
+    if bool((values < 0).any()):
+        _check_least(model, outputs, batch, values)
     factor: torch.Tensor = vectors * values.clamp(min=0).sqrt()[:, None, :]
     return factor
+
+
+def _check_least(model: TorchTwiceDifferentiable, outputs: torch.Tensor, batch: Batch, values: torch.Tensor) -> None:
+    """Raise where the least of the eigenvalues (m, c) is more than rounding makes of zero.
+
+    In float32 that of the loss's own scale may hide all of a loss that is nearly flat here: float64 has it then.
+    """
+    if float(values.min()) < -_rounding(model, outputs, batch, values):
+        raise _not_convex(float(values.min()))
+    if values.dtype == torch.float64 or float(values.min()) >= -_relative_rounding(values) * float(values.max()):
+        return
+    exact, rows = outputs.double(), doubled(batch)
+    try:
+        values = torch.linalg.eigvalsh(_output_hessians(model, exact, rows))
+    except (RuntimeError, TypeError):
+        # A loss that holds float32 tensors, or a device that has no float64.
+        return
+    _check_least(model, exact, rows, values)
 
 
 def check_convex(model: TorchTwiceDifferentiable, outputs: torch.Tensor, batch: Batch) -> None:
@@ -71,7 +89,11 @@ def _rounding(model: TorchTwiceDifferentiable, outputs: torch.Tensor, batch: Bat
     All those of confident rows are rounding: the loss's own scale is the larger of what it has here and at zero.
     """
     at_zero = _output_hessians(model, 0 * outputs, batch).abs().max().nan_to_num(0.0, 0.0, 0.0)
-    return 100 * values.shape[1] * torch.finfo(values.dtype).eps * float(torch.maximum(values.abs().max(), at_zero))
+    return _relative_rounding(values) * float(torch.maximum(values.abs().max(), at_zero))
+
+
+def _relative_rounding(values: torch.Tensor) -> float:
+    return 100 * values.shape[1] * torch.finfo(values.dtype).eps
 
 
 def _output_hessians(model: TorchTwiceDifferentiable, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from .adapt import FittedSearch, as_margin, as_model, as_outputs, is_model, register_model
 from .autocast import resolve_autocast
 from .base import TwiceDifferentiable
-from .batches import labels_key, leading_length, map_tensors, rebuilt, row_axes, with_row_axis
+from .batches import doubled, labels_key, leading_length, map_tensors, rebuilt, row_axes, with_row_axis
 from .losses import (
     LOSSES,
     DiagonalHessian,
@@ -45,6 +45,7 @@ __all__ = [
     "as_model",
     "as_outputs",
     "is_model",
+    "doubled",
     "labels_key",
     "leading_length",
     "map_tensors",

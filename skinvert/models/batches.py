@@ -16,6 +16,8 @@ __all__ = [
     "binds",
     "call",
     "check_pair",
+    "doubled",
+    "first_rows",
     "labels_key",
     "leading_length",
     "map_tensors",
@@ -52,6 +54,16 @@ def map_tensors(function: Any, batch: Batch) -> Any:
         parts = [map_tensors(function, value) for value in batch]
         return rebuilt(batch, parts)
     return batch
+
+
+def doubled(batch: Batch) -> Any:
+    """Return ``batch`` with its floating tensors in float64."""
+    return map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, batch)
+
+
+def first_rows(batch: Batch) -> Any:
+    """Return the first eight rows of ``batch``; what has no rows is all rows' own."""
+    return map_tensors(lambda tensor: tensor[:8] if tensor.ndim else tensor, batch)
 
 
 def rebuilt(container: tuple[Any, ...] | list[Any], parts: Iterable[Batch]) -> Any:

@@ -20,7 +20,7 @@ from ..parameters import ParameterLayout, select_parameters
 from .affine_outputs import has_affine_outputs
 from .autocast import computed_in
 from .base import TwiceDifferentiable
-from .batches import call, check_pair, map_tensors, split_labels
+from .batches import call, check_pair, doubled, first_rows, map_tensors, split_labels
 from .compiled import eager, refuse_sharded
 from .conversion import Conversion
 from .flat_gradient import flat_gradient
@@ -247,7 +247,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         duplicate.loss = None if self.loss is None else self.loss.to(torch.float64, self.device)
         duplicate.watch = watch = Watch(found, selected, torch.float64)
         watch.quiet, duplicate.batched_rows = True, {}
-        few = map_tensors(lambda tensor: tensor[:8] if tensor.ndim else tensor, _doubled(batch))
+        few = first_rows(doubled(batch))
         try:
             duplicate.per_sample_loss(duplicate.forward(few), few)
         except (RuntimeError, TypeError, ValueError):
@@ -379,19 +379,19 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     @ordinary
     def verify_second_derivative(self, batch: Batch) -> None:
         """Raise where autograd's second derivatives, on a few rows of a batch, are not those of the gradient."""
-        few = map_tensors(lambda tensor: tensor[:8] if tensor.ndim else tensor, batch)
-        check_second_derivative(self, few, _doubled(few))
+        few = first_rows(batch)
+        check_second_derivative(self, few, doubled(few))
 
     @ordinary
     def in_float64(self, batch: Batch) -> TorchTwiceDifferentiable | None:
         """Return a copy that computes in float64, or None where the model does not take it or it does not fit."""
-        few = map_tensors(lambda tensor: tensor[:8] if tensor.ndim else tensor, batch)
-        return in_float64(self, map_tensors(lambda t: t.double() if t.is_floating_point() else t, few))
+        few = first_rows(batch)
+        return in_float64(self, doubled(few))
 
     @ordinary
     def verify_loss_derivative(self, outputs: torch.Tensor, batch: Batch) -> None:
         """Raise where autograd's second derivatives of the loss in the outputs are not those of its gradient."""
-        check_loss_derivative(self, outputs.detach(), batch, _doubled(batch))
+        check_loss_derivative(self, outputs.detach(), batch, doubled(batch))
 
     @ordinary
     def gradient_of(self, value: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
@@ -471,10 +471,6 @@ def _without_fused_rnn(module: nn.Module, device: torch.device) -> AbstractConte
     if device.type == "cuda" and any(isinstance(child, nn.RNNBase) for child in module.modules()):
         return torch.backends.cudnn.flags(enabled=False)
     return nullcontext()
-
-
-def _doubled(batch: Batch) -> Any:
-    return map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, batch)
 
 
 def _one_device(module: nn.Module) -> torch.device:

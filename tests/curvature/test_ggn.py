@@ -168,6 +168,36 @@ def test_refuses_a_loss_that_is_not_convex():
         ggn_of(case.module, lambda f, y: (f - y).cos().sum(1), case.data)
 
 
+def gaussian_nll(f, y):
+    """A mean and a log-variance: never convex in both."""
+    return 0.5 * (f[:, 1] + (y - f[:, 0]).square() * torch.exp(-f[:, 1]))
+
+
+@pytest.mark.parametrize("log_variance", [0.0, 18.0, 24.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_refuses_a_loss_that_is_nearly_flat_and_not_convex(log_variance, dtype):
+    # In float32 all that it has here is less than rounding makes of what it has at zero.
+    torch.manual_seed(0)
+    net, X = nn.Linear(3, 2).to(dtype), torch.randn(5, 3, dtype=dtype)
+    with torch.no_grad():
+        net.bias[1] = log_variance
+    with pytest.raises(ValueError, match="convex in the outputs"):
+        ggn_of(net, gaussian_nll, (X, X.sum(1)))
+
+
+def test_takes_a_loss_whose_curvature_is_rounding():
+    # Confident rows, of a callable: p(1 - p) of about 1e-9, and what float32 makes of it.
+    torch.manual_seed(0)
+    net, X = nn.Linear(3, 4), torch.randn(5, 3)
+    with torch.no_grad():
+        net.bias[0] = 22.0
+    y = torch.zeros(5, dtype=torch.int64)
+    A = ggn_of(net, lambda f, y: nn.functional.cross_entropy(f, y, reduction="none"), (X, y)).to_dense()
+    expected = ggn_of(net.double(), "cross_entropy", (X.double(), y)).to_dense()
+    assert A.dtype == torch.float32
+    assert float((A - expected).abs().max()) <= 1e-7
+
+
 def test_inverter_takes_the_ggn_by_name():
     case = problem("mlp", "cross_entropy", 0.1, True)
     inverter = HessianInverter("direct", curvature="ggn", **case.settings())

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..._check import must_be
-from ..batches import map_tensors
+from ..batches import doubled, first_rows, map_tensors
 from .output_hessians import OutputHessian, explains, explains_differences
 from .predictive import Predictive
 
@@ -105,7 +105,7 @@ class Loss(ABC):
 
     def verify(self, output: torch.Tensor, target: torch.Tensor) -> None:
         """Raise unless sᵢ has a gradient and the second derivative that ``output_hessian`` says; called once."""
-        f, y = map_tensors(lambda tensor: tensor[:8] if tensor.ndim else tensor, (output.detach(), target))
+        f, y = first_rows((output.detach(), target))
         with torch.enable_grad():
             losses = self.per_sample(f.requires_grad_(True), y)
         self._check_values(losses, len(f))
@@ -162,7 +162,7 @@ class Loss(ABC):
             raise
         except (RuntimeError, NotImplementedError):
             pass
-        f, y = map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, (f, y))
+        f, y = doubled((f, y))
         double = self.to(torch.float64, f.device)
         closed_in_double = double.output_hessian(f, y)
         return closed_in_double is not None and explains_differences(closed_in_double, double.per_sample, f, y)
