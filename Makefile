@@ -27,11 +27,12 @@ test-slow: .venv/.installed
 docs: .venv/.docs
 	OMP_NUM_THREADS=1 .venv/bin/python -m sphinx -n -W --keep-going docs docs/_build/html $(ARGS)
 
-# Random cases, each in the plain way and in others; what fails is listed once a kind, with the case to build again.
-FUZZ ?= 1250
+# Random cases, each in the plain way and in others, some 20,000 runs; what fails is listed once a kind, with the case to build again.
+FUZZ ?= 2720
 SEED ?= 0
+JOBS ?= 2
 fuzz: .venv/.installed
-	PYTHONPATH=.:tests OMP_NUM_THREADS=1 .venv/bin/python -W ignore -m fuzz.sweep $(FUZZ) $(SEED) $(ARGS)
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 .venv/bin/python -W ignore -m fuzz.sweep $(FUZZ) $(SEED) --jobs $(JOBS) $(ARGS)
 
 # On the interpreter at hand, with whatever torch it has: a GPU machine often brings its own.
 test-cuda:
