@@ -1,6 +1,7 @@
 """What every test starts from: fixed seeds, one thread a worker, no display; no GPU, no cuda test."""
 
 import os
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -17,8 +18,13 @@ def _fixed_seeds():
     torch.manual_seed(0)
 
 
+# Before pytest looks at which items are slow.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
+        # Of a long table one case in so many, the same ones each time: `make test-slow` runs the others.
+        if (share := item.get_closest_marker("one_in")) and crc32(item.name.encode()) % share.args[0]:
+            item.add_marker("slow")
         # A problem of the table with a layer that no loss reaches: its warning has a test of its own.
         if "frozen_and_dead" in item.nodeid:
             item.add_marker(pytest.mark.filterwarnings("ignore:The selected parameters must be reached:UserWarning"))

@@ -73,6 +73,7 @@ def check(name, curvature, model, dtype, batch_size):
         assert info["residual"].shape == info["converged"].shape == (len(b),)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize(("name", "curvature", "model", "dtype", "batch_size"), TABLE)
 def test_is_its_definition(name, curvature, model, dtype, batch_size):

@@ -15,6 +15,7 @@ from skinvert import InversionMethod
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+@pytest.mark.slow
 def test_mislabelled_digits_are_found(tmp_path):
     # Chance is 5 % and 10 %.
     text = printed("mislabelled_digits", tmp_path)

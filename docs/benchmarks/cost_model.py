@@ -86,7 +86,8 @@ class Cost:
     """Operations of GEMMs and of LAPACK's ``eigh``, QR and SVD, whose rate is lower; bytes.
 
     ``held`` are those at the peak, beside model and data; ``fresh`` those of large arrays, whose pages a CPU's system
-    hands out anew each time.
+    hands out anew each time. ``pushes`` are rows that autograd takes one by one through the layers of a batch, which
+    takes its time however small they are.
     """
 
     gemm: float = 0.0
@@ -95,6 +96,7 @@ class Cost:
     streamed: float = 0.0
     reduced: float = 0.0
     fresh: float = 0.0
+    pushes: float = 0.0
 
     @property
     def operations(self) -> float:
@@ -161,6 +163,8 @@ def product(net: MLP, n: float, k: int = 1, curvature: str = "ggn", kept: bool =
     # A product of matrices reads two and writes the third; activations, biases and their slopes are beside them.
     numbers = moved + n * (10 if inner == 4 else 25) * net.widths + 12 * net.parameters
     own = Cost(2 * n * k * (first * net.first + inner * net.inner), 0, 4 * rows, ITEM * k * numbers, rows)
+    if k < BLOCK:
+        own = replace(own, pushes=k * math.ceil(n / BATCH))
     if kept:
         return own.beside(graph_bytes(net, n))
     # Held against autograd in the first product alone.
@@ -248,8 +252,9 @@ def lissa_fit(net: MLP, n: float, curvature: str = "ggn", step: int = STEP) -> C
 
 
 def lissa_step(net: MLP, k: int, curvature: str = "ggn", step: int = STEP) -> Cost:
-    """F + backward of m rows, and their product with k."""
-    return forward(net, step) + backward(net, step) + product(net, step, k, curvature)
+    """F + backward of m rows, and their product with k, a row at a time."""
+    pushed = replace(product(net, step, k, curvature), pushes=k)
+    return forward(net, step) + backward(net, step) + pushed
 
 
 def lissa(net: MLP, n: float, k: int, epochs: int, curvature: str = "ggn", step: int = STEP, kept: bool = True) -> Cost:
@@ -375,8 +380,9 @@ def hessian_diagonal(net: MLP, n: float, kept: bool = True) -> Cost:
 
 
 def diagonal_solve(net: MLP, k: int) -> Cost:
-    """k p quotients."""
-    return Cost(0, 0, 3 * ITEM * k * net.parameters, 20 * ITEM * k * net.parameters)
+    """k p quotients; three arrays of them are new."""
+    rows = ITEM * k * net.parameters
+    return Cost(0, 0, 3 * rows, 20 * rows, 0, 3 * rows if rows > PAGED else 0.0)
 
 
 def harmonic_mean_fit(net: MLP, n: float) -> Cost:

@@ -238,16 +238,20 @@ def streamed_product(curvature: str, k: int) -> Found:
 
 @dataclass(frozen=True)
 class Rates:
-    """What one thread reaches: GEMMs of a network's layers, ``eigh``, a copy that no cache holds, and new pages."""
+    """What one thread reaches: GEMMs of a network's layers, ``eigh``, a copy that no cache holds, and new pages.
+
+    And the seconds that a row takes through the layers of a batch, there and back, where these are as good as empty.
+    """
 
     gemm: float
     lapack: float
     bandwidth: float
     pages: float
+    push: float
 
     def seconds(self, cost: Cost) -> float:
         """Return what a cost takes."""
-        found = cost.gemm / self.gemm + cost.lapack / self.lapack
+        found = cost.gemm / self.gemm + cost.lapack / self.lapack + cost.pushes * self.push
         return found + cost.streamed / self.bandwidth + cost.fresh / self.pages
 
 
@@ -265,7 +269,23 @@ def measured_rates(net: MLP) -> Rates:
     size = 2**24
     pages = 4 * size / least_seconds(lambda: torch.zeros(size).add_(1), CPU, 1)
     lapack = 9 * 256**3 / least_seconds(lambda: torch.linalg.eigh(A), CPU, 1)
-    return Rates(operations / seconds, lapack, bandwidth(CPU, 64), pages)
+    push = least_seconds(_push(len(net.layers)), CPU, 20)
+    return Rates(operations / seconds, lapack, bandwidth(CPU, 64), pages, push)
+
+
+def _push(n_layers: int) -> Callable[[], object]:
+    """Return a call of J v by a double backward pass, and of Jᵀ of that, through layers of eight units."""
+    layers = [layer for _ in range(n_layers) for layer in (nn.Linear(8, 8), nn.ReLU())]
+    net = nn.Sequential(*layers[:-1])
+    theta, f = [*net.parameters()], net(torch.randn(8, 8))
+    u, v = torch.zeros_like(f, requires_grad=True), [torch.randn_like(t) for t in theta]
+    back = torch.autograd.grad(f, theta, u, create_graph=True)
+
+    def push() -> object:
+        (along,) = torch.autograd.grad(back, u, v, retain_graph=True)
+        return torch.autograd.grad(f, theta, along, retain_graph=True)
+
+    return push
 
 
 def cpu_seconds(case: Case, net: MLP, n: int, k: int, repeats: int = 3) -> list[Found]:

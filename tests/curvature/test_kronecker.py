@@ -135,6 +135,7 @@ def instance(name, **settings):
     return {"kfac": KFAC, "ekfac": EKFAC}[name](**settings)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
 @pytest.mark.parametrize("method", ["kfac", "ekfac"])
 @pytest.mark.parametrize("curvature", ["ggn", "empirical_fisher"])

@@ -277,6 +277,7 @@ def is_recorded(A):
     return [isinstance(share, products.Share) and share.alone for share in A._graphs[True].shares]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["hessian", "ggn"])
 @pytest.mark.parametrize("model", [*SERVED, *UNSERVED])
 def test_products_of_many_rows(model, name):
@@ -353,6 +354,7 @@ def test_models_of_the_table(model, name):
     assert all(is_recorded(A))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", ["hessian", "ggn"])
 @pytest.mark.parametrize("model", ["mlp_tanh", "conv_grouped", "layer_norm_of_tokens", "group_norm", "attention"])
 @pytest.mark.parametrize("m", [1, 2, CLASSES, 5, 32, "p"])
@@ -466,6 +468,7 @@ def test_no_activation_outlives_its_graph(name):
     assert not [one for one in seen if one() is not None]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("model", SERVED)
 def test_bytes_held(model):
     """All tensors that the steps can reach are counted, save those of parameters and of shapes alone."""

@@ -76,13 +76,17 @@ CASES = {
     "nystroem": (Nystroem(rank=200), {}),
     "nystroem adaptive": (Nystroem(tol=1e-3), {}),
 }
+# Those that write often.
+LONG = ("ekfac blocks", "arnoldi blocks", "arnoldi hessian float32", "arnoldi as a matrix")
 
 
 def test_every_method_that_resumes_is_tried():
     assert {method.name for method, _ in CASES.values()} == set(RESUMING)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in LONG else case for case in CASES]
+)
 def test_a_fit_stopped_after_any_write_goes_on_to_the_same_bits(case, tmp_path, stop):
     method, settings = CASES[case]
     net, data, path = network(), rows(), tmp_path / "fit"

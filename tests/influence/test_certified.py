@@ -38,6 +38,7 @@ def scored(case, method, curvature, n_test, rtol, shift=LAMBDA):
     return influence, influence.transform((case.X[:n_test], case.y[:n_test]))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("n_test", [3, 12])
@@ -57,6 +58,7 @@ def test_bounds_hold(name, n_test, dtype):
     assert influence.score_error_.max() <= 1e-3 * np.sqrt(np.square(exact).mean(1 if n_test == 3 else 0)).max()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("rtol", [0.1, 1e-2, 1e-4])
 @pytest.mark.parametrize("name", sorted(set(TIGHT) - {"harmonic_mean"}))

@@ -37,6 +37,7 @@ def _unweighted(case):
     return type(case)(**{**vars(case), "counts": None})
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("arguments", "k"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_first_order(arguments, k):
     case = problem(*arguments)
@@ -49,6 +50,7 @@ def test_first_order(arguments, k):
     np.testing.assert_allclose(influence.self_influence(), expected.diagonal(), rtol=1e-7, atol=1e-12)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("n_test", [1, 3, 12])
 @pytest.mark.parametrize("model", MODELS)
 def test_few_and_many_test_rows(model, n_test):

@@ -23,6 +23,7 @@ def configured(name):
     return KINDS[name](**SETTINGS[name])
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("method", EXACT)
 @pytest.mark.parametrize(("arguments", "k"), [pytest.param(a, k, id=name) for name, a, k in table()])
 def test_solves_the_table(method, arguments, k):
@@ -53,6 +54,7 @@ def test_solves_other_curvatures(method, curvature, loss):
 
 
 # An iterative method may say that float32 ends above its rtol; its solution is judged here.
+@pytest.mark.one_in(3)
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("method", EXACT)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-3), (torch.float64, 1e-6)])

@@ -103,6 +103,7 @@ def digits():
     return net, (X, y), PerSampleGradient(net, loss="cross_entropy").fit_transform(X[:256], y[:256])
 
 
+@pytest.mark.slow
 def test_block_form_takes_a_third_of_the_products_on_digits():
     net, data, g = digits()
     infos = []
@@ -115,6 +116,7 @@ def test_block_form_takes_a_third_of_the_products_on_digits():
     assert infos[1]["n_products"] <= infos[0]["n_products"] / 3
 
 
+@pytest.mark.slow
 def test_nystroem_preconditioner_takes_a_quarter_of_the_iterations_on_digits():
     net, data, g = digits()
     iterations = []

@@ -284,7 +284,7 @@ def trained(name):
     return net, X, y
 
 
-@pytest.mark.parametrize("name", ["softmax", "mlp", pytest.param("cnn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["softmax", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mlp", "cnn"))])
 def test_defaults_solve_gradients_on_digits(name):
     net, X, y = trained(name)
     theta = list(net.parameters())

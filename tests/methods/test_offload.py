@@ -347,7 +347,7 @@ if sys.argv[2] == "kill":
 
 
 @LINUX
-@pytest.mark.parametrize("how", ["exit", "kill"])
+@pytest.mark.parametrize("how", [pytest.param("exit", marks=pytest.mark.slow), "kill"])
 def test_a_process_that_ends_leaves_nothing(how, tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), how], capture_output=True, text=True)
     assert done.returncode == (-9 if how == "kill" else 0) and done.stderr == ""

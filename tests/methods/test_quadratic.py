@@ -94,6 +94,7 @@ def hold(name, curvature, model, dtype, shift, k):
     assert np.isfinite(forms.bounds).all()
 
 
+@pytest.mark.one_in(3)
 @quiet
 @pytest.mark.parametrize(("name", "curvature", "model", "dtype"), TABLE)
 def test_no_bound_is_violated(name, curvature, model, dtype):
