@@ -182,6 +182,21 @@ def failing_late(rank, size):
     return fitted(rank, size, Late())
 
 
+def classes_apart(rank, size):
+    """A mean of weighted classes, and each rank has rows of one: on those it is a plain mean."""
+    torch.manual_seed(rank)
+    net = nn.Linear(3, 2).double()
+    nn.init.normal_(net.weight, generator=torch.Generator().manual_seed(0))
+    nn.init.zeros_(net.bias)
+    weights = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    X, y = torch.randn(5, 3, dtype=torch.float64), torch.full((5,), rank % 2)
+
+    def loss(f, y):
+        return nn.functional.cross_entropy(f, y, weight=weights)
+
+    return HessianInverter("direct", 1.0, loss=loss, process_group="world").fit(net, (X, y))
+
+
 def lazy_rows(rank, size):
     own = fitted(rank, size, "cg")
     return own.transform(dask.array.from_array(B, chunks=(1, -1)))
@@ -308,6 +323,7 @@ FAULTS = {
         other_autocast,
         *(
             failing_late,
+            classes_apart,
             other_products,
             lazy_rows,
             influence,

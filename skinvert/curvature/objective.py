@@ -147,6 +147,8 @@ class Objective(MeanLoss):
         for index, (batch, weights) in enumerate(progress(batches, "loss and gradient", verbose)):
             self._add(batch, weights, index, slice(start, start + len(weights)))
             start += len(weights)
+        if batches.shard is not None:
+            self._values.over(batches.shard.ranks)
         self._merge()
         reached = [float(seen) for seen in self.first_pass.reached]
         self.weight_sum, self.mass_sum, *reached = self._over_ranks([self.weight_sum, self.mass_sum, *reached])

@@ -40,6 +40,7 @@ SAID = {
     "other_curvature": ("ValueError", "Got 'ggn' on rank 0; 'hessian' on rank 1"),
     "other_memory": ("ValueError", "working_memory in fit must be the same on every rank"),
     "failing_late": [("RuntimeError", "Rank 1 failed in fit: ArithmeticError: too late"), ("ArithmeticError", "late")],
+    "classes_apart": ("ValueError", "a mean or a sum of per-sample losses, on every batch. Got a mean of"),
     "other_products": ("ValueError", "rows in a product with H must be the same on every rank"),
     "lazy_rows": ("ValueError", "solve together must be in memory. Got a Dask array"),
     "influence": ("ValueError", "InfluenceFunction's inverter must be one of one process"),
