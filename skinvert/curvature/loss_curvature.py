@@ -13,11 +13,18 @@ __all__ = ["check_convex", "loss_products", "output_factor"]
 
 
 def output_factor(model: TorchTwiceDifferentiable, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Return Sᵢ (m, c, c) with ∇²_f sᵢ = SᵢSᵢᵀ by autograd; raise where the loss is not convex in the outputs."""
+    """Return the symmetric root Sᵢ (m, c, c) of ∇²_f sᵢ by autograd; raise where the loss is not convex in the outputs.
+
+    The root that is symmetric is the only one that is continuous in ∇²_f sᵢ: draws made of its columns are a row's own,
+    whatever batch it is in, where others turn with the last digit of eigenvalues that are alike.
+    """
     values, vectors = torch.linalg.eigh(_output_hessians(model, outputs, batch))
     if bool((values < 0).any()):
         _check_least(model, outputs, batch, values)
-    factor: torch.Tensor = vectors * values.clamp(min=0).sqrt()[:, None, :]
+    # Of what is rounding the root is not.
+    rounding = values.shape[1] * torch.finfo(values.dtype).eps * values[:, -1:]
+    roots = torch.where(values > rounding, values, 0).clamp(min=0).sqrt()
+    factor: torch.Tensor = (vectors * roots[:, None, :]) @ vectors.mT
     return factor
 
 
