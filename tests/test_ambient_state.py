@@ -154,6 +154,7 @@ def outside():
     return lambda call: found.setdefault(call, CALLS[call]())
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("call", CALLS)
 def test_everything_is_made_and_called_inside(call, context, outside):

@@ -47,6 +47,7 @@ def fitted(name, curvature, model, **other):
 SOLVING = [name for name in EXACT if "rank" not in KINDS[name]().get_params()]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("name", "curvature", "model"), [row for row in TABLE if row[0] in SOLVING])
 def test_exact_methods_solve_the_exact_system(name, curvature, model):
     case, H, shift, inverter = fitted(name, curvature, model)

@@ -24,7 +24,9 @@ def test_there_are_four_recipes():
     assert list(recipes()) == ["method", "curvature", "loss", "model"]
 
 
-@pytest.mark.parametrize("name", ["method", "curvature", "loss", "model"])
+@pytest.mark.parametrize(
+    "name", ["method", "curvature", *(pytest.param(name, marks=pytest.mark.slow) for name in ("loss", "model"))]
+)
 def test_a_recipe_passes_the_kit(name, tmp_path):
     shutil.copytree(ROOT / "skinvert", tmp_path / "skinvert", ignore=shutil.ignore_patterns("__pycache__"))
     *files, (check, _, code) = recipes()[name]

@@ -57,6 +57,7 @@ def test_every_method_is_shown(tmp_path):
     assert max(errors["cg"][-1], errors["minres"][-1]) < 1e-7
 
 
+@pytest.mark.slow
 def test_numbers_of_the_whole_test_set_are_mended(tmp_path):
     blocks = printed("metrics", tmp_path).strip().split("\n\n")
     assert len(blocks) == 3

@@ -154,6 +154,7 @@ def _written(inverters, folder):
     return found, entries
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("name", "fit", "form"), CASES, ids=[" ".join(case) for case in CASES])
 def test_a_loaded_inverter_transforms_bit_identically(outcomes, name, fit, form):
     elsewhere, at_home = (outcomes[f"{where}: {name}-{fit}.{form}"] for where in ("elsewhere", "at home"))

@@ -150,6 +150,7 @@ def by_hand(model, X, y, shifts, weights=None):
 # -- searches ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @ALL
 @pytest.mark.parametrize("n_jobs", [1, 2])
 def test_grid_search_over_every_form(form, n_jobs):
@@ -164,6 +165,7 @@ def test_grid_search_over_every_form(form, n_jobs):
     assert best.model is model
 
 
+@pytest.mark.one_in(2)
 @ALL
 def test_randomized_search_over_every_form(form):
     model, X, y = form()

@@ -84,6 +84,7 @@ def assert_same_choice(received, search):
     assert received.best_score_ == pytest.approx(search.best_score_, rel=1e-8)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("method", "curvature"),
     [

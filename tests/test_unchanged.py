@@ -85,6 +85,7 @@ def adapted(scene):
     return TorchTwiceDifferentiable(scene.net, "cross_entropy")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("model", ["batchnorm_dropout", "tied", "lstm", "sparse_embedding", "frozen_and_dead"])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_nothing_changes(call, model):

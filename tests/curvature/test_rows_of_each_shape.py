@@ -80,6 +80,7 @@ def jacobian_by_hand(net, X):
     return torch.stack(rows)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_ggn_and_gradients(layer):
     net = net_of(layer)

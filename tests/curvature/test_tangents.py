@@ -277,7 +277,7 @@ def is_recorded(A):
     return [isinstance(share, products.Share) and share.alone for share in A._graphs[True].shares]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", ["hessian", "ggn"])
 @pytest.mark.parametrize("model", [*SERVED, *UNSERVED])
 def test_products_of_many_rows(model, name):

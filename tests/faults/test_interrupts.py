@@ -63,6 +63,7 @@ def inverter(name, **settings):
     return HessianInverter(clone(TIGHT[name]), 1.0, **settings)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("name", EVERY)
 def test_an_interrupt_at_any_batch_leaves_all_as_it_was(name, streamed):

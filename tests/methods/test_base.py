@@ -23,7 +23,7 @@ def configured(name):
     return KINDS[name](**SETTINGS[name])
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("method", EXACT)
 @pytest.mark.parametrize(("arguments", "k"), [pytest.param(a, k, id=name) for name, a, k in table()])
 def test_solves_the_table(method, arguments, k):

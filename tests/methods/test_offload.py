@@ -32,6 +32,8 @@ from skinvert.methods import EKFAC, KFAC
 
 pytestmark = pytest.mark.filterwarnings("ignore:e?kfac is worse than x = 0")
 METHODS = {"kfac": KFAC, "ekfac": EKFAC}
+# For tests of many seconds.
+LONG = [pytest.param("kfac", marks=pytest.mark.slow), "ekfac"]
 N = 20
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -111,6 +113,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_answer_is_the_same_to_the_last_bit(method, settings, tmp_path):
@@ -207,6 +210,7 @@ def test_an_operator_of_ones_own_is_asked_where_offload_is_set(tmp_path):
 # -- another device ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_tensor_is_moved_to_the_device_that_computes(method, settings, monkeypatch):
@@ -379,7 +383,7 @@ def test_many_layers_take_few_files(tmp_path):
 # -- copies ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LONG)
 def test_copies_and_files_serve_without_the_folder(method, tmp_path):
     pytest.importorskip("safetensors")
     folder = tmp_path / "factors"
@@ -447,7 +451,7 @@ def test_threads_that_solve_at_other_perturbations_take_no_room_of_each_other(tm
         assert torch.equal(inverse.solve(b).x, plain.inverse_.at(shift).solve(b).x)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LONG)
 def test_a_checkpoint_goes_on_in_another_folder(method, tmp_path):
     pytest.importorskip("safetensors")
     with sklearn.config_context(working_memory=0.001):

@@ -24,6 +24,7 @@ MORE = [
 ]
 
 
+@pytest.mark.one_in(3)
 @parametrize_with_methods()
 def test_registered(method, check):
     check(method)

@@ -16,6 +16,7 @@ def test_curvatures(name):
     check_curvature(name)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("method", registered_methods().values(), ids=lambda method: method.name)
 def test_inverters(method):
     curvature = "empirical_fisher" if method.default_curvature == "empirical_fisher" else "ggn"
