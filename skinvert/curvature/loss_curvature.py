@@ -21,7 +21,7 @@ def output_factor(model: TorchTwiceDifferentiable, outputs: torch.Tensor, batch:
     values, vectors = torch.linalg.eigh(_output_hessians(model, outputs, batch))
     if bool((values < 0).any()):
         _check_least(model, outputs, batch, values)
-    # Of what is rounding the root is not.
+    # The root of an eigenvalue that is rounding would be rounding of half the digits.
     rounding = values.shape[1] * torch.finfo(values.dtype).eps * values[:, -1:]
     roots = torch.where(values > rounding, values, 0).clamp(min=0).sqrt()
     factor: torch.Tensor = (vectors * roots[:, None, :]) @ vectors.mT
