@@ -27,7 +27,8 @@ test-slow: .venv/.installed
 docs: .venv/.docs
 	OMP_NUM_THREADS=1 .venv/bin/python -m sphinx -n -W --keep-going docs docs/_build/html $(ARGS)
 
-# Random cases, each in the plain way and in others, some 20,000 runs; what fails is listed once a kind, with the case to build again.
+# Random cases, each in the plain way and in others, some 20,000 runs; what fails is listed once a kind, with the case to
+# build again.
 FUZZ ?= 2720
 SEED ?= 0
 JOBS ?= 2

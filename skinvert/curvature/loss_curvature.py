@@ -40,8 +40,10 @@ def _check_least(model: TorchTwiceDifferentiable, outputs: torch.Tensor, batch: 
     exact, rows = outputs.double(), doubled(batch)
     try:
         values = torch.linalg.eigvalsh(_output_hessians(model, exact, rows))
-    except (RuntimeError, TypeError):
-        # A loss that holds float32 tensors, or a device that has no float64.
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError):
+        # A loss that holds float32 tensors; a callable's errors are ValueErrors by then.
         return
     _check_least(model, exact, rows, values)
 

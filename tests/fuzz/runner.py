@@ -311,7 +311,8 @@ def hold_gradient(case, oracle, received, told=()):
     """Raise Silent unless ‖∇L‖ is that of the oracle."""
     size = float(oracle.gradient().norm())
     # A confident row's gradient is what is left of probabilities that cancel, times the inputs.
-    allowed = 1e3 * eps_of(case) * (max(size, float(oracle.gradient_rows().norm())) + case.input_scale)
+    rows, cancelled = float(oracle.gradient_rows().norm()), 10 * case.input_scale
+    allowed = eps_of(case) * (1e3 * max(size, rows) + cancelled)
     if abs(received - size) > allowed and not told:
         raise Silent(f"the gradient's norm {received} is {size}\n{case!r}")
 
