@@ -86,8 +86,7 @@ class Cost:
     """Operations of GEMMs and of LAPACK's ``eigh``, QR and SVD, whose rate is lower; bytes.
 
     ``held`` are those at the peak, beside model and data; ``fresh`` those of large arrays, whose pages a CPU's system
-    hands out anew each time. ``pushes`` are rows that autograd takes one by one through the layers of a batch, which
-    takes its time however small they are.
+    hands out anew each time.
     """
 
     gemm: float = 0.0
@@ -96,7 +95,6 @@ class Cost:
     streamed: float = 0.0
     reduced: float = 0.0
     fresh: float = 0.0
-    pushes: float = 0.0
 
     @property
     def operations(self) -> float:
@@ -163,8 +161,6 @@ def product(net: MLP, n: float, k: int = 1, curvature: str = "ggn", kept: bool =
     # A product of matrices reads two and writes the third; activations, biases and their slopes are beside them.
     numbers = moved + n * (10 if inner == 4 else 25) * net.widths + 12 * net.parameters
     own = Cost(2 * n * k * (first * net.first + inner * net.inner), 0, 4 * rows, ITEM * k * numbers, rows)
-    if k < BLOCK:
-        own = replace(own, pushes=k * math.ceil(n / BATCH))
     if kept:
         return own.beside(graph_bytes(net, n))
     # Held against autograd in the first product alone.
@@ -252,9 +248,8 @@ def lissa_fit(net: MLP, n: float, curvature: str = "ggn", step: int = STEP) -> C
 
 
 def lissa_step(net: MLP, k: int, curvature: str = "ggn", step: int = STEP) -> Cost:
-    """F + backward of m rows, and their product with k, a row at a time."""
-    pushed = replace(product(net, step, k, curvature), pushes=k)
-    return forward(net, step) + backward(net, step) + pushed
+    """F + backward of m rows, and their product with k."""
+    return forward(net, step) + backward(net, step) + product(net, step, k, curvature)
 
 
 def lissa(net: MLP, n: float, k: int, epochs: int, curvature: str = "ggn", step: int = STEP, kept: bool = True) -> Cost:
@@ -405,13 +400,15 @@ def harmonic_mean_solve(net: MLP, n: float, k: int) -> Cost:
 def direct_fit(net: MLP, n: float, curvature: str = "ggn") -> Cost:
     """The matrix, p³/3 for its Cholesky factor, and 10 p² to judge both; p² are reduced, three times that held.
 
+    Six arrays of p² are new: put in order by rows and columns, made symmetric, factored, half of it, absolute values.
+
     An eigendecomposition in its place, where A + λI is singular or another λ is wanted, takes 9 p³.
     """
     p = net.parameters
     kept = fits(net, n, curvature)
     judged = product(net, n, 1, curvature, kept).times(2) + once(net, n, 1, curvature, kept) + Cost(10 * p * p)
     square = ITEM * p * p
-    own = Cost(p**3 / 3, 0, 3.5 * square, 8 * square, square)
+    own = Cost(p**3 / 3, 0, 3.5 * square, 8 * square, square, 6 * square if square > PAGED else 0.0)
     return first_pass(net, n) + MATRICES[curvature](net, n) + judged + own
 
 

@@ -64,13 +64,14 @@ def counted(work: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """A method, and what the model says of its fit and of a solve, once these have been done."""
+    """A method, what the model says of its fit and of a solve, once these have been done, and the rows of its GEMMs."""
 
     name: str
     method: Method
     curvature: str | SampledGGN
     fit: Callable[[Work], Cost]
     solve: Callable[[Work], Cost]
+    rows: int = paper.BATCH
 
 
 STEP_ROWS, ARNOLDI_RANK, SKETCH_RANK = 64, 12, 48
@@ -115,6 +116,7 @@ CASES = [
         "ggn",
         lambda w: paper.lissa_fit(w.net, w.n, "ggn", STEP_ROWS),
         _lissa,
+        STEP_ROWS,
     ),
     Case(
         "arnoldi, ggn",
@@ -195,17 +197,26 @@ class Work:
 
 @dataclass(frozen=True)
 class Found:
-    """Operations, seconds or bytes of one step: as counted or measured, and as the model says."""
+    """Operations, seconds or bytes of one step: as counted or measured, and as the model says.
+
+    ``calls`` is the part of what is predicted that Python and torch take whatever the layers' width.
+    """
 
     case: str
     step: str
     measured: float
     predicted: float
+    calls: float = 0.0
 
     @property
     def ratio(self) -> float:
         """Predicted over measured."""
         return self.predicted / self.measured if self.measured else 1.0
+
+    @property
+    def seconds(self) -> tuple[float, float, float]:
+        """What is added up over steps."""
+        return self.measured, self.predicted, self.calls
 
 
 def operations(case: Case, net: MLP, n: int, k: int) -> list[Found]:
@@ -238,26 +249,22 @@ def streamed_product(curvature: str, k: int) -> Found:
 
 @dataclass(frozen=True)
 class Rates:
-    """What one thread reaches: GEMMs of a network's layers, ``eigh``, a copy that no cache holds, and new pages.
-
-    And the seconds that a row takes through the layers of a batch, there and back, where these are as good as empty.
-    """
+    """What one thread reaches: GEMMs of a network's layers, ``eigh``, a copy that no cache holds, and new pages."""
 
     gemm: float
     lapack: float
     bandwidth: float
     pages: float
-    push: float
 
     def seconds(self, cost: Cost) -> float:
         """Return what a cost takes."""
-        found = cost.gemm / self.gemm + cost.lapack / self.lapack + cost.pushes * self.push
+        found = cost.gemm / self.gemm + cost.lapack / self.lapack
         return found + cost.streamed / self.bandwidth + cost.fresh / self.pages
 
 
-def measured_rates(net: MLP) -> Rates:
+def measured_rates(net: MLP, rows: int) -> Rates:
     """Return the rates, by CPU seconds."""
-    rows, operations, calls = 1024, 0.0, []
+    operations, calls = 0.0, []
     for i, o in net.layers:
         a, W, g = torch.randn(rows, i), torch.randn(o, i), torch.randn(rows, o)
         # Forward, the signal, and the gradient by the weight.
@@ -269,40 +276,34 @@ def measured_rates(net: MLP) -> Rates:
     size = 2**24
     pages = 4 * size / least_seconds(lambda: torch.zeros(size).add_(1), CPU, 1)
     lapack = 9 * 256**3 / least_seconds(lambda: torch.linalg.eigh(A), CPU, 1)
-    push = least_seconds(_push(len(net.layers)), CPU, 20)
-    return Rates(operations / seconds, lapack, bandwidth(CPU, 64), pages, push)
-
-
-def _push(n_layers: int) -> Callable[[], object]:
-    """Return a call of J v by a double backward pass, and of Jᵀ of that, through layers of eight units."""
-    layers = [layer for _ in range(n_layers) for layer in (nn.Linear(8, 8), nn.ReLU())]
-    net = nn.Sequential(*layers[:-1])
-    theta, f = [*net.parameters()], net(torch.randn(8, 8))
-    u, v = torch.zeros_like(f, requires_grad=True), [torch.randn_like(t) for t in theta]
-    back = torch.autograd.grad(f, theta, u, create_graph=True)
-
-    def push() -> object:
-        (along,) = torch.autograd.grad(back, u, v, retain_graph=True)
-        return torch.autograd.grad(f, theta, along, retain_graph=True)
-
-    return push
+    return Rates(operations / seconds, lapack, bandwidth(CPU, 64), pages)
 
 
 def cpu_seconds(case: Case, net: MLP, n: int, k: int, repeats: int = 3) -> list[Found]:
-    """Return the CPU seconds of fit and solve, the median over repeats, each predicted by rates before and after it."""
+    """Return the CPU seconds of fit and solve, the median over repeats, each predicted by rates before and after it.
+
+    And by what the same calls take on layers of eight units, which is Python's and torch's own: no arithmetic is in it.
+    """
     torch.set_num_threads(1)
-    found: list[list[tuple[float, float]]] = [[], []]
+    found: list[list[tuple[float, float, float]]] = [[], []]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(repeats):
             # A tanh takes some 2.5 ns, thirty times what its bytes do.
-            work, before = Work(case, net, n, k, nn.ReLU), measured_rates(net)
+            work, before = Work(case, net, n, k, nn.ReLU), measured_rates(net, case.rows)
             seconds = [_timed(work.fit), _timed(work.solve)]
-            after = measured_rates(net)
-            for rows, taken, cost in zip(found, seconds, work.predicted(), strict=True):
-                rows.append((taken, (before.seconds(cost) + after.seconds(cost)) / 2))
+            after, calls = measured_rates(net, case.rows), _seconds_of_calls(work)
+            for rows, taken, cost, own in zip(found, seconds, work.predicted(), calls, strict=True):
+                rows.append((taken, (before.seconds(cost) + after.seconds(cost)) / 2 + own, own))
     medians = [[statistics.median(column) for column in zip(*rows, strict=True)] for rows in found]
     return [Found(case.name, step, *pair) for step, pair in zip(("fit", f"{k} rows"), medians, strict=True)]
+
+
+def _seconds_of_calls(work: Work) -> tuple[float, float]:
+    """Return what a fit and a solve take on as many layers, of eight units: of iterations as many as ``work`` took."""
+    small = Work(work.case, MLP((8,) * len(work.net.sizes)), work.n, work.k, nn.ReLU)
+    fit, solve = _timed(small.fit), _timed(small.solve)
+    return fit, solve * work.t / small.t if small.t else solve
 
 
 def _timed(call: Callable[[], object]) -> float:
@@ -370,11 +371,14 @@ def report(repeats: int) -> None:
     for case in CASES:
         for one in counts(case):
             _print(one.case, one, "{:.3g}")
-    print("\n| seconds, fit and 16 rows | p | measured | predicted | ratio |\n|---|---|---|---|---|")
+    # A virtual machine has its host fetch what it never touched, at several times what a page takes later.
+    torch.ones(2**30)
+    print("\n| seconds, fit and 16 rows | p | measured | predicted | ratio | calls' part |\n|---|---|---|---|---|---|")
     for case, p, net, n in _timed_cases():
         fit, solve = cpu_seconds(case, net, n, 16, repeats)
-        both = Found(case.name, p, fit.measured + solve.measured, fit.predicted + solve.predicted)
-        _print(case.name, both, "{:.3f}")
+        seconds = [a + b for a, b in zip(fit.seconds, solve.seconds, strict=True)]
+        both = Found(case.name, p, *seconds)
+        _print(case.name, both, "{:.3f}", f" {both.calls / both.predicted:.0%} |")
     print("\n| bytes at the peak | p, n, k | measured | predicted | ratio |\n|---|---|---|---|---|")
     by_name = {case.name: case for case in CASES}
     for name, net, n, k in PEAKS:
@@ -395,6 +399,6 @@ def _timed_cases() -> Iterator[tuple[Case, str, MLP, int]]:
             yield case, f"p = {net.parameters:,}", net, n
 
 
-def _print(name: str, one: Found, form: str) -> None:
+def _print(name: str, one: Found, form: str, more: str = "") -> None:
     cells = " | ".join(form.format(value) for value in (one.measured, one.predicted))
-    print(f"| {name} | {one.step} | {cells} | {one.ratio:.2f} |", flush=True)
+    print(f"| {name} | {one.step} | {cells} | {one.ratio:.2f} |{more}", flush=True)
