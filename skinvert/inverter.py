@@ -86,7 +86,7 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Fitting, AtHand, Pos
         H: ``"hessian"``, ``"ggn"``, ``"fisher"``, ``"empirical_fisher"``, or, at a cost that does not grow with the
         outputs, ``"sampled_ggn"`` by random signs, which is ``SampledGGN()``, and ``"sampled_fisher"`` by one sampled
         label a row, ``SampledFisher()``. ``"auto"`` is the Hessian, save for methods that are defined on another
-        curvature.
+        curvature: of kfac and ekfac it is the GGN, or the Fisher where the loss takes (log-)probabilities.
     model : nn.Module, skorch net, fitted scikit-learn model, Pipeline of these or TwiceDifferentiable, default=None
         What ``fit(X, y)`` reads, the form that pipelines and searches call. Shared by clones, never copied. In a
         pipeline that ends in this inverter ``fit`` and ``score`` run through its steps; right-hand sides, which are no

@@ -17,6 +17,7 @@ from ._distributed import Ranks
 from ._memory import available_memory, readable, working_memory
 from ._progress import say
 from ._state import held_bytes
+from ._telling import warn
 from ._types import Autocast, Device, Globs, Partition, RandomState
 from .curvature import (
     CURVATURES,
@@ -27,6 +28,7 @@ from .curvature import (
     build_curvature,
     curvature_name,
     faces_of,
+    of_probabilities,
     seeded_curvature,
 )
 from .data import Batches, Shard, batches_of
@@ -153,8 +155,7 @@ def assemble(
         return _of_rows(model_or_rows, curvature, blocks, device, dtype, sample_weight, ranks)
     model = model_or_rows.at_point(params, dtype, device)
     half = resolve_autocast(autocast, model.dtype, model.device)
-    default = method.default_curvature if isinstance(method, Method) else "hessian"
-    chosen = seeded_curvature(default if curvature == "auto" else curvature, random_state)
+    chosen = seeded_curvature(_default_curvature(method, model) if curvature == "auto" else curvature, random_state)
     name = curvature_name(chosen)
     if ranks is not None:
         _check_alike(ranks, model, method, chosen)
@@ -163,6 +164,8 @@ def assemble(
         hint = "It is found in the data. Give `loss`, and pairs (inputs, targets)."
         ranks.meet("fit", {"how labels meet the loss": model.reading}, hint=hint)
     A: Any = build_curvature(chosen, model, batches, verbose)
+    if name == "ggn":
+        _warn_of_probabilities(model)
     parts = None
     if blocks is not None:
         if not isinstance(method, Method):
@@ -172,6 +175,23 @@ def assemble(
         _add_rough(A if parts is None else parts, half, method)
     n_samples = batches.n_samples if batches.shard is None else batches.shard.n_samples
     return System(A, name, n_samples, A.gradient_norm, model, batches, model.layout, parts)
+
+
+def _default_curvature(method: Method | Function, model: TwiceDifferentiable) -> str:
+    """Return what "auto" means: the method's, with the Fisher for the GGN of probabilities, which it is by logits."""
+    default = method.default_curvature if isinstance(method, Method) else "hessian"
+    return "fisher" if default == "ggn" and of_probabilities(model) else default
+
+
+def _warn_of_probabilities(model: TwiceDifferentiable) -> None:
+    """Warn where the GGN, as defined at the outputs, is not what one takes it for."""
+    kinds = {"log_probabilities": "zero, since the loss is linear in them", "probabilities": "the empirical Fisher"}
+    if kind := of_probabilities(model):
+        warn(
+            f"The GGN at outputs that are {kind.replace('_', '-')} is {kinds[kind]}. Try curvature='fisher', which is "
+            f"what the GGN is by logits.",
+            UserWarning,
+        )
 
 
 def _add_rough(A: Any, autocast: torch.dtype, method: Method | Function) -> None:

@@ -15,7 +15,7 @@ from .draws import Sampled
 from .empirical_fisher import EmpiricalFisher
 from .factored import Factored
 from .first_pass import warn_of_unreached
-from .fisher import Fisher, SampledFisher
+from .fisher import Fisher, SampledFisher, gauss_newton, of_probabilities
 from .ggn import GGN
 from .gram import Gram
 from .held_out import held_out_curvature
@@ -50,10 +50,12 @@ __all__ = [
     "curvature_name",
     "derivatives_along",
     "faces_of",
+    "gauss_newton",
     "gradient_rows",
     "held_out_curvature",
     "jacobian_rows",
     "most_directions",
+    "of_probabilities",
     "register_curvature",
     "seeded_curvature",
     "split_batch",

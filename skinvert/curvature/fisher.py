@@ -7,12 +7,29 @@ from typing import ClassVar
 import torch
 
 from .._types import Batch
-from ..models import OutputHessian
+from ..models import OutputHessian, TorchTwiceDifferentiable, TwiceDifferentiable
 from .draws import Drawn, Sampled, with_draws
+from .ggn import GGN
 from .objective import Objective
 from .predictive import SampledHessian, predictive_of
 
-__all__ = ["Fisher", "SampledFisher"]
+__all__ = ["Fisher", "SampledFisher", "gauss_newton", "of_probabilities"]
+
+
+def of_probabilities(model: TwiceDifferentiable) -> str | None:
+    """Return "probabilities" or "log_probabilities" where the loss takes these for its outputs; None for others.
+
+    The GGN depends on where the model ends and the loss begins. A loss of log-probabilities is linear in them, and the
+    GGN zero; at probabilities it is the empirical Fisher. By logits, of the same model, it is the Fisher.
+    """
+    if not isinstance(model, TorchTwiceDifferentiable) or model.own_loss or model.loss is None:
+        return None
+    return None if model.loss.takes == "logits" else model.loss.takes
+
+
+def gauss_newton(objective: Objective) -> GGN:
+    """Return the GGN as it is by logits: the Fisher, of a loss of probabilities."""
+    return GGN(objective) if of_probabilities(objective.model) is None else Fisher(objective)
 
 
 class SampledFisher(Sampled):

@@ -10,7 +10,7 @@ from ..models import TorchTwiceDifferentiable, TwiceDifferentiable
 from .base import Curvature
 from .build import registered
 from .factored import Factored
-from .ggn import GGN
+from .fisher import gauss_newton
 from .objective import Objective
 
 __all__ = ["held_out_curvature"]
@@ -35,6 +35,6 @@ def _scoring(name: str, objective: Objective) -> Factored:
     kind = registered(name)
     # A class that says no is not built: that would cost it its checks.
     if isinstance(kind, type) and issubclass(kind, Curvature) and not kind.scores_itself:
-        return GGN(objective)
+        return gauss_newton(objective)
     own = kind(objective)
-    return own if isinstance(own, Factored) and own.scores_itself else GGN(objective)
+    return own if isinstance(own, Factored) and own.scores_itself else gauss_newton(objective)

@@ -17,6 +17,7 @@ from ..models.second_derivative import SecondDerivativeError
 from ..operators import KroneckerFactors, add_to_diagonal
 from .base import Curvature
 from .differences import DifferencedGradient
+from .fisher import gauss_newton
 from .ggn import GGN
 from .layers import agrees, agrees_at_some, hessian_diagonal_from_layers, hessian_from_layers
 from .objective import GenericObjective, Objective
@@ -140,12 +141,12 @@ class Hessian(Curvature):
         storage: Storage = HERE,
     ) -> KroneckerFactors:
         """Return the factors of each layer of the GGN: the Hessian has none of its own."""
-        return GGN(self.objective).kronecker_factors(approx, unsupported, verbose, checkpoint, storage)
+        return gauss_newton(self.objective).kronecker_factors(approx, unsupported, verbose, checkpoint, storage)
 
     def psd_companion(self) -> GGN | None:
         """Return the GGN, which is the Hessian without the curvature of the outputs; None where the loss has none."""
         try:
-            return GGN(self.objective)
+            return gauss_newton(self.objective)
         except (TypeError, ValueError):
             # Outputs that are no tensor, or a loss that is not convex in them.
             return None

@@ -13,7 +13,7 @@ from .._check import must_be
 from .._frames import frame_of
 from .._memory import check_memory, rows_within
 from .._types import Array, Batch
-from ..curvature import GGN, Objective
+from ..curvature import GGN, Objective, gauss_newton
 from ..curvature.per_sample import jacobian_rows
 from ..models import TorchTwiceDifferentiable, map_tensors
 from .families import Family, family_of
@@ -112,7 +112,7 @@ class Diagnostics:
 
 def leverage(fitted: Fitted) -> torch.Tensor:
     """Return tr(Fᵢ A⁻¹ Fᵢᵀ) (n,), with FᵢᵀFᵢ = (wᵢ/Σw) Jᵢᵀ(∇²_f ℓᵢ)Jᵢ."""
-    ggn, training = GGN(fitted.objective), fitted.training
+    ggn, training = gauss_newton(fitted.objective), fitted.training
     found = torch.empty(training.count, dtype=ggn.dtype, device=ggn.device)
     most = min(fitted.most, rows_within(3 * ggn.rank * ggn.size * ggn.dtype.itemsize))
     for place, batch, shares in training.parts(most):

@@ -11,7 +11,7 @@ import torch
 from .._check import must_be
 from .._memory import check_memory, rows_within
 from .._types import Batch
-from ..curvature import GGN, Objective
+from ..curvature import Objective, gauss_newton
 from ..models import map_tensors
 from .sides import RowSide
 
@@ -117,7 +117,7 @@ class Newton(Removal):
     def __init__(self, side: RowSide, solve: Solve, objective: Objective) -> None:
         super().__init__(side, solve)
         try:
-            self.ggn = GGN(objective)
+            self.ggn = gauss_newton(objective)
         except (TypeError, ValueError) as error:
             hint = 'Try removal="first_order".'
             must = "one whose rows have a curvature at the outputs"

@@ -52,7 +52,7 @@ class Method(TensorState, BaseEstimator, ABC):
     accuracy : float
         The relative residual that ``tight`` settings reach in float64 where the method is exact.
     default_curvature : str
-        What ``curvature="auto"`` means with this method.
+        What ``curvature="auto"`` means with this method; for ``"ggn"`` the Fisher where outputs are probabilities.
     cost, memory, exactness, choose_it_for : str
         Its row in the table of methods: work in products with A, numbers held (p parameters, k right-hand sides, n
         samples, c outputs, rank or rows r), what the solution is, and when to choose it.

@@ -327,6 +327,7 @@ def test_weight_norm(name):
     assert is_recorded(A) == [True] * 3
 
 
+@pytest.mark.filterwarnings("ignore:The GGN at outputs that are log-probabilities is zero:UserWarning")
 @pytest.mark.parametrize("name", ["hessian", "ggn"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("model", ["mlp", "sequence"])

@@ -22,7 +22,7 @@ class LogProbabilities(Categorical):
         p = self.probabilities()
         worst = float((p.sum(1) - 1).abs().max())
         if worst > 1e3 * torch.finfo(p.dtype).eps * p.shape[1]:
-            hint = 'Try loss="cross_entropy" for logits, or curvature="ggn".'
+            hint = 'Try loss="cross_entropy" for logits, or curvature="hessian".'
             raise ValueError(
                 must_be("The outputs for nll", "log-probabilities", f"exp(outputs) {worst:.3g} off 1", hint)
             )
