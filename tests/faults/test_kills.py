@@ -21,7 +21,7 @@ def outcomes(folder, *arguments):
 
 
 def check(told, finishes, kills):
-    assert told["correct"] == finishes, told
+    assert told["correct"] == told["finishes"] >= finishes, told
     assert told["kills"] >= kills, told
     # Nothing that a killed write left outlives the next one.
     assert told["left"] == 0, told
@@ -46,7 +46,7 @@ def test_scores_go_on_after_a_kill(job, tmp_path):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("job", [*FOUR, "kfac", *SCORES])
 def test_twenty_kills_and_twenty_finishes(job, tmp_path):
-    (told,) = outcomes(tmp_path, 400, 20, 3, 1, job)
+    (told,) = outcomes(tmp_path, 800, 20, 3, 1, job)
     print(told)
     check(told, 20, 20)
     # Not by chance: the last run of many had less to do than a whole one.
