@@ -13,7 +13,7 @@ from ..operators import Dense, Eigenvectors, add_to_diagonal, check_dense_memory
 from ..results import InverseHvpResult
 from ..solvers.krylov import default_rtol
 from .base import InverseOperator, relative_residual
-from .condition import norm1, rcond
+from .condition import norm1, own_units, rcond
 from .definite import proven_bound
 from .spectral_inverse import SpectralInverse
 
@@ -29,13 +29,13 @@ def factorise(A: Dense, hessian_perturbation: float, rtol: float) -> InverseOper
     """Return the inverse of a dense matrix plus λI: by Cholesky where that is good enough, else by eigenvectors."""
     if not all_finite(A.matrix):
         raise ValueError(must_be("The curvature", "finite", "NaN or infinity", "Look at the parameters."))
-    cholesky = _cholesky(A.matrix, hessian_perturbation)
-    if cholesky is not None:
-        inverse = CholeskyInverse(A, cholesky, hessian_perturbation, rtol)
-        if inverse.serves():
+    found = _cholesky(A, hessian_perturbation)
+    if found is not None:
+        inverse = CholeskyInverse(A, found[0], hessian_perturbation, rtol)
+        if inverse.serves(found[1]):
             return inverse
         # One matrix less beside what `eigh` takes.
-        del inverse, cholesky
+        del inverse, found
     return _decompose(A, hessian_perturbation, rtol)
 
 
@@ -120,10 +120,11 @@ class CholeskyInverse(InverseOperator):
         shifts = list(hessian_perturbations)
         return self._decomposed().solve_path(B, shifts) if shifts else []
 
-    def serves(self) -> bool:
-        """Return whether a random right-hand side is solved to ``rtol``."""
+    def serves(self, units: torch.Tensor | None) -> bool:
+        """Return whether a random right-hand side, in the parameters' own units if given, is solved to ``rtol``."""
         generator = torch.Generator("cpu").manual_seed(0)
         b = torch.randn(1, self.size, dtype=torch.float64, generator=generator, device="cpu").to(self.cholesky)
+        b = b if units is None else b / units
         return bool((self._refined(b)[1] <= self.rtol).all())
 
     def _decomposed(self) -> SpectralInverse:
@@ -153,18 +154,34 @@ class CholeskyInverse(InverseOperator):
         return torch.cholesky_solve(B.mT, self.cholesky).mT.contiguous()
 
 
-def _cholesky(matrix: torch.Tensor, hessian_perturbation: float) -> torch.Tensor | None:
-    """Return the Cholesky factor of A + λI, or None where there is none, or the condition is near 1 / eps."""
+def _cholesky(A: Dense, hessian_perturbation: float) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Return the Cholesky factor of A + λI, or None where there is none, or the condition is near 1 / eps.
+
+    A semi-definite curvature is judged in the parameters' own units too, which are returned then: a column of inputs in
+    dollars beside one in thousands of them is no reason to leave a direction out. Of others a small entry may be
+    rounding of larger ones.
+    """
+    matrix = A.matrix
+    floor = 10 * math.sqrt(len(matrix)) * torch.finfo(matrix.dtype).eps
     # In place, and back: one matrix less at the peak.
     diagonal = matrix.diagonal().clone()
     try:
         add_to_diagonal(matrix, hessian_perturbation or None)
         norm = norm1(matrix)
         cholesky, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) != 0:
+            return None
+        if rcond(cholesky, norm) >= floor:
+            return cholesky, None
+        units = own_units(matrix.diagonal()) if A.is_psd else None
+        if units is None:
+            return None
+        norm = norm1(matrix, units)
     finally:
         matrix.diagonal().copy_(diagonal)
-    floor = 10 * math.sqrt(len(matrix)) * torch.finfo(matrix.dtype).eps
-    return cholesky if int(info) == 0 and rcond(cholesky, norm) >= floor else None
+    found = rcond(cholesky.mul_(units[:, None]), norm)
+    cholesky.div_(units[:, None])
+    return (cholesky, units) if found >= floor else None
 
 
 def _decompose(A: Dense, hessian_perturbation: float, rtol: float) -> SpectralInverse:

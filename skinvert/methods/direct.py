@@ -24,7 +24,9 @@ class Direct(Method):
     ``rtol``, an eigendecomposition takes over: eigenvalues within (10 + √p)·eps·max|eig| of zero are left out (the
     pseudo-inverse), and a right-hand side with a part in their span is warned of. Negative eigenvalues are inverted as
     they are, with a warning that says how negative. Where λ > 0 and the curvature is positive semi-definite by
-    construction nothing is left out.
+    construction nothing is left out. Such a curvature, that of a linear model too, is judged in units of each
+    parameter's own: inputs of which one is in other units than the rest make rcond small, and the factor no worse.
+    Where that does not save it, directions that are zero for their units alone are warned of.
 
     A curvature with a factor of fewer rows than p, H = FᵀF + R with R + λ > 0, is inverted in sample space by
     Woodbury's identity, or by the singular vectors of F where λ is so small that Cholesky would lose it.
@@ -40,7 +42,7 @@ class Direct(Method):
 
     References
     ----------
-    Higham (2002), "Accuracy and Stability of Numerical Algorithms", ch. 15 (condition estimation).
+    Higham (2002), "Accuracy and Stability of Numerical Algorithms", ch. 15 (condition estimation), sec. 10.1 (scaling).
 
     Examples
     --------
@@ -70,7 +72,8 @@ class Direct(Method):
         # The matrix and its factor; an eigendecomposition asks for more when it is needed.
         check_dense_memory(A, CHOLESKY_COPIES)
         dense = Dense(assembled(A, hessian_perturbation, verbose))
-        dense.is_psd, dense.hint = A.is_psd, A.hint
+        # The Hessian of a linear model is the GGN. Not (... < 0): NaN is a bound that is not known.
+        dense.is_psd, dense.hint = A.is_psd or A.lower_bound >= 0, A.hint
         return factorise(dense, hessian_perturbation, rtol)
 
 

@@ -18,6 +18,7 @@ from ..operators import Basis, Dense, LinearOperator, Shifted, Spectral
 from ..reasons import Reason, reasons
 from ..results import InverseHvpResult
 from .base import InverseOperator, default_tolerance, relative_residual, warn_not_converged
+from .condition import rank_in_own_units
 from .definite import proven_bound
 from .null_space import InvertedSpectrum, invert_spectrum
 
@@ -314,6 +315,7 @@ class SpectralInverse(InverseOperator):
         self.approximate = not (self.basis.of_curvature and (self._spans or self.source is not None))
         self.positive_definite = self.inverted.positive_definite and (self._drops or self._rest > 0)
         self._warn_of_negative()
+        self._warn_of_units()
 
     def _split(self, B: torch.Tensor) -> _Parts:
         """Return rows B (k, p) taken apart."""
@@ -406,6 +408,26 @@ class SpectralInverse(InverseOperator):
                 f"{self._what} is indefinite: its smallest eigenvalue is {least:.3g}, at hessian_perturbation="
                 f"{self.hessian_perturbation:.3g}, and {n} of {self.size} are negative. They are inverted as they are: "
                 f"the solution is no minimiser. {self.hint}",
+                scipy.linalg.LinAlgWarning,
+            )
+
+    def _warn_of_units(self) -> None:
+        """Warn of directions that count as zero beside those of parameters in other units, and not by themselves."""
+        found, A = self.inverted, self.source
+        if not found.n_lost or not isinstance(A, Dense) or not A.is_psd:
+            return
+        diagonal, cut = A.matrix.diagonal() + self.hessian_perturbation, float(found.cuts.max())
+        # Else a direction is lost by what is in it.
+        if not bool(((diagonal > 0) & (diagonal <= 1e4 * cut)).any()):
+            return
+        n = rank_in_own_units(A.matrix, self.hessian_perturbation) - (self.basis.rank - found.n_lost)
+        if n > 0:
+            double = " or dtype=torch.float64" if self.dtype == torch.float32 else ""
+            warn(
+                f"{n} of {self.size} directions of {self._what} count as zero beside those of parameters in other "
+                f"units: entries of its diagonal are from {float(diagonal.min()):.3g} to {float(diagonal.max()):.3g}, "
+                f"and eigenvalues within {cut:.2g} of zero are left out. Scale the inputs (StandardScaler), or try a "
+                f"larger hessian_perturbation{double}.",
                 scipy.linalg.LinAlgWarning,
             )
 
