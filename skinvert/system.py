@@ -153,7 +153,7 @@ def assemble(
         return _of_rows(model_or_rows, curvature, blocks, device, dtype, sample_weight, ranks)
     model = model_or_rows.at_point(params, dtype, device)
     if isinstance(model, TorchTwiceDifferentiable):
-        model.features = own_steps(model.features)
+        model.features = own_steps(model.features, data)
     half = resolve_autocast(autocast, model.dtype, model.device)
     default = method.default_curvature if isinstance(method, Method) else "hessian"
     chosen = seeded_curvature(default if curvature == "auto" else curvature, random_state)

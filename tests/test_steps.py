@@ -1,17 +1,22 @@
-"""The steps of a pipeline before its model: a fit keeps what it was fitted with."""
+"""The steps of a pipeline before its model: a fit keeps what it was fitted with, and refuses steps that draw."""
 
+import copy
 import pickle
 import threading
 
 import numpy as np
 import pytest
+import scipy.sparse
 from sklearn.compose import ColumnTransformer
+from sklearn.experimental import enable_iterative_imputer  # noqa: F401 (it makes the import below)
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.impute import IterativeImputer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import FeatureUnion, make_pipeline
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler, StandardScaler
 
-from skinvert import HessianInverter, InfluenceFunction
+from skinvert import HessianInverter, InfluenceFunction, PerSampleGradient
 
 A, B = slice(30), slice(30, 60)
 
@@ -89,3 +94,54 @@ def test_a_step_that_cannot_be_copied_is_named():
     pipe[0].lock = threading.Lock()
     with pytest.raises(ValueError, match="step 'standardscaler' must be one that can be copied.*X as the steps before"):
         HessianInverter("direct").fit(pipe, (X, y))
+
+
+# -- steps that draw ---------------------------------------------------------------------------------------------------
+
+
+def noise(X):
+    return X + np.random.default_rng().standard_normal(X.shape)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_imputation_that_draws_is_refused():
+    generator = np.random.default_rng(0)
+    X, y = generator.standard_normal((500, 3)), generator.standard_normal(500)
+    X[450, 1] = -99.0  # a single row, and no NaN to find it by
+    for draws in (False, True):
+        imputer = IterativeImputer(missing_values=-99.0, sample_posterior=draws, random_state=0)
+        pipe = make_pipeline(StandardScaler(with_mean=False, with_std=False), imputer, Ridge()).fit(X, y)
+        state = pickle.dumps(imputer.random_state_)
+        for fit in (HessianInverter("direct").fit, lambda model, data: PerSampleGradient(model).fit(*data)):
+            if draws:
+                with pytest.raises(ValueError, match="step 'iterativeimputer' must be.*the same features.*`sample_"):
+                    fit(pipe, (X, y))
+            else:
+                fit(pipe, (X, y))
+        assert pickle.dumps(imputer.random_state_) == state
+
+
+def test_noise_is_refused_wherever_it_is():
+    X, y = data()
+    steps = [
+        (FunctionTransformer(noise), "functiontransformer"),
+        (make_pipeline(MaxAbsScaler(), FunctionTransformer(noise)), "pipeline"),
+        (FunctionTransformer(lambda X: scipy.sparse.csr_matrix(noise(X))), "functiontransformer"),
+    ]
+    for step, name in steps:
+        pipe = make_pipeline("passthrough", step, MaxAbsScaler(), Ridge()).fit(X, y)
+        with pytest.raises(ValueError, match=f"step '{name}' must be one that gives the same features"):
+            HessianInverter("direct").fit(pipe, (X, y))
+
+
+def test_steps_that_do_not_draw_are_taken():
+    X, y = data()
+    words = [f"word{i % 5} word{i % 3}" for i in range(60)]
+    cases = [
+        (make_pipeline(StandardScaler(copy=False), Ridge()), X),
+        (make_pipeline(FunctionTransformer(), MaxAbsScaler(copy=False), Ridge()), scipy.sparse.coo_matrix(X)),
+        (make_pipeline(TfidfVectorizer(), Ridge()), words),
+    ]
+    for pipe, inputs in cases:
+        pipe.fit(copy.deepcopy(inputs), y)
+        assert HessianInverter("direct").fit(pipe, (inputs, y)).n_samples_ == 60
