@@ -57,9 +57,9 @@ def checked_dispersion(dispersion: float | str, A: LinearOperator | None) -> flo
 
 
 def evidence(inverse: InverseOperator, A: LinearOperator, dispersion: float) -> float:
-    """Return Laplace's log evidence: −Σ wᵢℓᵢ/φ − ½ Σ δθ² + ½ Σ log δ − ½ log det((Σw/φ)(H + λI))."""
+    """Return Laplace's log evidence: −N Σ wᵢℓᵢ/Σw − ½ Σ δθ² + ½ Σ log δ − ½ log det(N (H + λI))."""
     objective = objective_of(A, "log_evidence")
-    factor = objective.weight_sum / dispersion
+    factor = objective.n_observed / dispersion
     prior = torch.full((objective.size,), inverse.hessian_perturbation, dtype=torch.float64, device=objective.device)
     if objective.penalty is not None:
         prior += objective.penalty
@@ -69,7 +69,7 @@ def evidence(inverse: InverseOperator, A: LinearOperator, dispersion: float) -> 
     prior *= factor
     theta = torch.cat([tensor.detach().reshape(-1) for tensor in objective.model.theta]).double()
     log_det = inverse.log_det() + objective.size * math.log(factor)
-    fit = -_total_loss(A) / dispersion
+    fit = -factor * _total_loss(A) / objective.weight_sum
     return fit - 0.5 * float((prior * theta.square()).sum()) + 0.5 * float(prior.log().sum()) - 0.5 * log_det
 
 

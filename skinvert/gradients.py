@@ -21,7 +21,7 @@ from ._progress import progress
 from ._shown import Shown
 from ._types import Array, Batch, Data, Device, DType, Globs, LossLike, TrainedModel
 from .curvature import Objective, gradient_rows, jacobian_rows, split_batch, warn_of_unreached
-from .data import Batches, batches_of, holds_tensors, with_any_targets
+from .data import Batches, batches_of, holds_tensors, own_steps, with_any_targets
 from .models import TorchTwiceDifferentiable, as_margin, as_model, as_outputs, is_model
 
 __all__ = ["PerSampleGradient"]
@@ -121,6 +121,7 @@ class PerSampleGradient(TakesCallbacks, Shown, SharesModel, RowTransformer):
 
     def _fit(self, X: object, y: object, sample_weight: object) -> None:
         model = self._at_point()
+        model.features = own_steps(model.features, with_any_targets(X if y is None else (X, y)))
         objective = Objective(model, self._batches(model, X, y, sample_weight, hold=False), self.verbose)
         warn_of_unreached(objective.unreached)
         self.loss_scale_, self.n_features_out_ = 1.0 if self._is_of_outputs else objective.scale, model.num_params

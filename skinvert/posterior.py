@@ -130,7 +130,7 @@ class Posterior(ABC):
         """Return draws from N(0, (H + λI)⁻¹), one per row, of the operator that the method inverts.
 
         The Laplace posterior of θ is θ̂ plus such a draw over √N, with N the factor between the mean loss and the
-        negative log posterior: n for a loss that is a negative log-likelihood, see ``covariance``.
+        negative log posterior, see ``covariance``: n for a negative log-likelihood without weights.
 
         Parameters
         ----------
@@ -165,8 +165,11 @@ class Posterior(ABC):
     def covariance(self, kind: str = "hessian", *, dispersion: float | str = 1.0) -> np.ndarray:
         r"""Return the covariance of the trained parameters θ̂.
 
-        ``"hessian"``, right where the model is: φ (H + λI)⁻¹ / Σw. ``"sandwich"``, right where only its mean is (robust
+        ``"hessian"``, right where the model is: (H + λI)⁻¹ / N. ``"sandwich"``, right where only its mean is (robust
         standard errors, HC0): (H + λI)⁻¹ (Σ wᵢ² gᵢgᵢᵀ / (Σw)²) (H + λI)⁻¹, with gᵢ = ∇ℓᵢ.
+
+        N = Σ wᵢmᵢ / φ, with mᵢ what the mean loss lets row i weigh beside wᵢ: the class weight of its label, 0 where
+        that is ignored, the sum of these over the tokens of a row, and 1 for all else.
 
         With λ = 0 at a minimum without a penalty these are statsmodels' covariances of ``OLS`` (``"residual"``),
         ``Logit`` and Poisson ``GLM``, and with ``cov_type="HC0"``. Costs p solves, and for ``"sandwich"`` a pass of
@@ -178,10 +181,11 @@ class Posterior(ABC):
         kind : {"hessian", "sandwich"}, default="hessian"
             Which.
         dispersion : float or "residual", default=1.0
-            φ > 0, with ℓ/φ the negative log-likelihood; no part of a sandwich. 1 for cross-entropy, Poisson and other
-            losses that are one; for squared errors of variance σ² it is σ² with ½ (f − y)², as scikit-learn's models
-            have it, and 2σ²/c with torch's mean over c outputs, ``"mse"``. ``"residual"`` estimates it from squared
-            errors, 2 Σ wᵢℓᵢ / (c Σw − p), which is RSS / (n − p) for σ².
+            φ > 0, with N times the mean loss the negative log-likelihood; no part of a sandwich. 1 for cross-entropy,
+            Poisson and other losses that are one, 1/c where torch takes their mean over c outputs; for squared errors
+            of variance σ² it is σ² with ½ (f − y)², as scikit-learn's models have it, and 2σ²/c with torch's mean over
+            c outputs, ``"mse"``. ``"residual"`` estimates it from squared errors, 2 Σ wᵢℓᵢ / (c Σw − p), which is
+            RSS / (n − p) for σ².
 
         Returns
         -------
@@ -207,17 +211,18 @@ class Posterior(ABC):
         (array([[0.5]]), array([[0.375]]))
         """
         A = self._at_hand("curvature_", "covariance")
-        share = checked_dispersion(dispersion, A) / self._weight_sum()
+        share = checked_dispersion(dispersion, A) / self._n_observed()
         return parameter_covariance(self._judged("covariance"), A, kind, share)
 
     @ordinary
     def predictive_variance(
         self, X: Data, y: Data | None = None, *, outputs: str = "each", dispersion: float = 1.0
     ) -> Array:
-        r"""Return the variance of the model's outputs that the uncertainty of θ̂ makes: φ J (H + λI)⁻¹ Jᵀ / Σw.
+        r"""Return the variance of the model's outputs that the uncertainty of θ̂ makes: J (H + λI)⁻¹ Jᵀ / N.
 
         J (c, p) is the Jacobian of a row's outputs (logits, not probabilities) at θ̂: the linearised Laplace
-        approximation, with λ = δ / Σw for a prior of precision δ. Costs c Jacobian rows and c solves a row.
+        approximation, with λ = δ / N for a prior of precision δ, and N as in ``covariance``. Costs c Jacobian rows and
+        c solves a row.
 
         Parameters
         ----------
@@ -255,7 +260,7 @@ class Posterior(ABC):
         if y is not None or not (isinstance(X, list) or is_data(X)):
             data = (X, self._some_targets(X) if y is None else y)
         check_inputs(data, columns_of(vars(self).get("_data")))
-        share = checked_dispersion(dispersion, None) / self._weight_sum()
+        share = checked_dispersion(dispersion, None) / self._n_observed()
         batches = batches_of(model, data, needs_row_order=True, hold=False)
         found = output_variances(self._factorised("predictive_variance"), model, batches, share, outputs)
         return found if holds_tensors(data) else found.cpu().numpy()
@@ -264,14 +269,14 @@ class Posterior(ABC):
     def log_evidence(self, *, dispersion: float = 1.0) -> float:
         r"""Return the logarithm of the marginal likelihood by Laplace's approximation at θ̂.
 
-        .. math:: -\tfrac1φ Σ_i w_iℓ_i - \tfrac12 Σ_j δ_jθ_j² + \tfrac12 Σ_j \log δ_j - \tfrac12 \log\det P,
-            \quad P = \tfrac{Σw}{φ} (H + λI)
+        .. math:: -N \tfrac{Σ_i w_iℓ_i}{Σ_i w_i} - \tfrac12 Σ_j δ_jθ_j² + \tfrac12 Σ_j \log δ_j
+            - \tfrac12 \log\det P, \quad P = N (H + λI)
 
-        with the prior N(0, δ⁻¹) that λ and the penalty stand for, δⱼ = (Σw/φ)(λ + penaltyⱼ): ``weight_decay=δ / n``, or
-        ``hessian_perturbation=δ / n`` with no weight decay, is a prior of precision δ. From log p(D) ≈ log p(D | θ̂) +
-        log p(θ̂) + (p/2) log 2π − ½ log det P, where the prior's and the integral's 2π cancel. It is laplace-torch's
-        ``log_marginal_likelihood`` for classification; for squared errors of variance σ², which ℓ/φ knows up to a
-        constant, add −(n c / 2) log 2πσ². ``path``-like sweeps: fit at each λ, or see ``spectrum``.
+        with N as in ``covariance`` and the Gaussian prior about 0 that λ and the penalty stand for, of precision
+        δⱼ = N (λ + penaltyⱼ): ``weight_decay=δ / N``, or ``hessian_perturbation=δ / N`` with no weight decay. From
+        log p(D) ≈ log p(D | θ̂) + log p(θ̂) + (p/2) log 2π − ½ log det P, where the prior's and the integral's 2π cancel.
+        It is laplace-torch's ``log_marginal_likelihood`` for classification; for squared errors of variance σ², which
+        ℓ/φ knows up to a constant, add −(n c / 2) log 2πσ². ``path``-like sweeps: fit at each λ, or see ``spectrum``.
 
         Parameters
         ----------
@@ -323,11 +328,11 @@ class Posterior(ABC):
     @abstractmethod
     def _together(self, step: str, *, of_all: bool | None = None) -> AbstractContextManager[None]: ...
 
-    def _weight_sum(self) -> float:
-        """Return Σw; of plain rows, whose weights count in proportion alone, n."""
+    def _n_observed(self) -> float:
+        """Return N at φ = 1; of plain rows, whose weights count in proportion alone, n."""
         A = self._at_hand("curvature_", "covariance")
         objective = A.objective if isinstance(A, Curvature | Sharded) else None
-        return float(self.n_samples_) if objective is None else objective.weight_sum
+        return float(self.n_samples_) if objective is None else objective.n_observed
 
     def _some_targets(self, X: Any) -> Any:
         """Return as many targets as inputs: the first one of the training data, repeated."""

@@ -31,7 +31,7 @@ from .curvature import (
     of_probabilities,
     seeded_curvature,
 )
-from .data import Batches, Shard, batches_of
+from .data import Batches, Shard, batches_of, own_steps
 from .methods.base import InverseOperator, Method
 from .methods.blocks import invert_blocks
 from .methods.mixed_precision import inverted
@@ -154,6 +154,8 @@ def assemble(
             raise ValueError(must_be("autocast for plain rows", "None", repr(autocast), hint))
         return _of_rows(model_or_rows, curvature, blocks, device, dtype, sample_weight, ranks)
     model = model_or_rows.at_point(params, dtype, device)
+    if isinstance(model, TorchTwiceDifferentiable):
+        model.features = own_steps(model.features, data)
     half = resolve_autocast(autocast, model.dtype, model.device)
     chosen = seeded_curvature(_default_curvature(method, model) if curvature == "auto" else curvature, random_state)
     name = curvature_name(chosen)

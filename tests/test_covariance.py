@@ -137,6 +137,84 @@ def test_the_variance_of_outputs_is_that_of_their_jacobian(method, outputs):
     np.testing.assert_allclose(received, expected, rtol=1e-6)
 
 
+def softmax_fits():
+    """Rows of x, their labels, what each weighs in the sum of the negative log-likelihood, and a fit of its mean."""
+    generator, c = np.random.default_rng(0), np.array([3.0, 0.5, 1.0])
+    X, y, w = generator.standard_normal((20, 4)), generator.integers(0, 3, 20), generator.integers(1, 4, 20) * 1.0
+    ignored = np.where(np.arange(20) % 3 == 0, -100, y)
+    tokens = torch.from_numpy(X).reshape(4, 5, 4), torch.from_numpy(ignored).reshape(4, 5)
+    settings = {"hessian_perturbation": 0.1}
+
+    def fitted(data, loss, net=None, **fit):
+        torch.manual_seed(0)
+        net = net or nn.Linear(4, 3, bias=False).double()
+        return HessianInverter("direct", loss=loss, batch_size=7, **settings).fit(net, data, **fit)
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3, bias=False).double()
+
+        def forward(self, x):
+            return self.linear(x).mT  # classes on axis 1
+
+    torch.manual_seed(0)
+    weighted = nn.CrossEntropyLoss(weight=torch.from_numpy(c))
+    yield "class weights", X, y, c[y], fitted((X, y), weighted)
+    yield "ignored labels", X, y, (ignored >= 0) * 1.0, fitted((X, ignored), "cross_entropy")
+    yield "all weights", X, y, w * c[y] * (ignored >= 0), fitted((X, ignored), weighted, sample_weight=w)
+    yield "tokens", X, y, c[y] * (ignored >= 0), fitted(tokens, weighted, Tokens())
+    model = LogisticRegression(fit_intercept=False, class_weight=dict(enumerate(c)), tol=1e-10).fit(X, y, w)
+    inverter = HessianInverter("direct", **settings).fit(model, (X, y), sample_weight=w)
+    yield "LogisticRegression", X, y, w * c[y], inverter
+
+
+SOFTMAX = {name: rest for name, *rest in softmax_fits()}
+
+
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_weights_of_labels_count_as_those_of_rows(name):
+    """Of N times the mean loss and a prior, in NumPy: N is Σ weights, whoever gave them, and −log p the sum's."""
+    X, y, weights, inverter = SOFTMAX[name]
+    theta = torch.cat([t.detach().reshape(-1) for t in inverter._model.theta]).numpy()
+    logits = X @ theta.reshape(3, 4).T
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    middle = np.einsum("n,ncd->ncd", weights, np.einsum("nc,cd->ncd", p, np.eye(3)) - p[:, :, None] * p[:, None])
+    delta = 0.1 * weights.sum() + (1.0 if name == "LogisticRegression" else 0.0)  # λ N, and 1/C
+    P = np.einsum("ncd,ni,nj->cidj", middle, X, X).reshape(12, 12) + delta * np.eye(12)
+    np.testing.assert_allclose(inverter.covariance(), np.linalg.inv(P), rtol=1e-7, atol=1e-12)
+    if name != "tokens":
+        J = np.einsum("cd,ni->ncdi", np.eye(3), X[:5]).reshape(5, 3, 12)
+        expected = J @ np.linalg.inv(P) @ J.transpose(0, 2, 1)
+        np.testing.assert_allclose(inverter.predictive_variance(X[:5], outputs="joint"), expected, rtol=1e-7)
+    fit = weights @ np.log(p[np.arange(20), y]) - 0.5 * delta * theta @ theta
+    expected = fit + 6 * math.log(delta) - 0.5 * np.linalg.slogdet(P)[1]
+    assert inverter.log_evidence() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.CrossEntropyLoss(reduction="sum"), nn.BCEWithLogitsLoss()])
+def test_a_mean_over_outputs_has_their_number_in_its_dispersion(loss):
+    """φ is 2σ²/c, 1 and 1/c: then N (H + λI) is the sum over rows and outputs, and Nλ."""
+    generator = np.random.default_rng(0)
+    X, net = generator.standard_normal((15, 4)), nn.Linear(4, 3, bias=False).double()
+    labels = isinstance(loss, nn.CrossEntropyLoss)
+    y = generator.integers(0, 3, 15) if labels else generator.integers(0, 2, (15, 3)) * 1.0
+    logits = X @ net.weight.detach().numpy().T
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    q = 1 / (1 + np.exp(-logits))
+    softmax = np.einsum("nc,cd->ncd", p, np.eye(3)) - p[:, :, None] * p[:, None]
+    sigmoid = np.einsum("nc,cd->ncd", q * (1 - q), np.eye(3))
+    squares = np.tile(np.eye(3), (15, 1, 1)) / 0.7**2
+    middle, phi = {
+        "MSELoss": (squares, 2 * 0.7**2 / 3),
+        "CrossEntropyLoss": (softmax, 1.0),
+        "BCEWithLogitsLoss": (sigmoid, 1 / 3),
+    }[type(loss).__name__]
+    P = np.einsum("ncd,ni,nj->cidj", middle, X, X).reshape(12, 12) + 0.1 * 15 / phi * np.eye(12)
+    received = HessianInverter("direct", 0.1, loss=loss).fit(net, (X, y)).covariance(dispersion=phi)
+    np.testing.assert_allclose(received, np.linalg.inv(P), rtol=1e-7, atol=1e-12)
+
+
 def test_targets_do_not_count():
     case = problem("mlp", "cross_entropy", 0.05)
     data = [(case.X[:7], case.y[:7]), (case.X[7:], case.y[7:])]

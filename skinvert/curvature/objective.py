@@ -97,6 +97,11 @@ class MeanLoss:
         raise ValueError(must_be("The model for autocast", "a PyTorch module", "another TwiceDifferentiable", hint))
 
     @property
+    def n_observed(self) -> float:
+        """N at φ = 1: what L is multiplied by to be a negative log-likelihood, Σ wᵢ here."""
+        return self.weight_sum
+
+    @property
     def eps(self) -> float:
         """The relative rounding of what is computed of θ."""
         return torch.finfo(self.dtype).eps
@@ -170,6 +175,12 @@ class Objective(MeanLoss):
     def scale(self) -> float:
         """κ, with ℓᵢ = κ sᵢ."""
         return self.weight_sum / self.mass_sum
+
+    @property
+    def n_observed(self) -> float:
+        """N at φ = 1: Σ wᵢmᵢ where labels weigh mᵢ; a mean over the outputs of a row has their number in its φ."""
+        loss = self.model.loss
+        return self.mass_sum if loss is None or loss.mass_weighs else self.weight_sum
 
     def losses(self, batch: Batch) -> torch.Tensor:
         """Return ℓᵢ (m,) of a batch's rows, with gradients on."""

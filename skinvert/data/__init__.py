@@ -3,6 +3,7 @@
 from .batches import Batches, as_batches, batches_of
 from .forms import as_data, as_pair, check_row_order, count, holds_tensors, is_data, take, with_any_targets
 from .shards import Shard
+from .steps import own_steps
 
 __all__ = [
     "Batches",
@@ -15,6 +16,7 @@ __all__ = [
     "count",
     "holds_tensors",
     "is_data",
+    "own_steps",
     "take",
     "with_any_targets",
 ]

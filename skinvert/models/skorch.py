@@ -120,6 +120,7 @@ class SkorchLoss(Loss):
         self.asked = torch_loss(self.criterion.module, self.get_loss)
         # μ of the ½ μ‖θ‖² that `get_loss` adds, by the names of the parameters.
         self.ridge: dict[str, float] = {}
+        self.mass_weighs = self.asked.mass_weighs
 
     @property
     def takes(self) -> Outputs:

@@ -29,6 +29,7 @@ class Loss(ABC):
 
     ==================  ============================================================================================
     ``mass``            mᵢ = 1: L is the mean of the sᵢ
+    ``mass_weighs``     True: mᵢ is what row i weighs in a likelihood; False: how many outputs of a row L averages
     ``check``           y is a tensor of as many rows as the outputs; floats have the shape of the outputs
     ``output_hessian``  None: the GGN differentiates ``per_sample`` twice, output by output
     ``predictive``      None: no likelihood; ``curvature="fisher"`` says which losses are one
@@ -61,6 +62,8 @@ class Loss(ABC):
 
     # Whether sᵢ is a multiple of the sum of squares of residuals f − y.
     squares_residuals: ClassVar[bool] = False
+    # Whether mᵢ is what sample i weighs in a likelihood, as labels do; else how many of its outputs L is a mean over.
+    mass_weighs: bool = True
 
     @abstractmethod
     def per_sample(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

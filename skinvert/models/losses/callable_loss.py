@@ -32,6 +32,8 @@ class CallableLoss(Loss):
         Maps outputs and targets of rows to a scalar, or to one value (or row of values) per row.
     """
 
+    mass_weighs = False
+
     def __init__(self, function: Callable[..., torch.Tensor]) -> None:
         self.function = function
         self.kind: str | None = None

@@ -14,6 +14,7 @@ __all__ = ["LabelLoss"]
 class LabelLoss(ModuleLoss):
     """A torch loss of class indices with ``weight`` and ``ignore_index``; a mean is over what the labels weigh."""
 
+    mass_weighs = True
     module: nn.CrossEntropyLoss | nn.NLLLoss
 
     def targets(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

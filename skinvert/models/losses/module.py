@@ -71,6 +71,7 @@ class ModuleLoss(Loss):
         nn.MultiLabelSoftMarginLoss,
         nn.HingeEmbeddingLoss,
     )
+    mass_weighs = False
     module: TorchLoss
 
     def __init__(self, module: TorchLoss | None = None, call: Call | None = None) -> None:

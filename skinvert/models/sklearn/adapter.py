@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..._autograd import ordinary
 from ..._check import check_sample_weight, must_be
-from ..._types import Batch
+from ..._types import Batch, Device
 from ..losses import Loss
 from ..shared import UNFITTED
 from ..sparse_rows import SparseRows
@@ -76,6 +76,18 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
             targets = self.objective.targets(_plain(y))
             weights = check_sample_weight(sample_weight, len(targets))
             self.adopt(self._totals_of(targets, np.ones(len(targets)) if weights is None else weights))
+
+    @ordinary
+    def at_point(
+        self, params: str | Iterable[str] | None = None, dtype: Any = None, device: Device = None
+    ) -> SklearnTwiceDifferentiable:
+        """Return a copy fixed at today's θ, settings and classes: fitting the estimator again does not reach it."""
+        duplicate = super().at_point(params, dtype, device)
+        assert isinstance(duplicate, SklearnTwiceDifferentiable)
+        # A fit sets attributes anew; what it may write into are coefficients, and those of the module are its own.
+        duplicate.estimator = copy.copy(self.estimator)
+        duplicate.objective = type(self.objective)(duplicate.estimator)
+        return duplicate
 
     def read(self, data: Batch) -> Any:
         """Return ``(X, y)`` checked as scikit-learn does, in float64, labels as indices; sparse X by rows."""
