@@ -390,8 +390,8 @@ class InfluenceFunction(TakesCallbacks, Shown, Matrix, RowStatistics, RowTransfo
         Parameters
         ----------
         groups : array of shape (n_train,), or list of arrays of int
-            Labels of the training rows, one group a label, in sorted order; or the rows of each group, which may
-            overlap.
+            Labels of the training rows, one group a label, in sorted order, and missing ones (NaN, None) the last; or
+            the rows of each group, which may overlap.
         X, y : data
             n_test rows.
 

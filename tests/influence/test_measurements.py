@@ -146,6 +146,7 @@ def test_of_a_scikit_learn_model(make):
         (lambda f, y: f[:, 0] - f[:, 0].mean(), ValueError, "of this row alone"),
         (lambda f, y: f.sum() * torch.nan, ValueError, "finite"),
         (WorstGroupLoss([0, 1]), ValueError, "one for each of the 12"),
+        (WorstGroupLoss([0.0, 1.0, np.nan] * 4), ValueError, "known for each"),
         (Accuracy(0), ValueError, "positive"),
         (AUROC(), ValueError, "two classes"),
     ],
