@@ -275,8 +275,9 @@ class InfluenceFunction(TakesCallbacks, Shown, Matrix, RowStatistics, RowTransfo
         X, y : data
             n_test rows, as ``fit`` takes them.
         out : path ending in .npy, or array of shape (n_test, n_train), default=None
-            Where the scores go, block by block, in place of memory: a memmap, a Zarr or HDF5 array, or a file. The same
-            call goes on with the file of an interrupted one; what it holds beside it, ``.npy.json``, says whose it is.
+            Where the scores go, block by block, in place of memory: a memmap, a Zarr or HDF5 array of float32 or
+            float64, or a file. The same call goes on with the file of an interrupted one; what it holds beside it,
+            ``.npy.json``, says whose it is.
 
         Returns
         -------

@@ -247,6 +247,28 @@ def test_into_an_array(case, scores):
     np.testing.assert_allclose(array, scores)
 
 
+@pytest.mark.parametrize(
+    "array",
+    [
+        *(np.zeros((12, 12), dtype) for dtype in (int, bool, "U9", object, complex, np.float16)),
+        torch.zeros(12, 12, dtype=torch.int32),
+        torch.zeros(12, 12, dtype=torch.bfloat16),
+    ],
+    ids=lambda array: str(array.dtype),
+)
+def test_scores_are_cast_into_no_other_kind_of_number(case, array):
+    with pytest.raises(ValueError, match=r"out must be of float32 or float64\. Got .* instead"):
+        InfluenceFunction(INVERTER).fit(case.module, case.data).transform(case.data, out=array)
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((12, 12), ">f8"), np.zeros((12, 12), "f4"), torch.zeros(12, 12)], ids=lambda a: str(a.dtype)
+)
+def test_into_floats_of_any_kind(case, scores, array):
+    InfluenceFunction(INVERTER).fit(case.module, case.data).transform(case.data, out=array)
+    np.testing.assert_allclose(array, scores, rtol=1e-6)
+
+
 @pytest.mark.parametrize("n_test", [5, 12])
 @pytest.mark.parametrize("removal", ["first_order", "newton"])
 def test_a_file_is_resumed(case, tmp_path, removal, n_test, monkeypatch):
