@@ -88,7 +88,8 @@ class InfluenceFunction(TakesCallbacks, Shown, Matrix, RowStatistics, RowTransfo
     ----------
     inverter : HessianInverter, HessianInverterCV or FrozenEstimator of a fitted one, default=None
         How A is inverted; cloned into ``inverter_`` and fitted. None is ``HessianInverter()``, for a model that brings
-        its loss. ``FrozenEstimator(inverter)`` is taken as it was fitted, with its own model and data.
+        its loss. ``FrozenEstimator(inverter)`` is taken as it was fitted, with its own model and data; ``fit`` refuses
+        data that are seen to be others.
     removal : {"first_order", "newton"}, default="first_order"
         ``"first_order"`` leaves H as it is: it underestimates rows that the model hangs on (high leverage), by half
         or more where n is not much larger than p. ``"newton"`` takes the row's own curvature out of H and measures at
@@ -259,8 +260,12 @@ class InfluenceFunction(TakesCallbacks, Shown, Matrix, RowStatistics, RowTransfo
             with with_own_checkpoint(fitted, self.checkpoint):
                 fitted.fit(X, y, sample_weight=sample_weight)
         self.inverter_ = fitted.inverter_ if isinstance(fitted, HessianInverterCV) else fitted
-        self.n_samples_ = self._fitted().objective.batches.n_samples
-        rows = rows_of(y if is_model(X) else X)
+        own, data = self._fitted(), y if is_model(X) else as_data(X, y)
+        self.n_samples_ = own.objective.batches.n_samples
+        if isinstance(self.inverter, FrozenEstimator) and not own.is_of(data, sample_weight):
+            # The labels of the rows that are scored: those of the fit.
+            data = vars(self.inverter_).get("_data")
+        rows = rows_of(data)
         self.index_ = np.asarray(rows.index if isinstance(rows, Frame) else range(self.n_samples_), dtype=object)
         return self
 

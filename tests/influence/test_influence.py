@@ -133,6 +133,55 @@ def test_inverters(case, scores):
         InfluenceFunction(HessianInverter("direct", 1.0)).fit(np.eye(3))
 
 
+def frozen_on_frames(weights=None):
+    X, y = load_iris(return_X_y=True)
+    frame = pd.DataFrame(X[:40], index=[f"flower {i}" for i in range(40)], columns=list("abcd"))
+    model = Ridge().fit(frame, y[:40] + X[:40, 0], weights)
+    own = (frame, pd.Series(y[:40] + X[:40, 0], index=frame.index))
+    return model, own, FrozenEstimator(HessianInverter("direct").fit(model, own, sample_weight=weights))
+
+
+@pytest.mark.parametrize("cv", [False, True])
+def test_a_frozen_inverter_is_given_its_own_rows(cv):
+    model, (X, y), frozen = frozen_on_frames()
+    if cv:
+        frozen = FrozenEstimator(HessianInverterCV([1.0], method="direct", cv=2).fit(model, (X, y)))
+    others = [(X[::-1], y[::-1]), (X[:30], y[:30]), (X, y[::-1]), (X + 1, y), (pd.concat([X, X]), pd.concat([y, y]))]
+    for other in others:
+        with pytest.raises(ValueError, match="frozen inverter must be the rows that it was fitted on"):
+            InfluenceFunction(frozen).fit(model, other)
+    assert list(InfluenceFunction(frozen).fit(model, (X, y)).index_) == list(X.index)
+    # The same rows by other labels.
+    named = X.set_axis([f"row {i}" for i in range(40)])
+    assert list(InfluenceFunction(frozen).fit(model, (named, y)).index_) == list(named.index)
+
+
+def test_a_frozen_inverters_rows_keep_their_labels_where_they_are_not_given_again():
+    model, (X, _), frozen = frozen_on_frames()
+    assert list(InfluenceFunction(frozen).fit(model).index_) == list(X.index)
+
+
+def test_batches_cut_otherwise_leave_a_frozen_inverter_its_labels(case, scores):
+    frozen = FrozenEstimator(clone(INVERTER).fit(case.module, case.data))
+    influence = InfluenceFunction(frozen).fit(case.module, DataLoader(TensorDataset(*case.data), 5))
+    torch.testing.assert_close(influence.transform(case.data), scores)
+    with pytest.raises(ValueError, match="Got 11 rows for 12"):
+        InfluenceFunction(frozen).fit(case.module, DataLoader(TensorDataset(case.X[1:], case.y[1:]), 5))
+
+
+def test_weights_beside_a_frozen_inverter_are_its_own():
+    weights = np.arange(1.0, 41.0)
+    model, data, frozen = frozen_on_frames(weights)
+    for same in (None, weights):
+        InfluenceFunction(frozen).fit(model, data, sample_weight=same)
+    with pytest.raises(ValueError, match="sample_weight beside a frozen inverter"):
+        InfluenceFunction(frozen).fit(model, data, sample_weight=weights[::-1])
+    model, data, frozen = frozen_on_frames()
+    InfluenceFunction(frozen).fit(model, data, sample_weight=np.ones(40))
+    with pytest.raises(ValueError, match="sample_weight beside a frozen inverter"):
+        InfluenceFunction(frozen).fit(model, data, sample_weight=weights)
+
+
 @pytest.mark.parametrize("name", sorted(TIGHT))
 def test_every_method(case, name):
     """The scores are those of the inverter's own solutions."""
