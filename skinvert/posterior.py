@@ -212,7 +212,7 @@ class Posterior(ABC):
 
     @ordinary
     def predictive_variance(
-        self, X: Data, y: Data | None = None, *, outputs: str = "each", dispersion: float = 1.0
+        self, X: Data, y: Data | None = None, *, outputs: str = "each", dispersion: float | str = 1.0
     ) -> Array:
         r"""Return the variance of the model's outputs that the uncertainty of θ̂ makes: φ J (H + λI)⁻¹ Jᵀ / Σw.
 
@@ -228,7 +228,7 @@ class Posterior(ABC):
             ``(X, y)``.
         outputs : {"each", "joint"}, default="each"
             The variance of each output, or the covariance of all c.
-        dispersion : float, default=1.0
+        dispersion : float or "residual", default=1.0
             φ, as in ``covariance``.
 
         Returns
@@ -255,7 +255,8 @@ class Posterior(ABC):
         if y is not None or not (isinstance(X, list) or is_data(X)):
             data = (X, self._some_targets(X) if y is None else y)
         check_inputs(data, columns_of(vars(self).get("_data")))
-        share = checked_dispersion(dispersion, None) / self._weight_sum()
+        A = self._at_hand("curvature_", "predictive_variance")
+        share = checked_dispersion(dispersion, A) / self._weight_sum()
         batches = batches_of(model, data, needs_row_order=True, hold=False)
         found = output_variances(self._factorised("predictive_variance"), model, batches, share, outputs)
         return found if holds_tensors(data) else found.cpu().numpy()
@@ -276,7 +277,7 @@ class Posterior(ABC):
         Parameters
         ----------
         dispersion : float, default=1.0
-            φ, as in ``covariance``.
+            φ, as in ``covariance``, but a number: estimated, it would be another at each λ.
 
         Returns
         -------
