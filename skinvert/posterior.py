@@ -22,7 +22,7 @@ from ._rows import Rows
 from ._types import Array, Data, RandomState
 from .covariance import checked_dispersion, evidence, output_variances, parameter_covariance
 from .curvature import Curvature, Sharded
-from .data import batches_of, holds_tensors, is_data
+from .data import batches_of, holds_tensors, is_data, is_rows
 from .methods.base import InverseOperator, Method
 from .methods.quadratic import QuadraticForms
 from .models import TorchTwiceDifferentiable
@@ -222,7 +222,8 @@ class Posterior(ABC):
         Parameters
         ----------
         X : array or tensor of shape (n, ...) or data
-            Inputs, or data of pairs in any form that ``fit`` takes.
+            Inputs, or data of pairs in any form that ``fit`` takes. A list is inputs for a model of scikit-learn or a
+            pipeline, else batches.
         y : array of shape (n, ...), default=None
             Targets; their values do not count. None repeats the first of the training targets where these came as
             ``(X, y)``.
@@ -252,7 +253,7 @@ class Posterior(ABC):
             must, hint = "one with outputs", "Subclass TorchTwiceDifferentiable."
             raise TypeError(must_be("The model for predictive_variance", must, type(model).__name__, hint))
         data: object = X
-        if y is not None or not (isinstance(X, list) or is_data(X)):
+        if y is not None or (is_rows(X, model) if isinstance(X, list) else not is_data(X)):
             data = (X, self._some_targets(X) if y is None else y)
         check_inputs(data, columns_of(vars(self).get("_data")))
         A = self._at_hand("curvature_", "predictive_variance")

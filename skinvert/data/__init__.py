@@ -1,7 +1,7 @@
 """The forms of data that are accepted, and what is done with them: no other room knows what they look like."""
 
 from .batches import Batches, as_batches, batches_of
-from .forms import as_data, as_pair, check_row_order, count, holds_tensors, is_data, take, with_any_targets
+from .forms import as_data, as_pair, check_row_order, count, holds_tensors, is_data, is_rows, take, with_any_targets
 from .shards import Shard
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "count",
     "holds_tensors",
     "is_data",
+    "is_rows",
     "take",
     "with_any_targets",
 ]

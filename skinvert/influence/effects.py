@@ -105,7 +105,7 @@ def _summed(fitted: Fitted, groups: Sequence[torch.Tensor], checkpoint: Checkpoi
 def outputs_without(fitted: Fitted, rows: torch.Tensor, data: object) -> torch.Tensor:
     """Return the outputs (n_test, ...) at the parameters without ``rows``."""
     near = moved(fitted.model, fitted.remove().step(rows)).of_outputs()
-    batches = batches_of(near, with_any_targets(data), batch_size=fitted.batch_size, needs_row_order=True)
+    batches = batches_of(near, with_any_targets(data, near), batch_size=fitted.batch_size, needs_row_order=True)
     with torch.no_grad():
         return torch.cat([near.forward(map_tensors(torch.clone, batch)).detach() for batch, _ in batches])
 

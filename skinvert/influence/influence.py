@@ -438,7 +438,8 @@ class InfluenceFunction(TakesCallbacks, Shown, Matrix, RowStatistics, RowTransfo
     def predict_without(self, rows: Indices, X: Data, y: Data | None = None) -> Array:
         """Return the model's outputs (n_test, c) on test data at ``removed_parameters(rows)``; of an ensemble the mean.
 
-        Outputs are the module's own: logits, where its loss takes these. Targets do not count: X alone will do.
+        Outputs are the module's own: logits, where its loss takes these. Targets do not count: X alone will do, a list
+        too for a model of scikit-learn or a pipeline; of other models a list is batches.
         """
         data = self._test_data(X, y)
         chosen = check_indices(rows, self.n_samples_)

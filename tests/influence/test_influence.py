@@ -13,11 +13,12 @@ from problems import problem
 from sklearn.base import clone
 from sklearn.datasets import load_iris
 from sklearn.exceptions import NotFittedError
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression, PoissonRegressor, Ridge
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
@@ -107,6 +108,70 @@ def test_in_a_pipeline_of_scikit_learn(model):
     whole = InfluenceFunction().fit(pipe, (X, y)).transform((X[:5], y[:5]))
     Z = StandardScaler().fit_transform(X)
     np.testing.assert_allclose(whole, InfluenceFunction().fit(pipe[-1], (Z, y)).transform((Z[:5], y[:5])), atol=1e-12)
+
+
+TEXTS = ["good film", "bad film", "nice one", "awful one", "good one", "bad one"]
+
+
+def of_a_list(model, data, rows):
+    """What takes X alone, of a list."""
+    influence = InfluenceFunction(removal="newton").fit(model, data)
+    return {
+        "predict_without": influence.predict_without([], rows),
+        "predict_without, no y": influence.predict_without([], (rows, None)),
+        "predictive_variance": influence.inverter_.predictive_variance(rows),
+        "output": PerSampleGradient(model, loss="output").fit(rows).transform(rows),
+    }
+
+
+@pytest.mark.parametrize("kind", ["texts", "rows", "rows of two", "rows in a pipeline"])
+def test_a_list_alone_is_rows_to_a_model_that_takes_no_batches(kind):
+    if kind == "texts":
+        words = CountVectorizer(binary=True)
+        X, y, Z = TEXTS * 4, np.tile([1, 0], 12), words.fit_transform(TEXTS * 4).toarray()
+        model, rows = make_pipeline(words, LogisticRegression(tol=1e-10)).fit(X, y), X[:5]
+    else:
+        Z = load_iris().data[::3, : 2 if kind == "rows of two" else 3]
+        X, y = Z.tolist(), np.arange(50) % 7 + Z[:, 0]
+        model = Ridge() if kind != "rows in a pipeline" else make_pipeline(FunctionTransformer(), Ridge())
+        model, rows = model.fit(X, y), X[:2]
+    received = of_a_list(model, (X, y), rows)
+    outputs = model.decision_function(rows) if kind == "texts" else model.predict(rows)
+    J = np.c_[Z, np.ones(len(Z))]
+    p = 1 / (1 + np.exp(-model.decision_function(X))) if kind == "texts" else None
+    weights = p * (1 - p) if kind == "texts" else np.ones(len(Z))
+    precision = (J * weights[:, None]).T @ J + np.diag([*np.ones(Z.shape[1]), 0.0])
+    J = J[: len(rows)]
+    variance = np.einsum("np,pq,nq->n", J, np.linalg.inv(precision), J)
+    np.testing.assert_allclose(received["predict_without"].ravel(), outputs, rtol=1e-9)
+    np.testing.assert_allclose(received["predict_without, no y"].ravel(), outputs, rtol=1e-9)
+    np.testing.assert_allclose(received["predictive_variance"].ravel(), variance, rtol=1e-9)
+    np.testing.assert_allclose(received["output"], J, rtol=1e-12)
+    if kind != "texts":
+        jackknife = InfluenceFunction(removal="newton").fit(model, (X, y)).jackknife_plus
+        np.testing.assert_allclose(jackknife(rows), jackknife(np.array(rows)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [[[1.0, 2.0], [3.0, 4.0]], [[1, 2, 3]] * 2, ["a", "b"], [1.0, 2.0]], ids=str)
+def test_a_list_that_may_be_batches_is_refused(rows):
+    """Rows of two numbers would be samples (x, y)."""
+    net = nn.Linear(2, 1)
+    X, y = torch.randn(20, 2), torch.randn(20, 1)
+    influence = InfluenceFunction(HessianInverter("direct", 1.0, loss="mse")).fit(net, (X, y))
+    calls = [
+        lambda: influence.predict_without([0], rows),
+        lambda: influence.inverter_.predictive_variance(rows),
+        lambda: influence.jackknife_plus(rows),
+        lambda: PerSampleGradient(net, loss="output").fit(rows),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"Data must be an array .* A list is one of batches here: try `np.asarray"):
+            call()
+    # As batches are.
+    batches = [(X[:3], y[:3]), (X[3:5], y[3:5])]
+    torch.testing.assert_close(influence.predict_without([0], batches), influence.predict_without([0], X[:5]))
+    variance = influence.inverter_.predictive_variance
+    torch.testing.assert_close(variance(batches), variance(X[:5]))
 
 
 def test_labels_that_are_words():

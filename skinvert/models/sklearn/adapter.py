@@ -77,6 +77,8 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
             weights = check_sample_weight(sample_weight, len(targets))
             self.adopt(self._totals_of(targets, np.ones(len(targets)) if weights is None else weights))
 
+    reads_pairs_alone = True
+
     def read(self, data: Batch) -> Any:
         """Return ``(X, y)`` checked as scikit-learn does, in float64, labels as indices; sparse X by rows."""
         data = super().read(data)
