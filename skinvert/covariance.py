@@ -38,10 +38,16 @@ def parameter_covariance(inverse: InverseOperator, A: LinearOperator, kind: str,
 
 
 def checked_dispersion(dispersion: float | str, A: LinearOperator | None) -> float:
-    """Return φ: a number, or by ``"residual"`` the estimate 2 Σ wᵢℓᵢ / (c Σ wᵢ − p) for squared errors."""
+    """Return φ: a number, or by ``"residual"`` the estimate 2 Σ wᵢℓᵢ / (c Σ wᵢ − p) for squared errors.
+
+    Without A, a number alone.
+    """
     if not isinstance(dispersion, str):
         return check_number(dispersion, "dispersion", low=float(np.finfo(np.float64).tiny))
     check_choice(dispersion, "dispersion", ["residual"], "A number is taken too.")
+    if A is None:
+        hint = "One for all λ that are compared: an estimate would be another at each."
+        raise ValueError(must_be("dispersion", "a number for log_evidence", repr(dispersion), hint))
     objective = objective_of(A, 'dispersion="residual"')
     loss = objective.model.loss
     if loss is None or not loss.squares_residuals:

@@ -241,7 +241,7 @@ class PerSampleGradient(TakesCallbacks, Shown, SharesModel, RowTransformer):
         data = (X, y) if y is not None else X
         return batches_of(
             model,
-            with_any_targets(data) if self._is_of_outputs else data,
+            with_any_targets(data, model) if self._is_of_outputs else data,
             batch_size=self.batch_size,
             sample_weight=sample_weight,
             needs_row_order=True,

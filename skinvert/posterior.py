@@ -22,7 +22,7 @@ from ._rows import Rows
 from ._types import Array, Data, RandomState
 from .covariance import checked_dispersion, evidence, output_variances, parameter_covariance
 from .curvature import Curvature, Sharded
-from .data import batches_of, holds_tensors, is_data
+from .data import batches_of, holds_tensors, is_data, is_rows
 from .methods.base import InverseOperator, Method
 from .methods.quadratic import QuadraticForms
 from .models import TorchTwiceDifferentiable
@@ -216,7 +216,7 @@ class Posterior(ABC):
 
     @ordinary
     def predictive_variance(
-        self, X: Data, y: Data | None = None, *, outputs: str = "each", dispersion: float = 1.0
+        self, X: Data, y: Data | None = None, *, outputs: str = "each", dispersion: float | str = 1.0
     ) -> Array:
         r"""Return the variance of the model's outputs that the uncertainty of θ̂ makes: J (H + λI)⁻¹ Jᵀ / N.
 
@@ -227,13 +227,14 @@ class Posterior(ABC):
         Parameters
         ----------
         X : array or tensor of shape (n, ...) or data
-            Inputs, or data of pairs in any form that ``fit`` takes.
+            Inputs, or data of pairs in any form that ``fit`` takes. A list is inputs for a model of scikit-learn or a
+            pipeline, else batches.
         y : array of shape (n, ...), default=None
             Targets; their values do not count. None repeats the first of the training targets where these came as
             ``(X, y)``.
         outputs : {"each", "joint"}, default="each"
             The variance of each output, or the covariance of all c.
-        dispersion : float, default=1.0
+        dispersion : float or "residual", default=1.0
             φ, as in ``covariance``.
 
         Returns
@@ -257,10 +258,11 @@ class Posterior(ABC):
             must, hint = "one with outputs", "Subclass TorchTwiceDifferentiable."
             raise TypeError(must_be("The model for predictive_variance", must, type(model).__name__, hint))
         data: object = X
-        if y is not None or not (isinstance(X, list) or is_data(X)):
+        if y is not None or (is_rows(X, model) if isinstance(X, list) else not is_data(X)):
             data = (X, self._some_targets(X) if y is None else y)
         check_inputs(data, columns_of(vars(self).get("_data")))
-        share = checked_dispersion(dispersion, None) / self._n_observed()
+        A = self._at_hand("curvature_", "predictive_variance")
+        share = checked_dispersion(dispersion, A) / self._n_observed()
         batches = batches_of(model, data, needs_row_order=True, hold=False)
         found = output_variances(self._factorised("predictive_variance"), model, batches, share, outputs)
         return found if holds_tensors(data) else found.cpu().numpy()
@@ -281,7 +283,7 @@ class Posterior(ABC):
         Parameters
         ----------
         dispersion : float, default=1.0
-            φ, as in ``covariance``.
+            φ, as in ``covariance``, but a number: estimated, it would be another at each λ.
 
         Returns
         -------

@@ -92,6 +92,10 @@ def test_the_dispersion_is_estimated_from_residuals(torch_twin):
     expected = np.linalg.inv(Z.T @ Z) * (residuals @ residuals) / (N - P - 1)
     inverter = twin("linear") if torch_twin else inverter
     np.testing.assert_allclose(inverter.covariance(dispersion="residual"), expected, rtol=1e-8)
+    J = np.random.default_rng(1).standard_normal((7, P))
+    Zn = np.c_[J, np.ones(7)]
+    received = inverter.predictive_variance(torch.from_numpy(J) if torch_twin else J, dispersion="residual")
+    np.testing.assert_allclose(received, ((Zn @ expected) * Zn).sum(1)[:, None], rtol=1e-8)
 
 
 def test_the_dispersion_of_other_losses_is_a_number():
@@ -99,6 +103,10 @@ def test_the_dispersion_of_other_losses_is_a_number():
     for wrong, error in (("residual", ValueError), ("pearson", ValueError), (0.0, ValueError), (True, TypeError)):
         with pytest.raises(error, match="dispersion"):
             inverter.covariance(dispersion=wrong)
+        with pytest.raises(error, match="dispersion"):
+            inverter.predictive_variance(np.zeros((1, P)), dispersion=wrong)
+    with pytest.raises(ValueError, match="dispersion must be a number for log_evidence"):
+        fitted("linear")[0].log_evidence(dispersion="residual")
     X = np.eye(3)
     few = HessianInverter("direct", 1.0).fit(LinearRegression().fit(X, np.arange(3.0)), (X, np.arange(3.0)))
     with pytest.raises(ValueError, match="more than the 4 parameters"):

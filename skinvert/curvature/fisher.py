@@ -62,10 +62,11 @@ class Fisher(Drawn):
     r"""F = Σᵢ wᵢ s·E_{y∼p(·;xᵢ)}[∇log p ∇log pᵀ] / Σᵢ wᵢ + penalty, for a loss ℓ = −s·log p + const.
 
     s is 1 for ``cross_entropy``, ``nll`` and ``poisson_nll``, 2/c for ``mse`` over c outputs (unit variance), 1/c for
-    ``bce_with_logits``. The expectation is over the labels that the model itself predicts; class weights and ignored
-    targets stay those of the true ones. It equals the GGN where the output Hessian of the loss does not depend on the
-    label: ``cross_entropy``, ``mse``, ``bce_with_logits`` and ``poisson_nll`` of logarithms. For ``nll`` of
-    log-probabilities it is that of ``cross_entropy``, where the GGN, of a loss linear in them, is zero.
+    ``bce_with_logits``, and 1 for scikit-learn's ½ ‖f − y‖². The expectation is over the labels that the model itself
+    predicts; class weights and ignored targets stay those of the true ones. It equals the GGN where the output Hessian
+    of the loss does not depend on the label: ``cross_entropy``, squared errors, ``bce_with_logits`` and ``poisson_nll``
+    of logarithms. For ``nll`` of log-probabilities it is that of ``cross_entropy``, where the GGN, of a loss linear in
+    them, is zero.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """The forms of data that are accepted, and what is done with them: no other room knows what they look like."""
 
 from .batches import Batches, as_batches, batches_of
-from .forms import as_data, as_pair, check_row_order, count, holds_tensors, is_data, take, with_any_targets
+from .forms import as_data, as_pair, check_row_order, count, holds_tensors, is_data, is_rows, take, with_any_targets
 from .shards import Shard
 from .steps import own_steps
 
@@ -16,6 +16,7 @@ __all__ = [
     "count",
     "holds_tensors",
     "is_data",
+    "is_rows",
     "own_steps",
     "take",
     "with_any_targets",

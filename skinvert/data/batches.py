@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class Batches:
     kept: list[Batch] | None = None
     n_batches: int = 0
     fixed: bool = False
-    checksums: list[list[object]] = field(default_factory=list, repr=False)
+    checksums: list[list[Any]] = field(default_factory=list, repr=False)
     shard: Shard | None = None
 
     def __len__(self) -> int:
@@ -226,7 +227,7 @@ class _SameEveryPass:
     dtype: torch.dtype
     device: torch.device
     hold: bool = True
-    seen: list[list[object]] | None = field(default=None, repr=False)
+    seen: list[list[Any]] | None = field(default=None, repr=False)
 
     def __call__(self) -> Iterator[Batch]:
         """Yield the batches; ValueError where they are not those of the first pass."""
@@ -283,8 +284,8 @@ def _differs(got: str) -> str:
     return must_be("The data", must, got, hint)
 
 
-def _checksums(batch: Batch) -> list[object]:
-    found: list[object] = []
+def _checksums(batch: Batch) -> list[Any]:
+    found: list[Any] = []
     map_tensors(lambda tensor: found.append(checksum(tensor)), batch)
     return found
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator, Mapping, Sized
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -13,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from .._check import must_be
 from .._frames import Columned, Frame
 from .._types import Array, Batch
-from ..models import labels_key, map_tensors
+from ..models import TwiceDifferentiable, labels_key, map_tensors
 from .loaders import loader_source
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "count",
     "holds_tensors",
     "is_data",
+    "is_rows",
     "take",
     "with_any_targets",
 ]
@@ -61,12 +64,14 @@ def check_row_order(data: object) -> None:
         loader_source(data, None, needs_row_order=True)
 
 
-def with_any_targets(data: object) -> object:
+def with_any_targets(data: object, model: TwiceDifferentiable) -> object:
     """Return inputs without targets, ``X`` or ``(X, None)``, with targets of zero; all else as it is.
 
     Those are for what does not look at them. A data set, a loader and batches bring their own, as a mapping with
     labels does.
     """
+    if isinstance(data, list) and not is_rows(data, model):
+        return data
     inputs, targets = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
     labelled = isinstance(inputs, Mapping) and labels_key(inputs) is not None
     rows = None if targets is not None or labelled else _rows_within(inputs)
@@ -81,9 +86,22 @@ def _rows_within(inputs: object) -> int | None:
         return next((rows for rows in found if rows is not None), None)
     if isinstance(inputs, np.ndarray | torch.Tensor):
         return len(inputs) if inputs.ndim else None
-    if isinstance(inputs, Frame | Columned):
+    if isinstance(inputs, Frame | Columned | list):
         return len(inputs)
     return inputs.shape[0] if isinstance(inputs, scipy.sparse.sparray | scipy.sparse.spmatrix) else None
+
+
+def is_rows(data: list[Any], model: TwiceDifferentiable) -> bool:
+    """Return whether a list is rows X for a model, not batches; TypeError for rows to one that takes it for these."""
+    if model.reads_pairs_alone:
+        return True
+    first = data[0] if data else None
+    flat = isinstance(first, list) and first and all(isinstance(value, numbers.Number) for value in first)
+    if flat or isinstance(first, str | bytes | numbers.Number):
+        # Rows of two numbers would pass for samples (x, y).
+        got, hint = f"a list of a {type(first).__name__} each", "A list is one of batches here: try `np.asarray(X)`."
+        raise TypeError(must_be("Data", "an array or tensor of rows, or (X, y)", got, hint))
+    return False
 
 
 def is_data(value: object) -> bool:

@@ -105,7 +105,7 @@ def _summed(fitted: Fitted, groups: Sequence[torch.Tensor], checkpoint: Checkpoi
 def outputs_without(fitted: Fitted, rows: torch.Tensor, data: object) -> torch.Tensor:
     """Return the outputs (n_test, ...) at the parameters without ``rows``."""
     near = moved(fitted.model, fitted.remove().step(rows)).of_outputs()
-    batches = batches_of(near, with_any_targets(data), batch_size=fitted.batch_size, needs_row_order=True)
+    batches = batches_of(near, with_any_targets(data, near), batch_size=fitted.batch_size, needs_row_order=True)
     with torch.no_grad():
         return torch.cat([near.forward(map_tensors(torch.clone, batch)).detach() for batch, _ in batches])
 
@@ -123,19 +123,48 @@ def check_indices(rows: object, n: int) -> torch.Tensor:
 
 
 def check_groups(groups: object, n: int) -> list[torch.Tensor]:
-    """Return the rows of each group: of labels (n,) in their sorted order, or as listed."""
+    """Return the rows of each group: of labels (n,) in their sorted order, the missing ones last, or as listed."""
     if _are_rows(groups):
         return [check_indices(rows, n) for rows in groups]
     labels = _as_labels(groups)
     if labels.shape != (n,):
         hint = "Or a list of the rows of each group."
         raise ValueError(must_be("groups", f"a label for each of the {n} training rows", f"shape {labels.shape}", hint))
-    return [torch.from_numpy(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+    return [torch.from_numpy(rows) for _, rows in _of_labels(labels)]
 
 
 def group_labels(groups: object, members: Sequence[torch.Tensor]) -> list[object]:
     """Return a label for each group of ``check_groups``: its own, or its place in the list."""
-    return list(range(len(members))) if _are_rows(groups) else np.unique(_as_labels(groups)).tolist()
+    return list(range(len(members))) if _are_rows(groups) else [label for label, _ in _of_labels(_as_labels(groups))]
+
+
+def _of_labels(labels: np.ndarray) -> list[tuple[object, np.ndarray]]:
+    """Return each label with its rows; missing ones are one group, by the first of them."""
+    missing = _are_missing(labels)
+    try:
+        found, which = np.unique(labels[~missing], return_inverse=True)
+    except TypeError as error:
+        hint = "Try `[str(label) for label in groups]`."
+        raise TypeError(must_be("groups", "labels of one kind, which can be sorted", str(error), hint)) from error
+    # Of dates `tolist` makes integers.
+    names = list(found) if found.dtype.kind in "mM" else found.tolist()
+    rows = np.flatnonzero(~missing)
+    groups = [(name, rows[which == place]) for place, name in enumerate(names)]
+    gaps = np.flatnonzero(missing)
+    return [*groups, (labels[gaps[0]], gaps)] if len(gaps) else groups
+
+
+def _are_missing(labels: np.ndarray) -> np.ndarray:
+    """Return which labels (n,) are NaN, NaT, None or pandas' NA: those that do not equal themselves, and None."""
+    if labels.dtype.kind != "O":
+        return np.asarray(labels != labels)
+    return np.array([label is None or not _equals_itself(label) for label in labels], dtype=bool)
+
+
+def _equals_itself(label: object) -> bool:
+    same: object = label == label
+    # Of pandas' NA it is NA, which is neither true nor false.
+    return isinstance(same, bool | np.bool_) and bool(same)
 
 
 def _are_rows(groups: object) -> TypeGuard[Sequence[object]]:

@@ -16,7 +16,7 @@ from ..models.losses.cross_entropy import Categorical
 from ..models.losses.mse import Gaussian
 from ..models.losses.nll import LogProbabilities, Probabilities
 from ..models.losses.poisson import PoissonLog, PoissonRate
-from ..models.sklearn.losses import HalfGamma, HalfSquaredError, WeightedLogits
+from ..models.sklearn.losses import HalfGamma, UnitGaussian, WeightedLogits
 
 __all__ = ["Family", "Mean", "family_of", "mean_of", "predicted"]
 
@@ -44,14 +44,14 @@ class Family:
 
 FAMILIES: dict[type, Family] = {
     Gaussian: Family(2.0, None),
-    HalfSquaredError: Family(1.0, None),
+    UnitGaussian: Family(1.0, None),
     Bernoulli: Family(1.0, 1.0),
     WeightedLogits: Family(1.0, 1.0),
     PoissonLog: Family(1.0, 1.0),
 }
 MEANS: dict[type, Mean] = {
     Gaussian: torch.clone,
-    HalfSquaredError: torch.clone,
+    UnitGaussian: torch.clone,
     Bernoulli: torch.sigmoid,
     WeightedLogits: torch.sigmoid,
     BernoulliOfProbabilities: torch.clone,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .._check import must_be
@@ -97,6 +98,24 @@ class Fitted:
         """What is measured, of the training rows, each counting once."""
         return self._rows_of_training(self.measurement, None)
 
+    def is_of(self, data: object, sample_weight: object) -> bool:
+        """Return whether the inverter was fitted to these rows; ValueError where it was to others.
+
+        False where that is not known: without data, or of batches that are cut in another way.
+        """
+        if data is None:
+            return False
+        own, size = self.objective.batches, self.inverter.batch_size
+        given = batches_of(self.model, data, batch_size=size, sample_weight=sample_weight, needs_row_order=True)
+        same = given.checksums == own.checksums
+        if given.n_samples != own.n_samples or (_cuts(given) == _cuts(own) and not same):
+            got = f"{given.n_samples} rows for {own.n_samples}" if given.n_samples != own.n_samples else "others"
+            hint = "Scores are of the inverter's own rows. Give these, or the inverter unfitted."
+            raise ValueError(must_be("Data beside a frozen inverter", "the rows that it was fitted on", got, hint))
+        if sample_weight is not None and not np.array_equal(_weights(given), _weights(own)):
+            raise ValueError(must_be("sample_weight beside a frozen inverter", "that of its fit", "another"))
+        return same
+
     def test(self, data: object) -> RowSide | SetSide:
         """Return what is measured of test data, in any form that ``fit`` takes."""
         rows = batches_of(self.model, data, batch_size=self.batch_size, needs_row_order=True)
@@ -131,3 +150,12 @@ class Fitted:
             must = "one value a row for the training rows' own"
             raise ValueError(must_be("measurement", must, "one of all rows together", 'Try measurement="loss".'))
         return RowSide(objective.model, rows, chosen, total, self.verbose)
+
+
+def _cuts(batches: Batches) -> list[tuple[int, ...]]:
+    """Return how many rows each batch has."""
+    return [found[-1][0][:1] for found in batches.checksums]
+
+
+def _weights(batches: Batches) -> np.ndarray:
+    return np.ones(batches.n_samples) if batches.sample_weight is None else batches.sample_weight

@@ -166,6 +166,8 @@ def _members(groups: Array, n: int, device: torch.device) -> dict[object, torch.
     labels = torch.as_tensor(groups, device=device)
     if labels.shape != (n,):
         raise ValueError(must_be("groups", f"one for each of the {n} test rows", f"shape {tuple(labels.shape)}"))
+    if bool((labels != labels).any()):
+        raise ValueError(must_be("groups", "known for each of the test rows", "NaN", "Give such rows a number."))
     return {value.item(): labels == value for value in labels.unique()}
 
 

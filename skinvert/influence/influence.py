@@ -88,7 +88,8 @@ class InfluenceFunction(TakesCallbacks, Shown, Matrix, RowStatistics, RowTransfo
     ----------
     inverter : HessianInverter, HessianInverterCV or FrozenEstimator of a fitted one, default=None
         How A is inverted; cloned into ``inverter_`` and fitted. None is ``HessianInverter()``, for a model that brings
-        its loss. ``FrozenEstimator(inverter)`` is taken as it was fitted, with its own model and data.
+        its loss. ``FrozenEstimator(inverter)`` is taken as it was fitted, with its own model and data; ``fit`` refuses
+        data that are seen to be others.
     removal : {"first_order", "newton"}, default="first_order"
         ``"first_order"`` leaves H as it is: it underestimates rows that the model hangs on (high leverage), by half
         or more where n is not much larger than p. ``"newton"`` takes the row's own curvature out of H and measures at
@@ -259,8 +260,12 @@ class InfluenceFunction(TakesCallbacks, Shown, Matrix, RowStatistics, RowTransfo
             with with_own_checkpoint(fitted, self.checkpoint):
                 fitted.fit(X, y, sample_weight=sample_weight)
         self.inverter_ = fitted.inverter_ if isinstance(fitted, HessianInverterCV) else fitted
-        self.n_samples_ = self._fitted().objective.batches.n_samples
-        rows = rows_of(y if is_model(X) else X)
+        own, data = self._fitted(), y if is_model(X) else as_data(X, y)
+        self.n_samples_ = own.objective.batches.n_samples
+        if isinstance(self.inverter, FrozenEstimator) and not own.is_of(data, sample_weight):
+            # The labels of the rows that are scored: those of the fit.
+            data = vars(self.inverter_).get("_data")
+        rows = rows_of(data)
         self.index_ = np.asarray(rows.index if isinstance(rows, Frame) else range(self.n_samples_), dtype=object)
         return self
 
@@ -275,8 +280,9 @@ class InfluenceFunction(TakesCallbacks, Shown, Matrix, RowStatistics, RowTransfo
         X, y : data
             n_test rows, as ``fit`` takes them.
         out : path ending in .npy, or array of shape (n_test, n_train), default=None
-            Where the scores go, block by block, in place of memory: a memmap, a Zarr or HDF5 array, or a file. The same
-            call goes on with the file of an interrupted one; what it holds beside it, ``.npy.json``, says whose it is.
+            Where the scores go, block by block, in place of memory: a memmap, a Zarr or HDF5 array of float32 or
+            float64, or a file. The same call goes on with the file of an interrupted one; what it holds beside it,
+            ``.npy.json``, says whose it is.
 
         Returns
         -------
@@ -390,8 +396,8 @@ class InfluenceFunction(TakesCallbacks, Shown, Matrix, RowStatistics, RowTransfo
         Parameters
         ----------
         groups : array of shape (n_train,), or list of arrays of int
-            Labels of the training rows, one group a label, in sorted order; or the rows of each group, which may
-            overlap.
+            Labels of the training rows, one group a label, in sorted order, and missing ones (NaN, None) the last; or
+            the rows of each group, which may overlap.
         X, y : data
             n_test rows.
 
@@ -432,7 +438,8 @@ class InfluenceFunction(TakesCallbacks, Shown, Matrix, RowStatistics, RowTransfo
     def predict_without(self, rows: Indices, X: Data, y: Data | None = None) -> Array:
         """Return the model's outputs (n_test, c) on test data at ``removed_parameters(rows)``; of an ensemble the mean.
 
-        Outputs are the module's own: logits, where its loss takes these. Targets do not count: X alone will do.
+        Outputs are the module's own: logits, where its loss takes these. Targets do not count: X alone will do, a list
+        too for a model of scikit-learn or a pipeline; of other models a list is batches.
         """
         data = self._test_data(X, y)
         chosen = check_indices(rows, self.n_samples_)

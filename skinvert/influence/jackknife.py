@@ -57,5 +57,5 @@ def _interval(predictions: torch.Tensor, residuals: torch.Tensor, alpha: float) 
 def _side(fitted: Fitted, X: object) -> RowSide:
     """Return test rows' outputs, which no target changes."""
     model = fitted.model.of_outputs()
-    rows = batches_of(model, with_any_targets(X), batch_size=fitted.batch_size, needs_row_order=True)
+    rows = batches_of(model, with_any_targets(X, model), batch_size=fitted.batch_size, needs_row_order=True)
     return RowSide(model, rows, OUTPUT, verbose=fitted.verbose)

@@ -13,7 +13,7 @@ from .._check import check_choice, must_be
 from .._types import Batch
 from ..curvature import RowValues
 from ..data import Batches
-from ..models import Margin, TorchTwiceDifferentiable, map_tensors
+from ..models import Margin, TorchTwiceDifferentiable, map_tensors, margin_of
 
 __all__ = ["Measurement", "RowMeasurement", "SetMeasurement", "all_outputs", "check_row_by_row", "measurement_of"]
 
@@ -107,7 +107,7 @@ def _named(name: str, model: TorchTwiceDifferentiable, scale: float) -> RowMeasu
     if model.own_loss or model.loss is None:
         hint = "Give a callable (outputs, targets)."
         raise TypeError(must_be(f"measurement for a {type(model).__name__}", "'loss' or a callable", repr(name), hint))
-    margin = Margin(model.loss.takes)
+    margin = margin_of(model)
 
     def checked(_: TorchTwiceDifferentiable, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
         margin.check(outputs.detach(), batch[1])

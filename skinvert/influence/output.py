@@ -8,12 +8,12 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
 
-from .._check import must_be
+from .._check import must_be, resolve_dtype
 from .._types import Array
 from ..persistence import replacing
 
@@ -25,6 +25,8 @@ class Writable(Protocol):
     """An array that parts can be written to: NumPy's, a memmap, Zarr's, HDF5's."""
 
     shape: tuple[int, ...]
+    # NumPy's, or torch's; each library has a type of its own.
+    dtype: Any
 
     def __setitem__(self, key: tuple[slice, slice], value: np.ndarray, /) -> None: ...
 
@@ -75,6 +77,12 @@ def destination(
     if isinstance(out, Writable):
         if tuple(out.shape) != shape:
             raise ValueError(must_be("out", f"of shape {shape}", f"shape {tuple(out.shape)}"))
+        try:
+            # Not half precision: scores are of the order of 1/n, and its smallest number is 6e-8.
+            resolve_dtype(out.dtype, dtype)
+        except ValueError as error:
+            hint = "Scores are cast to what it holds: an int makes zeros of them."
+            raise ValueError(must_be("out", "of float32 or float64", str(out.dtype), hint)) from error
         return Destination(out)
     if not isinstance(out, str | os.PathLike) or Path(out).suffix != ".npy":
         must = "None, a path that ends in .npy, or an array to write to"

@@ -131,7 +131,7 @@ class RowStatistics(ABC):
         Parameters
         ----------
         X : array, tensor, frame or sparse matrix of shape (n_test, ...), or data
-            Inputs; targets beside them do not count.
+            Inputs, as ``predict_without`` takes them; targets beside them do not count.
         alpha : float, default=0.1
             In (0, 1).
 

@@ -103,7 +103,7 @@ def leave_one_out(
         n_jobs=n_jobs,
         verbose=verbose,
     )
-    warn_of_no_change(outcomes - before, process)
+    warn_of_no_change(outcomes - before, chosen, process)
     return (outcomes - before).T
 
 

@@ -187,9 +187,14 @@ def retraining(
     raise TypeError(must_be("trainer", must, f"a {type(trainer).__name__}", hint))
 
 
-def warn_of_no_change(changes: np.ndarray, retraining: Retraining) -> None:
-    """Warn where a retraining that began at the solution for all rows ended there: its tolerance let it."""
-    still = int((changes == 0).all(axis=1).sum())
+def warn_of_no_change(changes: np.ndarray, rows: np.ndarray, retraining: Retraining) -> None:
+    """Warn where a retraining without one of ``rows`` ended where it began, at the solution for all: by its tolerance.
+
+    Without a row of weight 0 that is where it should end.
+    """
+    weights = retraining.sample_weight
+    counts = np.ones(len(rows), dtype=bool) if weights is None else weights[rows] > 0
+    still = int((counts & (changes == 0).all(axis=1)).sum())
     if still and isinstance(retraining, _Dropping) and retraining.starts:
         message = (
             f"{still} of {len(changes)} retrainings ended where they began, at the solution for all rows: the "

@@ -1,6 +1,6 @@
 """Models that can be inverted: PyTorch modules, skorch nets, scikit-learn models, any ``TwiceDifferentiable``."""
 
-from .adapt import FittedSearch, as_margin, as_model, as_outputs, is_model, register_model
+from .adapt import FittedSearch, as_margin, as_model, as_outputs, is_model, margin_of, register_model
 from .autocast import resolve_autocast
 from .base import TwiceDifferentiable
 from .batches import doubled, labels_key, leading_length, map_tensors, rebuilt, row_axes, with_row_axis
@@ -49,6 +49,7 @@ __all__ = [
     "labels_key",
     "leading_length",
     "map_tensors",
+    "margin_of",
     "names_with_predictive",
     "register_loss",
     "rebuilt",

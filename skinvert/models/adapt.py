@@ -24,7 +24,7 @@ from .sklearn import SklearnTwiceDifferentiable
 from .skorch import SkorchTwiceDifferentiable
 from .torch import TorchTwiceDifferentiable
 
-__all__ = ["FittedSearch", "as_margin", "as_model", "as_outputs", "is_model", "register_model"]
+__all__ = ["FittedSearch", "as_margin", "as_model", "as_outputs", "is_model", "margin_of", "register_model"]
 
 ACCEPTED = "a torch.nn.Module, an initialised skorch net, a fitted scikit-learn model or a TwiceDifferentiable"
 
@@ -122,11 +122,17 @@ def as_margin(model: object) -> TwiceDifferentiable:
     if isinstance(model, nn.Module):
         return TorchTwiceDifferentiable(model, Margin())
     adapted = copy.copy(as_model(model))
-    regressor = isinstance(adapted, SklearnTwiceDifferentiable) and not is_classifier(adapted.estimator)
-    if not isinstance(adapted, TorchTwiceDifferentiable) or regressor:
+    if not isinstance(adapted, TorchTwiceDifferentiable):
         raise TypeError(must_be("The model for the margin", "a classifier", type(model).__name__))
-    adapted.loss = Margin() if adapted.loss is None else Margin(adapted.loss.takes)
+    adapted.loss = margin_of(adapted)
     return adapted
+
+
+def margin_of(model: TorchTwiceDifferentiable) -> Margin:
+    """Return the margin of a model's outputs; TypeError for a scikit-learn model that has no classes."""
+    if isinstance(model, SklearnTwiceDifferentiable) and not is_classifier(model.estimator):
+        raise TypeError(must_be("The model for the margin", "a classifier", type(model.estimator).__name__))
+    return Margin() if model.loss is None else Margin(model.loss.takes)
 
 
 def as_outputs(model: object) -> TwiceDifferentiable:

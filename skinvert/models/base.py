@@ -113,6 +113,11 @@ class TwiceDifferentiable(ABC):
                 raise ValueError(must_be(name, f"None for a {type(self).__name__}", repr(value), hint))
         return self
 
+    @property
+    def reads_pairs_alone(self) -> bool:
+        """Whether its data are ``(X, y)`` and never batches, so that a list is rows."""
+        return False
+
     def read(self, data: object) -> object:
         """Return the user's data as this model reads it."""
         return data

@@ -274,6 +274,11 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
     # What `settle` took from the training data; None where L depends on nothing of them.
     totals: Any = None
 
+    @property
+    def reads_pairs_alone(self) -> bool:
+        """Whether the data go through the steps of a pipeline first."""
+        return self.features is not None
+
     def read(self, data: Batch) -> Any:
         """Return the user's data as this model reads it; a skorch net uses its own loader."""
         if self.features is None:

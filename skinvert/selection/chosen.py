@@ -129,7 +129,7 @@ class ChosenInverter(Shown, SharesModel, TransformerMixin, Saved):
         return self._chosen().covariance(kind, dispersion=dispersion)
 
     def predictive_variance(
-        self, X: Data, y: Data | None = None, *, outputs: str = "each", dispersion: float = 1.0
+        self, X: Data, y: Data | None = None, *, outputs: str = "each", dispersion: float | str = 1.0
     ) -> Array:
         """Return the variance of the model's outputs, as ``HessianInverter.predictive_variance``."""
         return self._chosen().predictive_variance(X, y, outputs=outputs, dispersion=dispersion)

@@ -13,11 +13,12 @@ from problems import problem
 from sklearn.base import clone
 from sklearn.datasets import load_iris
 from sklearn.exceptions import NotFittedError
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression, PoissonRegressor, Ridge
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
@@ -109,6 +110,70 @@ def test_in_a_pipeline_of_scikit_learn(model):
     np.testing.assert_allclose(whole, InfluenceFunction().fit(pipe[-1], (Z, y)).transform((Z[:5], y[:5])), atol=1e-12)
 
 
+TEXTS = ["good film", "bad film", "nice one", "awful one", "good one", "bad one"]
+
+
+def of_a_list(model, data, rows):
+    """What takes X alone, of a list."""
+    influence = InfluenceFunction(removal="newton").fit(model, data)
+    return {
+        "predict_without": influence.predict_without([], rows),
+        "predict_without, no y": influence.predict_without([], (rows, None)),
+        "predictive_variance": influence.inverter_.predictive_variance(rows),
+        "output": PerSampleGradient(model, loss="output").fit(rows).transform(rows),
+    }
+
+
+@pytest.mark.parametrize("kind", ["texts", "rows", "rows of two", "rows in a pipeline"])
+def test_a_list_alone_is_rows_to_a_model_that_takes_no_batches(kind):
+    if kind == "texts":
+        words = CountVectorizer(binary=True)
+        X, y, Z = TEXTS * 4, np.tile([1, 0], 12), words.fit_transform(TEXTS * 4).toarray()
+        model, rows = make_pipeline(words, LogisticRegression(tol=1e-10)).fit(X, y), X[:5]
+    else:
+        Z = load_iris().data[::3, : 2 if kind == "rows of two" else 3]
+        X, y = Z.tolist(), np.arange(50) % 7 + Z[:, 0]
+        model = Ridge() if kind != "rows in a pipeline" else make_pipeline(FunctionTransformer(), Ridge())
+        model, rows = model.fit(X, y), X[:2]
+    received = of_a_list(model, (X, y), rows)
+    outputs = model.decision_function(rows) if kind == "texts" else model.predict(rows)
+    J = np.c_[Z, np.ones(len(Z))]
+    p = 1 / (1 + np.exp(-model.decision_function(X))) if kind == "texts" else None
+    weights = p * (1 - p) if kind == "texts" else np.ones(len(Z))
+    precision = (J * weights[:, None]).T @ J + np.diag([*np.ones(Z.shape[1]), 0.0])
+    J = J[: len(rows)]
+    variance = np.einsum("np,pq,nq->n", J, np.linalg.inv(precision), J)
+    np.testing.assert_allclose(received["predict_without"].ravel(), outputs, rtol=1e-9)
+    np.testing.assert_allclose(received["predict_without, no y"].ravel(), outputs, rtol=1e-9)
+    np.testing.assert_allclose(received["predictive_variance"].ravel(), variance, rtol=1e-9)
+    np.testing.assert_allclose(received["output"], J, rtol=1e-12)
+    if kind != "texts":
+        jackknife = InfluenceFunction(removal="newton").fit(model, (X, y)).jackknife_plus
+        np.testing.assert_allclose(jackknife(rows), jackknife(np.array(rows)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [[[1.0, 2.0], [3.0, 4.0]], [[1, 2, 3]] * 2, ["a", "b"], [1.0, 2.0]], ids=str)
+def test_a_list_that_may_be_batches_is_refused(rows):
+    """Rows of two numbers would be samples (x, y)."""
+    net = nn.Linear(2, 1)
+    X, y = torch.randn(20, 2), torch.randn(20, 1)
+    influence = InfluenceFunction(HessianInverter("direct", 1.0, loss="mse")).fit(net, (X, y))
+    calls = [
+        lambda: influence.predict_without([0], rows),
+        lambda: influence.inverter_.predictive_variance(rows),
+        lambda: influence.jackknife_plus(rows),
+        lambda: PerSampleGradient(net, loss="output").fit(rows),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"Data must be an array .* A list is one of batches here: try `np.asarray"):
+            call()
+    # As batches are.
+    batches = [(X[:3], y[:3]), (X[3:5], y[3:5])]
+    torch.testing.assert_close(influence.predict_without([0], batches), influence.predict_without([0], X[:5]))
+    variance = influence.inverter_.predictive_variance
+    torch.testing.assert_close(variance(batches), variance(X[:5]))
+
+
 def test_labels_that_are_words():
     X, y = load_iris(return_X_y=True)
     words = np.array(["a", "b", "c"])[y]
@@ -131,6 +196,55 @@ def test_inverters(case, scores):
         InfluenceFunction(FrozenEstimator(INVERTER)).fit(case.module, case.data)
     with pytest.raises(TypeError, match="of a model"):
         InfluenceFunction(HessianInverter("direct", 1.0)).fit(np.eye(3))
+
+
+def frozen_on_frames(weights=None):
+    X, y = load_iris(return_X_y=True)
+    frame = pd.DataFrame(X[:40], index=[f"flower {i}" for i in range(40)], columns=list("abcd"))
+    model = Ridge().fit(frame, y[:40] + X[:40, 0], weights)
+    own = (frame, pd.Series(y[:40] + X[:40, 0], index=frame.index))
+    return model, own, FrozenEstimator(HessianInverter("direct").fit(model, own, sample_weight=weights))
+
+
+@pytest.mark.parametrize("cv", [False, True])
+def test_a_frozen_inverter_is_given_its_own_rows(cv):
+    model, (X, y), frozen = frozen_on_frames()
+    if cv:
+        frozen = FrozenEstimator(HessianInverterCV([1.0], method="direct", cv=2).fit(model, (X, y)))
+    others = [(X[::-1], y[::-1]), (X[:30], y[:30]), (X, y[::-1]), (X + 1, y), (pd.concat([X, X]), pd.concat([y, y]))]
+    for other in others:
+        with pytest.raises(ValueError, match="frozen inverter must be the rows that it was fitted on"):
+            InfluenceFunction(frozen).fit(model, other)
+    assert list(InfluenceFunction(frozen).fit(model, (X, y)).index_) == list(X.index)
+    # The same rows by other labels.
+    named = X.set_axis([f"row {i}" for i in range(40)])
+    assert list(InfluenceFunction(frozen).fit(model, (named, y)).index_) == list(named.index)
+
+
+def test_a_frozen_inverters_rows_keep_their_labels_where_they_are_not_given_again():
+    model, (X, _), frozen = frozen_on_frames()
+    assert list(InfluenceFunction(frozen).fit(model).index_) == list(X.index)
+
+
+def test_batches_cut_otherwise_leave_a_frozen_inverter_its_labels(case, scores):
+    frozen = FrozenEstimator(clone(INVERTER).fit(case.module, case.data))
+    influence = InfluenceFunction(frozen).fit(case.module, DataLoader(TensorDataset(*case.data), 5))
+    torch.testing.assert_close(influence.transform(case.data), scores)
+    with pytest.raises(ValueError, match="Got 11 rows for 12"):
+        InfluenceFunction(frozen).fit(case.module, DataLoader(TensorDataset(case.X[1:], case.y[1:]), 5))
+
+
+def test_weights_beside_a_frozen_inverter_are_its_own():
+    weights = np.arange(1.0, 41.0)
+    model, data, frozen = frozen_on_frames(weights)
+    for same in (None, weights):
+        InfluenceFunction(frozen).fit(model, data, sample_weight=same)
+    with pytest.raises(ValueError, match="sample_weight beside a frozen inverter"):
+        InfluenceFunction(frozen).fit(model, data, sample_weight=weights[::-1])
+    model, data, frozen = frozen_on_frames()
+    InfluenceFunction(frozen).fit(model, data, sample_weight=np.ones(40))
+    with pytest.raises(ValueError, match="sample_weight beside a frozen inverter"):
+        InfluenceFunction(frozen).fit(model, data, sample_weight=weights)
 
 
 @pytest.mark.parametrize("name", sorted(TIGHT))
@@ -245,6 +359,28 @@ def test_into_an_array(case, scores):
     received = InfluenceFunction(INVERTER).fit(case.module, case.data).transform(case.data, out=array)
     assert received is array
     np.testing.assert_allclose(array, scores)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        *(np.zeros((12, 12), dtype) for dtype in (int, bool, "U9", object, complex, np.float16)),
+        torch.zeros(12, 12, dtype=torch.int32),
+        torch.zeros(12, 12, dtype=torch.bfloat16),
+    ],
+    ids=lambda array: str(array.dtype),
+)
+def test_scores_are_cast_into_no_other_kind_of_number(case, array):
+    with pytest.raises(ValueError, match=r"out must be of float32 or float64\. Got .* instead"):
+        InfluenceFunction(INVERTER).fit(case.module, case.data).transform(case.data, out=array)
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((12, 12), ">f8"), np.zeros((12, 12), "f4"), torch.zeros(12, 12)], ids=lambda a: str(a.dtype)
+)
+def test_into_floats_of_any_kind(case, scores, array):
+    InfluenceFunction(INVERTER).fit(case.module, case.data).transform(case.data, out=array)
+    np.testing.assert_allclose(array, scores, rtol=1e-6)
 
 
 @pytest.mark.parametrize("n_test", [5, 12])

@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from oracles import Oracle, oracle_matrix, perturbation_for, solution
 from problems import problem
 from sklearn.datasets import load_breast_cancer, load_iris
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression, PoissonRegressor, Ridge
 from sklearn.metrics import accuracy_score, roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from skinvert import HessianInverter, InfluenceFunction, TorchTwiceDifferentiable
+from skinvert import HessianInverter, InfluenceFunction, PerSampleGradient, TorchTwiceDifferentiable
 from skinvert.influence import AUROC, Accuracy, FairnessGap, WorstGroupLoss
 
 
@@ -146,6 +148,7 @@ def test_of_a_scikit_learn_model(make):
         (lambda f, y: f[:, 0] - f[:, 0].mean(), ValueError, "of this row alone"),
         (lambda f, y: f.sum() * torch.nan, ValueError, "finite"),
         (WorstGroupLoss([0, 1]), ValueError, "one for each of the 12"),
+        (WorstGroupLoss([0.0, 1.0, np.nan] * 4), ValueError, "known for each"),
         (Accuracy(0), ValueError, "positive"),
         (AUROC(), ValueError, "two classes"),
     ],
@@ -171,12 +174,18 @@ def test_targets_of_a_callable_are_a_tensor():
         influence.transform(rows)
 
 
-def test_margins_are_of_classifiers():
+@pytest.mark.parametrize("measurement", ["margin", "logit"])
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("kind", [Ridge, lambda: make_pipeline(StandardScaler(), Ridge()), PoissonRegressor])
+def test_margins_are_of_classifiers(kind, labels, measurement):
+    """Outputs of a regression are no logits, whether or not its targets would do for classes."""
     X, y = load_iris(return_X_y=True)
-    model = Ridge().fit(X[:, :3], X[:, 3])
-    influence = InfluenceFunction(measurement="margin").fit(model, (X[:, :3], X[:, 3]))
-    with pytest.raises((TypeError, ValueError), match="margin"):
-        influence.transform((X[:, :3], X[:, 3]))
+    X, y = X[:, :3], (y > 0).astype(float) if labels else X[:, 3]
+    model = kind().fit(X, y)
+    with pytest.raises(TypeError, match="The model for the margin must be a classifier"):
+        InfluenceFunction(measurement=measurement).fit(model, (X, y)).transform((X, y))
+    with pytest.raises(TypeError, match="The model for the margin must be a classifier"):
+        PerSampleGradient(model, loss="margin").fit(X, y)
 
 
 def test_probabilities_and_one_logit():

@@ -1,6 +1,7 @@
 """InfluenceFunction's scores against dense inverses in float64, row by row, over the table of problems."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from oracles import Oracle, oracle_matrix, perturbation_for, solution
@@ -132,6 +133,52 @@ def test_labels_are_groups_in_sorted_order():
     scores = influence.transform(case.data)
     expected = torch.stack([scores[:, labels == label].sum(1) for label in "abc"], dim=1)
     torch.testing.assert_close(influence.group_effect(labels, case.data), expected)
+
+
+MISSING = {
+    "floats": np.array([np.nan, 1.0, 2.0]),
+    "complex": np.array([np.nan, 1j, 2j]),
+    "strings": np.array([None, "a", "b"], dtype=object),
+    "strings and NaN": np.array([np.nan, "a", "b"], dtype=object),
+    "dates": np.array(["NaT", "2024-01-01", "2024-01-02"], dtype="M8[ns]"),
+    "Int64": pd.array([None, 1, 2], dtype="Int64"),
+    "boolean": pd.array([None, False, True], dtype="boolean"),
+    "string": pd.array([pd.NA, "a", "b"], dtype="string"),
+    "objects": pd.Series([pd.NA, "a", "b"], dtype=object),
+    "category": pd.Categorical([None, "a", "b"]),
+    "category of floats": pd.Categorical([np.nan, 1.0, 2.0]),
+    "pandas' dates": pd.to_datetime([None, "2024-01-01", "2024-01-02"]),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_missing_labels_are_a_group_the_last(name):
+    case, labels = problem("mlp", "cross_entropy"), MISSING[name]
+    rows, shares, H = parts_of(case)
+    scores = rows @ solution(H, 0, rows).T * shares
+    # Rows 0, 3, 6 and 9 have no label.
+    expected = np.stack([scores[:, place::3].sum(1) for place in (1, 2, 0)], axis=1)
+    influence = fitted(case).set_output(transform="pandas")
+    received = influence.group_effect(labels[[0, 1, 2] * 4], pd.DataFrame(case.X.numpy()), case.y.numpy())
+    np.testing.assert_allclose(received, expected, rtol=1e-6, atol=1e-9)
+    assert list(received.columns[:2]) == list(labels[1:])
+    assert pd.isna(received.columns[2])
+
+
+def test_different_missing_labels_are_one_group():
+    case = problem("mlp", "cross_entropy")
+    influence = fitted(case)
+    labels = np.array(["a", None, np.nan, pd.NA, pd.NaT, "a"] * 2, dtype=object)
+    expected = influence.group_effect([[0, 5, 6, 11], [1, 2, 3, 4, 7, 8, 9, 10]], case.data)
+    torch.testing.assert_close(influence.group_effect(labels, case.data), expected)
+    alone = influence.group_effect(torch.full((12,), torch.nan), case.data)
+    torch.testing.assert_close(alone[:, 0], influence.transform(case.data).sum(1))
+
+
+def test_labels_that_cannot_be_sorted():
+    case = problem("mlp", "cross_entropy")
+    with pytest.raises(TypeError, match="groups must be labels of one kind"):
+        fitted(case).group_effect(np.array(["a", 1] * 6, dtype=object), case.data)
 
 
 @pytest.mark.parametrize("norm", ["cosine", "relatif", "l_relatif"])

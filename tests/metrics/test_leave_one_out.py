@@ -138,6 +138,21 @@ def test_a_solver_that_does_not_move_is_told_of():
     assert (received == 0).all()
 
 
+@pytest.mark.parametrize("rows", [None, [7, 3, 0]])
+def test_a_row_of_no_weight_is_no_solver_that_does_not_move(rows):
+    X, y, X_test, y_test = classes(200)
+    weights = np.r_[0.0, np.ones(199)]
+    trainer = LogisticRegression(tol=1e-12, solver="newton-cg")
+    # A warning would be an error here.
+    received = leave_one_out(trainer, X, y, X_test, y_test, rows=rows, sample_weight=weights)
+    effects = dict(zip(range(200) if rows is None else rows, received.T, strict=True))
+    assert (effects[0] == 0).all()
+    assert (effects[3] != 0).any()
+    trainer = LogisticRegression(tol=1e-1)
+    with pytest.warns(ConvergenceWarning, match="1 of 2 retrainings ended where they began"):
+        leave_one_out(trainer, X, y, X_test, y_test, rows=[0, 1], sample_weight=weights)
+
+
 def test_forests_do_not_begin_at_the_full_one():
     X, y, X_test, y_test = regression()
     trainer = RandomForestRegressor(3, random_state=0)

@@ -32,7 +32,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from skorch.helper import SliceDataset
 from torch.utils.data import TensorDataset
 
-from skinvert import HessianInverter, PerSampleGradient, SklearnTwiceDifferentiable, solve_hvp
+from skinvert import HessianInverter, PerSampleGradient, SampledFisher, SklearnTwiceDifferentiable, solve_hvp
 
 # -- data --------------------------------------------------------------------------------------------------------------
 
@@ -347,6 +347,50 @@ def test_ggn_and_per_sample_gradients(name, fits):
     penalty = inverter.curvature_.objective.model.penalty_gradient().numpy()
     mean = np.average(rows, axis=0, weights=weights) + penalty
     np.testing.assert_allclose(mean, inverter.curvature_.objective.gradient.numpy(), rtol=1e-9, atol=1e-12)
+
+
+def jacobian(model, X, h=1e-30):
+    """Return ∂f/∂θ (n, c, p) by complex steps."""
+    shapes, theta = [part.shape for part in parameters_of(model)], flat(model)
+    stops = np.cumsum([np.prod(shape, dtype=int) for shape in shapes])[:-1]
+
+    def outputs(theta):
+        parts = [part.reshape(shape) for part, shape in zip(np.split(theta, stops), shapes, strict=True)]
+        return forward(model, X, parts)
+
+    return np.stack([outputs(theta + 1j * h * row).imag / h for row in np.eye(len(theta))], axis=2)
+
+
+def penalty(model, X, y, w):
+    """Return its second derivatives (p,)."""
+    layered = hasattr(model, "coefs_")
+    ridge = np.atleast_1d((mlp(model, X, y, w) if layered else LINEAR[type(model)](model, X, y, w))[1])
+    n_coefs = len(model.coefs_) if layered else 1
+    parts = parameters_of(model)
+    coefs = [np.repeat(ridge, coef.size // len(ridge)) for coef in parts[:n_coefs]]
+    return np.concatenate([*coefs, *(np.zeros(intercept.size) for intercept in parts[n_coefs:])])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "least squares without intercept, weighted",
+        "least squares of three outputs",
+        "ridge, weighted",
+        "ridge of three outputs",
+        "mlp, regression",
+    ],
+)
+def test_the_fisher_of_half_squared_error(name, fits):
+    """ℓ = ½ ‖f − y‖² is −log p of unit variance: Σ wᵢ Jᵢᵀ Jᵢ / Σ wᵢ, beside the penalty."""
+    model, X, y, weights = fits(name)
+    J, w = jacobian(model, X), np.ones(len(X)) if weights is None else weights
+    expected = np.einsum("n,ncp,ncq->pq", w / w.sum(), J, J) + np.diag(penalty(model, X, y, w))
+    received = HessianInverter("direct", 1.0, curvature="fisher").fit(model, (X, y), weights).curvature_.to_dense()
+    np.testing.assert_allclose(received, expected, rtol=1e-9, atol=1e-12 * np.abs(expected).max())
+    drawn = HessianInverter("direct", 1.0, curvature=SampledFisher(1000)).fit(model, (X, y), weights)
+    error = np.linalg.norm(drawn.curvature_.to_dense().numpy() - expected)
+    assert 0 < error <= 0.1 * np.linalg.norm(expected)
 
 
 def with_parameters(model, theta):

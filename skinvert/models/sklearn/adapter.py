@@ -77,6 +77,8 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
             weights = check_sample_weight(sample_weight, len(targets))
             self.adopt(self._totals_of(targets, np.ones(len(targets)) if weights is None else weights))
 
+    reads_pairs_alone = True
+
     @ordinary
     def at_point(
         self, params: str | Iterable[str] | None = None, dtype: Any = None, device: Device = None

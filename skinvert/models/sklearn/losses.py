@@ -7,8 +7,21 @@ import torch
 import torch.nn.functional as F
 
 from ..losses import DiagonalHessian, Loss, OutputHessian
+from ..losses.predictive import IndependentLabels
 
-__all__ = ["HalfGamma", "HalfSquaredError", "WeightedLogits"]
+__all__ = ["HalfGamma", "HalfSquaredError", "UnitGaussian", "WeightedLogits"]
+
+
+class UnitGaussian(IndependentLabels):
+    """Half squared error ½ (f − y)²: unit variance, s = 1."""
+
+    def fisher(self) -> OutputHessian:
+        """Return 1 for each output."""
+        return DiagonalHessian(self.weight)
+
+    def score(self, f: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Return y − f."""
+        return torch.special.ndtri(u)
 
 
 class HalfSquaredError(Loss):
@@ -22,7 +35,11 @@ class HalfSquaredError(Loss):
 
     def output_hessian(self, output: torch.Tensor, target: torch.Tensor) -> OutputHessian:
         """Return the identity."""
-        return DiagonalHessian(torch.ones_like(output.detach()))
+        return self.predictive(output.detach(), target).fisher()
+
+    def predictive(self, output: torch.Tensor, target: torch.Tensor) -> UnitGaussian:
+        """Return a Gaussian of unit variance about each output."""
+        return UnitGaussian(output)
 
 
 class HalfGamma(Loss):
