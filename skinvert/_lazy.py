@@ -38,7 +38,7 @@ def over_rows(fitted: object, method: str, data: object, width: int, dtype: np.d
     Parameters
     ----------
     fitted : estimator
-        Pickled on its way to other processes.
+        One that stays as it is, see ``as_it_is``; pickled on its way to other processes.
     method : str
         Of it.
     data : dask array, or tuple or mapping of such and of arrays

@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 from ._autograd import ordinary
 from ._callbacks import TakesCallbacks, followed
 from ._check import check_number, must_be
-from ._fitting import SharesModel, fit_whole
+from ._fitting import SharesModel, as_it_is, fit_whole
 from ._frames import Columned, Frame, RowTransformer, check_inputs, columns_of, rows_of
 from ._lazy import is_lazy, over_rows
 from ._memory import check_memory, rows_within
@@ -151,8 +151,14 @@ class PerSampleGradient(TakesCallbacks, Shown, SharesModel, RowTransformer):
         if self._is_of_outputs:
             hint = "Their number of rows is known when they are computed: try `map_blocks`."
             raise TypeError(must_be('Data for loss="output"', "in memory", "Dask arrays", hint))
-        name = str(self._at_point().dtype).removeprefix("torch.")
-        return over_rows(self, "transform", data, self.n_features_out_, np.dtype(name))
+        point = self._at_point()
+        name = str(point.dtype).removeprefix("torch.")
+        # Rows in memory are mapped at the θ of the call; the blocks, at that of this one, whenever they are computed.
+        # Nothing of the user's model goes with it; that it uses no tensor of theirs, `fit` has seen.
+        point.model, point.watch = point.module, None
+        kept = as_it_is(self)
+        kept.model, kept._point = None, point
+        return over_rows(kept, "transform", data, self.n_features_out_, np.dtype(name))
 
     def _gradients(self, X: object) -> tuple[Array, list[int]]:
         """Return the gradients, and how many of them each row of the data has."""
@@ -221,7 +227,14 @@ class PerSampleGradient(TakesCallbacks, Shown, SharesModel, RowTransformer):
         if not self._is_of_outputs:
             _check_pair(X, y)
 
+    # The model at the θ at which lazy blocks are mapped; None where that is today's.
+    _point: TorchTwiceDifferentiable | None = None
+
     def _at_point(self) -> TorchTwiceDifferentiable:
+        if self._point is not None:
+            self._point.check_unchanged()
+            # Each block has its own copy, as each call has: blocks in threads would write to one.
+            return self._point.at_point(self.params, self.dtype, self.device)
         margin = isinstance(self.loss, str) and self.loss == "margin"
         if self._is_of_outputs:
             model = as_outputs(self.model)

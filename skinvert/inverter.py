@@ -18,7 +18,7 @@ from ._autograd import ordinary
 from ._callbacks import TakesCallbacks, followed
 from ._check import check_choice, check_shift, must_be
 from ._distributed import as_one, ranks_of
-from ._fitting import SharesModel, fit_whole
+from ._fitting import SharesModel, as_it_is, fit_whole
 from ._frames import (
     Columned,
     check_columns,
@@ -584,4 +584,4 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Fitting, AtHand, Pos
                 must_be("Rows for what several processes solve together", "in memory", "a Dask array", hint)
             )
         dtype = self.solve(np.zeros((1, size), X.dtype)).x.dtype
-        return over_rows(self, method, X, size, dtype)
+        return over_rows(as_it_is(self), method, X, size, dtype)

@@ -5,11 +5,14 @@ import resource
 import time
 from collections import Counter
 
+import dask
 import dask.array as da
 import numpy as np
 import pytest
+import sklearn
 import torch
 from dask.distributed import Client, LocalCluster
+from sklearn.frozen import FrozenEstimator
 from torch import nn
 
 from skinvert import HessianInverter, HessianInverterCV, InfluenceFunction, PerSampleGradient
@@ -81,6 +84,66 @@ def test_gradients_and_scores(form):
         expected = fitted.transform((X_test, y_test))
         assert lazy.dtype == expected.dtype
         np.testing.assert_allclose(lazy.compute(), expected, rtol=1e-9, atol=1e-12)
+
+
+# -- what is fitted, and set, after the array was made --------------------------------------------------------------
+
+
+def test_fits_that_follow_do_not_reach_what_is_lazy():
+    G, b = np.random.default_rng(0).standard_normal((N, P)), rows()
+    inverter, shifts, lazy = HessianInverter("direct"), [0.1, 1.0, 10.0], []
+    for shift in shifts:
+        inverter.set_params(hessian_perturbation=shift).fit(G)
+        lazy.append(inverter.transform(da.from_array(b, chunks=(4, -1))))
+    for shift, received in zip(shifts, dask.compute(*lazy), strict=True):
+        expected = HessianInverter("direct", shift).fit(G).transform(b)
+        np.testing.assert_allclose(received, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("of", ["the influence", "an ensemble", "a frozen inverter"])
+def test_fits_and_settings_that_follow_do_not_reach_lazy_scores(of):
+    X, y = data()
+    test = (da.from_array(X, chunks=(20, -1)), y)
+    own = inverter().fit(net(), (X, y))
+    influence = InfluenceFunction(FrozenEstimator(own) if of == "a frozen inverter" else inverter())
+    influence.fit([net(), net()] if of == "an ensemble" else net(), (X, y))
+    expected, lazy = influence.transform((X, y)), influence.transform(test)
+    own.set_params(hessian_perturbation=10.0).fit(net(), (X, y))
+    for member in influence.members_ if of == "an ensemble" else [influence]:
+        member.set_params(removal="newton", measurement="margin")
+    if of == "the influence":
+        influence.inverter_.set_params(hessian_perturbation=10.0).fit(net(), (X, y))
+    np.testing.assert_allclose(lazy.compute(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_lazy_gradients_are_those_at_the_parameters_of_the_call(normed):
+    X, y = data()
+    model = nn.utils.parametrizations.weight_norm(net()) if normed else net()
+    gradient = PerSampleGradient(model, loss="cross_entropy").fit(X, y)
+    test = (da.from_array(X, chunks=(20, -1)), y)
+    for _ in range(2):
+        expected, lazy = gradient.transform(X, y), gradient.transform(test)
+        with torch.no_grad():
+            for tensor in model.parameters():
+                tensor.mul_(2)
+        assert np.abs(gradient.transform(X, y) - expected).max() > 0.01
+        # torch pickles no module of a norm.
+        for scheduler in ("sync", "threads") if normed else ("sync", "threads", "processes"):
+            np.testing.assert_allclose(lazy.compute(scheduler=scheduler), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_frozen_parameters_too_large_to_copy_are_found_to_have_changed():
+    X, y = data()
+    model = nn.Sequential(nn.Linear(D, D), nn.Linear(D, C)).double()
+    model[0].requires_grad_(False)
+    gradient = PerSampleGradient(model, loss="cross_entropy").fit(X, y)
+    with sklearn.config_context(working_memory=0):
+        lazy = gradient.transform((da.from_array(X, chunks=(20, -1)), y))
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    with pytest.raises(ValueError, match="frozen parameters must be those of fit"):
+        lazy.compute(scheduler="sync")
 
 
 class TwoInputs(nn.Module):

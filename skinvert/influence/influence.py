@@ -17,7 +17,7 @@ from .._autograd import ordinary
 from .._callbacks import TakesCallbacks, followed
 from .._check import check_choice, check_number, must_be
 from .._checkpoint import NOWHERE, Checkpoint
-from .._fitting import fit_whole
+from .._fitting import as_it_is, fit_whole
 from .._frames import (
     Columned,
     Frame,
@@ -316,7 +316,7 @@ class InfluenceFunction(TakesCallbacks, Shown, Matrix, RowStatistics, RowTransfo
             hint = "Each block of test rows is a job of its own."
             raise ValueError(must_be("checkpoint for Dask arrays", "None or a folder", repr(self.checkpoint), hint))
         name = str(fitted.model.dtype).removeprefix("torch.")
-        return over_rows(self, "transform", data, self.n_samples_, np.dtype(name))
+        return over_rows(as_it_is(self), "transform", data, self.n_samples_, np.dtype(name))
 
     @property
     def score_error_(self) -> np.ndarray:
