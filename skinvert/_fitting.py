@@ -28,20 +28,22 @@ def fit_whole(estimator: Any, fit: Callable[[Any], object]) -> None:
 def as_it_is(estimator: Any) -> Any:
     """Return a duplicate over the same arrays that no later fit reaches, and no ``set_params``.
 
-    Fitted estimators within are duplicated too: a frozen inverter is the user's own.
+    Fitted estimators within are duplicated too: a frozen inverter is the user's own. Its output is in arrays.
     """
-    # Not `copy.copy`, which goes by the state of a pickle: without the curvature.
-    duplicate = object.__new__(type(estimator))
-    duplicate.__dict__ = {
-        name: _part_as_it_is(value) if _is_fitted(name) else value for name, value in vars(estimator).items()
-    }
+    duplicate = _duplicate(estimator)
+    duplicate._sklearn_output_config = {"transform": "default"}
     return duplicate
 
 
-def _part_as_it_is(value: object) -> object:
+def _duplicate(value: Any) -> Any:
     if isinstance(value, list):
-        return [_part_as_it_is(part) for part in value]
-    return as_it_is(value) if isinstance(value, BaseEstimator) else value
+        return [_duplicate(part) for part in value]
+    if not isinstance(value, BaseEstimator):
+        return value
+    # Not `copy.copy`, which goes by the state of a pickle: without the curvature.
+    duplicate = object.__new__(type(value))
+    duplicate.__dict__ = {name: _duplicate(part) if _is_fitted(name) else part for name, part in vars(value).items()}
+    return duplicate
 
 
 class SharesModel:

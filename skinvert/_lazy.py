@@ -4,18 +4,42 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeGuard
 from uuid import uuid4
 
 import numpy as np
+from sklearn.base import TransformerMixin
 
 from ._check import must_be
 
 if TYPE_CHECKING:
     import dask.array as da
 
-__all__ = ["check_in_memory", "is_lazy", "over_rows"]
+__all__ = ["StaysLazy", "check_in_memory", "is_lazy", "over_rows"]
+
+
+class StaysLazy(TransformerMixin):
+    """A transformer whose lazy output stays lazy, whatever ``set_output`` asks for: a frame would be computed whole."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Lead lazy rows past scikit-learn's wrappers of the class's own methods."""
+        own = {name: vars(cls)[name] for name in ("transform", "fit_transform") if name in vars(cls)}
+        super().__init_subclass__(**kwargs)
+        for name, method in own.items():
+            setattr(cls, name, _unless_lazy(getattr(cls, name), method))
+
+
+def _unless_lazy(framing: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that puts its output into the container that is set, but that of lazy rows."""
+
+    @wraps(method)
+    def inside(self: object, X: object, *args: object, **kwargs: object) -> Any:
+        chosen = method if is_lazy((X, *args, kwargs.get("y"))) else framing
+        return chosen(self, X, *args, **kwargs)
+
+    return inside
 
 
 def is_lazy(data: object) -> bool:

@@ -146,6 +146,36 @@ def test_frozen_parameters_too_large_to_copy_are_found_to_have_changed():
         lazy.compute(scheduler="sync")
 
 
+@pytest.mark.parametrize("container", ["pandas", "polars"])
+@pytest.mark.parametrize("where", ["set_output", "config"])
+def test_lazy_output_stays_lazy_whatever_container_is_set(container, where):
+    pytest.importorskip(container)
+    X, y = data()
+    unknown = da.map_blocks(lambda block: 1 / 0, da.zeros((10, P)), dtype=float, meta=np.empty((0, P)))
+    test, G = (da.from_array(X, chunks=(20, -1)), da.from_array(y, chunks=20)), rows()
+    fits = [
+        (inverter().fit(net(), (X, y)), da.from_array(G, chunks=4)),
+        (HessianInverterCV([0.1, 1.0], cv=2).fit(G), da.from_array(G, chunks=4)),
+        (PerSampleGradient(net(), loss="cross_entropy").fit(X, y), test),
+        (InfluenceFunction(inverter()).fit(net(), (X, y)), test),
+    ]
+    expected = [fitted.transform(lazy).compute() for fitted, lazy in fits]
+    if where == "set_output":
+        for fitted, _ in fits:
+            fitted.set_output(transform=container)
+    with sklearn.config_context(transform_output=container if where == "config" else "default"):
+        for (fitted, lazy), values in zip(fits, expected, strict=True):
+            received = fitted.transform(lazy)
+            assert isinstance(received, da.Array)
+            np.testing.assert_array_equal(received.compute(), values)
+        for fitted, _ in fits[:2]:
+            fitted.transform(unknown)
+            assert type(fitted.transform(G)).__module__.startswith(container)
+        assert isinstance(HessianInverter("direct", 0.1).fit_transform(da.from_array(G, chunks=4)), da.Array)
+        assert isinstance(fits[2][0].fit_transform(*test), da.Array)
+        assert type(fits[2][0].fit_transform(X, y)).__module__.startswith(container)
+
+
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()
