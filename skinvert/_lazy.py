@@ -146,14 +146,15 @@ def _filled(form: object, parts: tuple[np.ndarray, ...]) -> object:
 
 
 def _row_chunks(data: object) -> tuple[int, ...]:
-    """Return the lengths of the blocks of rows of the first Dask array; raise where they are not known."""
-    first = next(part for part in _leaves(data) if _is_dask(part))
-    if not first.ndim:
-        raise ValueError(must_be("A Dask array", "of rows", "one number"))
-    if any(math.isnan(length) for length in first.chunks[0]):
-        hint = "Try `array.compute_chunk_sizes()` first."
-        raise ValueError(must_be("A Dask array", "of known chunks of rows", "unknown ones", hint))
-    chunks: tuple[int, ...] = first.chunks[0]
+    """Return the lengths of the blocks of rows of the first Dask array; raise where any one's are not known."""
+    lazy = [part for part in _leaves(data) if _is_dask(part)]
+    for part in lazy:
+        if not part.ndim:
+            raise ValueError(must_be("A Dask array", "of rows", "one number"))
+        if any(math.isnan(length) for length in part.chunks[0]):
+            hint = "Try `array.compute_chunk_sizes()` first."
+            raise ValueError(must_be("A Dask array", "of known chunks of rows", "unknown ones", hint))
+    chunks: tuple[int, ...] = lazy[0].chunks[0]
     return chunks
 
 

@@ -21,7 +21,7 @@ from ._progress import progress
 from ._shown import Shown
 from ._types import Array, Batch, Data, Device, DType, Globs, LossLike, TrainedModel
 from .curvature import Objective, gradient_rows, jacobian_rows, split_batch, warn_of_unreached
-from .data import Batches, batches_of, holds_tensors, with_any_targets
+from .data import Batches, batches_of, check_form, holds_tensors, with_any_targets
 from .models import TorchTwiceDifferentiable, as_margin, as_model, as_outputs, is_model
 
 __all__ = ["PerSampleGradient"]
@@ -137,7 +137,7 @@ class PerSampleGradient(TakesCallbacks, Shown, SharesModel, RowTransformer):
         """
         data = X if y is None else (X, y)
         if is_lazy(data):
-            return self._lazily(data)
+            return self._lazily(X, y)
         self._check_data(X, y)
         gradients, counts = self._gradients(data)
         rows = rows_of(data)
@@ -146,11 +146,14 @@ class PerSampleGradient(TakesCallbacks, Shown, SharesModel, RowTransformer):
             rows = rows.iloc[np.repeat(np.arange(len(rows)), counts)]
         return super().transform(rows, gradients)
 
-    def _lazily(self, data: object) -> Array:
+    def _lazily(self, X: Data, y: Data | None) -> Array:
         check_is_fitted(self, "loss_scale_")
         if self._is_of_outputs:
             hint = "Their number of rows is known when they are computed: try `map_blocks`."
             raise TypeError(must_be('Data for loss="output"', "in memory", "Dask arrays", hint))
+        self._check_data(X, y)
+        data = X if y is None else (X, y)
+        check_form(data)
         point = self._at_point()
         name = str(point.dtype).removeprefix("torch.")
         # Rows in memory are mapped at the θ of the call; the blocks, at that of this one, whenever they are computed.
@@ -281,7 +284,8 @@ def _check_no_model(X: object, y: object) -> None:
 
 def _check_pair(X: Array, y: object) -> None:
     """Raise where rows came without their targets, as ``Pipeline.score`` passes them."""
-    if y is None and (isinstance(X, np.ndarray | torch.Tensor | Frame | Columned) or scipy.sparse.issparse(X)):
+    lazy = is_lazy(X) and not isinstance(X, Mapping | tuple)
+    if y is None and (lazy or isinstance(X, np.ndarray | torch.Tensor | Frame | Columned) or scipy.sparse.issparse(X)):
         hint = (
             "A gradient needs the target: try `transform((X, y))`. `Pipeline.transform` and `Pipeline.score` pass X "
             "alone: try `pipe.transform((X, y))`, and `make_quadratic_scorer()` to score, in a search as `scoring=`."

@@ -224,6 +224,37 @@ def test_what_cannot_be_lazy_says_so():
         outputs.transform(lazy_X)
 
 
+@pytest.mark.parametrize("of", ["gradients", "scores"])
+def test_what_no_block_could_be_raises_at_once_as_in_memory(of):
+    X, y = data()
+    fitted = (
+        PerSampleGradient(net(), loss="cross_entropy").fit(X, y)
+        if of == "gradients"
+        else InfluenceFunction(inverter()).fit(net(), (X, y))
+    )
+
+    def lazy(part):
+        if isinstance(part, dict):
+            return {key: lazy(value) for key, value in part.items()}
+        if isinstance(part, tuple):
+            return tuple(map(lazy, part))
+        return None if part is None else da.from_array(part, chunks=(7,) * part.ndim)
+
+    for given in (X, (X,), (X, None), {"input": X}, ({"input": X}, None), (X, y, y)):
+        with pytest.raises((TypeError, ValueError)) as expected:
+            fitted.transform(given)
+        with pytest.raises(expected.type) as received:
+            fitted.transform(lazy(given))
+        assert str(received.value).replace("y Array", "y ndarray") == str(expected.value)
+    labelled = {"input": X, "labels": y}
+    np.testing.assert_allclose(fitted.transform(lazy(labelled)), fitted.transform(labelled), rtol=1e-9, atol=1e-12)
+    lazy_X, lazy_y = lazy((X, y))
+    with pytest.raises(ValueError, match="known chunks of rows.*compute_chunk_sizes"):
+        fitted.transform((lazy_X, lazy_y[lazy_y > 0]))
+    with pytest.raises(ValueError, match="must be of rows. Got one number"):
+        fitted.transform((lazy_X, lazy_y[0]))
+
+
 # -- a cluster of two processes ------------------------------------------------------------------------------------
 
 

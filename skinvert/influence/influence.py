@@ -32,7 +32,7 @@ from .._lazy import is_lazy, over_rows
 from .._shown import Shown
 from .._types import Array, Data, Indices, State, TrainedModel
 from ..checkpoint import check_path
-from ..data import as_data, check_row_order, holds_tensors
+from ..data import as_data, check_form, check_row_order, holds_tensors
 from ..files import Whole
 from ..inverter import HessianInverter
 from ..models import is_model
@@ -311,6 +311,7 @@ class InfluenceFunction(TakesCallbacks, Shown, Matrix, RowStatistics, RowTransfo
         if out is not None:
             hint = "What `transform` returns has `to_zarr` and `to_npy_stack`."
             raise ValueError(must_be("out", "None for Dask arrays", type(out).__name__, hint))
+        check_form(data)
         check_row_by_row(self.measurement, self.score_rtol)
         if self.checkpoint is not None and not os.path.isdir(self.checkpoint):
             hint = "Each block of test rows is a job of its own."
