@@ -5,6 +5,7 @@ import resource
 import time
 from collections import Counter
 
+import cloudpickle
 import dask
 import dask.array as da
 import numpy as np
@@ -253,6 +254,23 @@ def test_what_no_block_could_be_raises_at_once_as_in_memory(of):
         fitted.transform((lazy_X, lazy_y[lazy_y > 0]))
     with pytest.raises(ValueError, match="must be of rows. Got one number"):
         fitted.transform((lazy_X, lazy_y[0]))
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+def test_what_a_client_was_sent_computes_without_it():
+    # Before there is another client, of the tests below: Dask does not go back to it.
+    fitted, b = inverter().fit(net(), data()), rows()
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None):
+        lazy = fitted.transform(da.from_array(b, chunks=(3, P)))
+        expected = lazy.compute()
+        np.testing.assert_array_equal(lazy.compute(scheduler="sync"), expected)
+        np.testing.assert_array_equal(lazy.compute(scheduler="threads"), expected)
+        # As other processes have it.
+        elsewhere = cloudpickle.loads(cloudpickle.dumps(lazy))
+        with pytest.raises(RuntimeError, match="must be on this worker. Got its name alone"):
+            elsewhere.compute(scheduler="sync")
+    np.testing.assert_array_equal(lazy.compute(scheduler="sync"), expected)
+    np.testing.assert_array_equal(cloudpickle.loads(cloudpickle.dumps(lazy)).compute(scheduler="sync"), expected)
 
 
 # -- a cluster of two processes ------------------------------------------------------------------------------------
