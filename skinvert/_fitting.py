@@ -1,13 +1,13 @@
-"""A fit as one assignment, and a clone that shares what was trained."""
+"""A fit as one assignment, a clone that shares what was trained, and a duplicate that stays as it is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
-from sklearn.base import clone
+from sklearn.base import BaseEstimator, clone
 
-__all__ = ["SharesModel", "fit_whole"]
+__all__ = ["SharesModel", "as_it_is", "fit_whole"]
 
 # What a fit writes beside the names that end in "_".
 WRITTEN = ("_layout", "_model", "_data", "_totals", "_columns", "_bounds", "_namespace", "_ranks")
@@ -23,6 +23,27 @@ def fit_whole(estimator: Any, fit: Callable[[Any], object]) -> None:
     fresh.__dict__ = {name: value for name, value in vars(estimator).items() if not _is_fitted(name)}
     fit(fresh)
     estimator.__dict__ = fresh.__dict__
+
+
+def as_it_is(estimator: Any) -> Any:
+    """Return a duplicate over the same arrays that no later fit reaches, and no ``set_params``.
+
+    Fitted estimators within are duplicated too: a frozen inverter is the user's own. Its output is in arrays.
+    """
+    duplicate = _duplicate(estimator)
+    duplicate._sklearn_output_config = {"transform": "default"}
+    return duplicate
+
+
+def _duplicate(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_duplicate(part) for part in value]
+    if not isinstance(value, BaseEstimator):
+        return value
+    # Not `copy.copy`, which goes by the state of a pickle: without the curvature.
+    duplicate = object.__new__(type(value))
+    duplicate.__dict__ = {name: _duplicate(part) if _is_fitted(name) else part for name, part in vars(value).items()}
+    return duplicate
 
 
 class SharesModel:

@@ -8,10 +8,11 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 import numpy as np
 import scipy.sparse
 import torch
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import BaseEstimator
 from sklearn.utils import check_array
 
 from ._check import check_choice, must_be
+from ._lazy import StaysLazy
 from ._types import Array
 
 __all__ = [
@@ -55,7 +56,7 @@ class Columned(Protocol):
     def __len__(self) -> int: ...
 
 
-class RowTransformer(TransformerMixin, BaseEstimator):
+class RowTransformer(StaysLazy, BaseEstimator):
     """A transformer whose output belongs to the rows of a part of its input, ``(X, y)`` say.
 
     scikit-learn's ``set_output`` gives an output frame the index of the input where that is a frame: ``transform`` here

@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 from ._autograd import ordinary
 from ._callbacks import TakesCallbacks, followed
 from ._check import check_number, must_be
-from ._fitting import SharesModel, fit_whole
+from ._fitting import SharesModel, as_it_is, fit_whole
 from ._frames import Columned, Frame, RowTransformer, check_inputs, columns_of, rows_of
 from ._lazy import is_lazy, over_rows
 from ._memory import check_memory, rows_within
@@ -21,7 +21,7 @@ from ._progress import progress
 from ._shown import Shown
 from ._types import Array, Batch, Data, Device, DType, Globs, LossLike, TrainedModel
 from .curvature import Objective, gradient_rows, jacobian_rows, split_batch, warn_of_unreached
-from .data import Batches, batches_of, holds_tensors, own_steps, with_any_targets
+from .data import Batches, batches_of, check_form, holds_tensors, own_steps, with_any_targets
 from .models import TorchTwiceDifferentiable, as_margin, as_model, as_outputs, is_model
 
 __all__ = ["PerSampleGradient"]
@@ -138,7 +138,7 @@ class PerSampleGradient(TakesCallbacks, Shown, SharesModel, RowTransformer):
         """
         data = X if y is None else (X, y)
         if is_lazy(data):
-            return self._lazily(data)
+            return self._lazily(X, y)
         self._check_data(X, y)
         gradients, counts = self._gradients(data)
         rows = rows_of(data)
@@ -147,13 +147,22 @@ class PerSampleGradient(TakesCallbacks, Shown, SharesModel, RowTransformer):
             rows = rows.iloc[np.repeat(np.arange(len(rows)), counts)]
         return super().transform(rows, gradients)
 
-    def _lazily(self, data: object) -> Array:
+    def _lazily(self, X: Data, y: Data | None) -> Array:
         check_is_fitted(self, "loss_scale_")
         if self._is_of_outputs:
             hint = "Their number of rows is known when they are computed: try `map_blocks`."
             raise TypeError(must_be('Data for loss="output"', "in memory", "Dask arrays", hint))
-        name = str(self._at_point().dtype).removeprefix("torch.")
-        return over_rows(self, "transform", data, self.n_features_out_, np.dtype(name))
+        self._check_data(X, y)
+        data = X if y is None else (X, y)
+        check_form(data)
+        point = self._at_point()
+        name = str(point.dtype).removeprefix("torch.")
+        # Rows in memory are mapped at the θ of the call; the blocks, at that of this one, whenever they are computed.
+        # Nothing of the user's model goes with it; that it uses no tensor of theirs, `fit` has seen.
+        point.model, point.watch = point.module, None
+        kept = as_it_is(self)
+        kept.model, kept._point = None, point
+        return over_rows(kept, "transform", data, self.n_features_out_, np.dtype(name))
 
     def _gradients(self, X: object) -> tuple[Array, list[int]]:
         """Return the gradients, and how many of them each row of the data has."""
@@ -222,7 +231,14 @@ class PerSampleGradient(TakesCallbacks, Shown, SharesModel, RowTransformer):
         if not self._is_of_outputs:
             _check_pair(X, y)
 
+    # The model at the θ at which lazy blocks are mapped; None where that is today's.
+    _point: TorchTwiceDifferentiable | None = None
+
     def _at_point(self) -> TorchTwiceDifferentiable:
+        if self._point is not None:
+            self._point.check_unchanged()
+            # Each block has its own copy, as each call has: blocks in threads would write to one.
+            return self._point.at_point(self.params, self.dtype, self.device)
         margin = isinstance(self.loss, str) and self.loss == "margin"
         if self._is_of_outputs:
             model = as_outputs(self.model)
@@ -269,7 +285,8 @@ def _check_no_model(X: object, y: object) -> None:
 
 def _check_pair(X: Array, y: object) -> None:
     """Raise where rows came without their targets, as ``Pipeline.score`` passes them."""
-    if y is None and (isinstance(X, np.ndarray | torch.Tensor | Frame | Columned) or scipy.sparse.issparse(X)):
+    lazy = is_lazy(X) and not isinstance(X, Mapping | tuple)
+    if y is None and (lazy or isinstance(X, np.ndarray | torch.Tensor | Frame | Columned) or scipy.sparse.issparse(X)):
         hint = (
             "A gradient needs the target: try `transform((X, y))`. `Pipeline.transform` and `Pipeline.score` pass X "
             "alone: try `pipe.transform((X, y))`, and `make_quadratic_scorer()` to score, in a search as `scoring=`."

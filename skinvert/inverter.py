@@ -9,7 +9,6 @@ from typing import ClassVar, Self, overload
 import numpy as np
 import scipy.sparse.linalg
 import torch
-from sklearn.base import TransformerMixin
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -18,7 +17,7 @@ from ._autograd import ordinary
 from ._callbacks import TakesCallbacks, followed
 from ._check import check_choice, check_shift, must_be
 from ._distributed import as_one, ranks_of
-from ._fitting import SharesModel, fit_whole
+from ._fitting import SharesModel, as_it_is, fit_whole
 from ._frames import (
     Columned,
     check_columns,
@@ -28,7 +27,7 @@ from ._frames import (
     refuse_parameters,
     without_names,
 )
-from ._lazy import check_in_memory, is_lazy, over_rows
+from ._lazy import StaysLazy, check_in_memory, is_lazy, over_rows
 from ._linear_map import apply_linear, solve_linear
 from ._namespaces import as_tensor, in_kind_of, is_foreign, of_kind, to_numpy
 from ._rows import InFloat64, Rows
@@ -68,7 +67,7 @@ __all__ = ["HessianInverter"]
 
 
 @savable
-class HessianInverter(TakesCallbacks, Summary, SharesModel, Fitting, AtHand, Posterior, TransformerMixin, Saved):
+class HessianInverter(TakesCallbacks, Summary, SharesModel, Fitting, AtHand, Posterior, StaysLazy, Saved):
     r"""Solve (H + λI) x = b for a trained model's curvature H, one right-hand side per row.
 
     ``fit(model, data)``, ``fit(X, y)`` with ``model`` set, or ``fit(X)`` on plain rows, whose curvature is that of
@@ -584,4 +583,4 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Fitting, AtHand, Pos
                 must_be("Rows for what several processes solve together", "in memory", "a Dask array", hint)
             )
         dtype = self.solve(np.zeros((1, size), X.dtype)).x.dtype
-        return over_rows(self, method, X, size, dtype)
+        return over_rows(as_it_is(self), method, X, size, dtype)

@@ -5,11 +5,15 @@ import resource
 import time
 from collections import Counter
 
+import cloudpickle
+import dask
 import dask.array as da
 import numpy as np
 import pytest
+import sklearn
 import torch
 from dask.distributed import Client, LocalCluster
+from sklearn.frozen import FrozenEstimator
 from torch import nn
 
 from skinvert import HessianInverter, HessianInverterCV, InfluenceFunction, PerSampleGradient
@@ -83,6 +87,97 @@ def test_gradients_and_scores(form):
         np.testing.assert_allclose(lazy.compute(), expected, rtol=1e-9, atol=1e-12)
 
 
+# -- what is fitted, and set, after the array was made --------------------------------------------------------------
+
+
+def test_fits_that_follow_do_not_reach_what_is_lazy():
+    G, b = np.random.default_rng(0).standard_normal((N, P)), rows()
+    inverter, shifts, lazy = HessianInverter("direct"), [0.1, 1.0, 10.0], []
+    for shift in shifts:
+        inverter.set_params(hessian_perturbation=shift).fit(G)
+        lazy.append(inverter.transform(da.from_array(b, chunks=(4, -1))))
+    for shift, received in zip(shifts, dask.compute(*lazy), strict=True):
+        expected = HessianInverter("direct", shift).fit(G).transform(b)
+        np.testing.assert_allclose(received, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("of", ["the influence", "an ensemble", "a frozen inverter"])
+def test_fits_and_settings_that_follow_do_not_reach_lazy_scores(of):
+    X, y = data()
+    test = (da.from_array(X, chunks=(20, -1)), y)
+    own = inverter().fit(net(), (X, y))
+    influence = InfluenceFunction(FrozenEstimator(own) if of == "a frozen inverter" else inverter())
+    influence.fit([net(), net()] if of == "an ensemble" else net(), (X, y))
+    expected, lazy = influence.transform((X, y)), influence.transform(test)
+    own.set_params(hessian_perturbation=10.0).fit(net(), (X, y))
+    for member in influence.members_ if of == "an ensemble" else [influence]:
+        member.set_params(removal="newton", measurement="margin")
+    if of == "the influence":
+        influence.inverter_.set_params(hessian_perturbation=10.0).fit(net(), (X, y))
+    np.testing.assert_allclose(lazy.compute(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_lazy_gradients_are_those_at_the_parameters_of_the_call(normed):
+    X, y = data()
+    model = nn.utils.parametrizations.weight_norm(net()) if normed else net()
+    gradient = PerSampleGradient(model, loss="cross_entropy").fit(X, y)
+    test = (da.from_array(X, chunks=(20, -1)), y)
+    for _ in range(2):
+        expected, lazy = gradient.transform(X, y), gradient.transform(test)
+        with torch.no_grad():
+            for tensor in model.parameters():
+                tensor.mul_(2)
+        assert np.abs(gradient.transform(X, y) - expected).max() > 0.01
+        # As another process has it; torch pickles no module of a norm.
+        elsewhere = lazy if normed else cloudpickle.loads(cloudpickle.dumps(lazy))
+        for received in (lazy.compute(scheduler="sync"), lazy.compute(), elsewhere.compute()):
+            np.testing.assert_allclose(received, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_frozen_parameters_too_large_to_copy_are_found_to_have_changed():
+    X, y = data()
+    model = nn.Sequential(nn.Linear(D, D), nn.Linear(D, C)).double()
+    model[0].requires_grad_(False)
+    gradient = PerSampleGradient(model, loss="cross_entropy").fit(X, y)
+    with sklearn.config_context(working_memory=0):
+        lazy = gradient.transform((da.from_array(X, chunks=(20, -1)), y))
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    with pytest.raises(ValueError, match="frozen parameters must be those of fit"):
+        lazy.compute(scheduler="sync")
+
+
+@pytest.mark.parametrize("container", ["pandas", "polars"])
+@pytest.mark.parametrize("where", ["set_output", "config"])
+def test_lazy_output_stays_lazy_whatever_container_is_set(container, where):
+    pytest.importorskip(container)
+    X, y = data()
+    unknown = da.map_blocks(lambda block: 1 / 0, da.zeros((10, P)), dtype=float, meta=np.empty((0, P)))
+    test, G = (da.from_array(X, chunks=(20, -1)), da.from_array(y, chunks=20)), rows()
+    fits = [
+        (inverter().fit(net(), (X, y)), da.from_array(G, chunks=4)),
+        (HessianInverterCV([0.1, 1.0], cv=2).fit(G), da.from_array(G, chunks=4)),
+        (PerSampleGradient(net(), loss="cross_entropy").fit(X, y), test),
+        (InfluenceFunction(inverter()).fit(net(), (X, y)), test),
+    ]
+    expected = [fitted.transform(lazy).compute() for fitted, lazy in fits]
+    if where == "set_output":
+        for fitted, _ in fits:
+            fitted.set_output(transform=container)
+    with sklearn.config_context(transform_output=container if where == "config" else "default"):
+        for (fitted, lazy), values in zip(fits, expected, strict=True):
+            received = fitted.transform(lazy)
+            assert isinstance(received, da.Array)
+            np.testing.assert_array_equal(received.compute(), values)
+        for fitted, _ in fits[:2]:
+            fitted.transform(unknown)
+            assert type(fitted.transform(G)).__module__.startswith(container)
+        assert isinstance(HessianInverter("direct", 0.1).fit_transform(da.from_array(G, chunks=4)), da.Array)
+        assert isinstance(fits[2][0].fit_transform(*test), da.Array)
+        assert type(fits[2][0].fit_transform(X, y)).__module__.startswith(container)
+
+
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()
@@ -129,6 +224,54 @@ def test_what_cannot_be_lazy_says_so():
     outputs = PerSampleGradient(net(), loss="output").fit(X)
     with pytest.raises(TypeError, match="map_blocks"):
         outputs.transform(lazy_X)
+
+
+@pytest.mark.parametrize("of", ["gradients", "scores"])
+def test_what_no_block_could_be_raises_at_once_as_in_memory(of):
+    X, y = data()
+    fitted = (
+        PerSampleGradient(net(), loss="cross_entropy").fit(X, y)
+        if of == "gradients"
+        else InfluenceFunction(inverter()).fit(net(), (X, y))
+    )
+
+    def lazy(part):
+        if isinstance(part, dict):
+            return {key: lazy(value) for key, value in part.items()}
+        if isinstance(part, tuple):
+            return tuple(map(lazy, part))
+        return None if part is None else da.from_array(part, chunks=(7,) * part.ndim)
+
+    for given in (X, (X,), (X, None), {"input": X}, ({"input": X}, None), (X, y, y)):
+        with pytest.raises((TypeError, ValueError)) as expected:
+            fitted.transform(given)
+        with pytest.raises(expected.type) as received:
+            fitted.transform(lazy(given))
+        assert str(received.value).replace("y Array", "y ndarray") == str(expected.value)
+    labelled = {"input": X, "labels": y}
+    np.testing.assert_allclose(fitted.transform(lazy(labelled)), fitted.transform(labelled), rtol=1e-9, atol=1e-12)
+    lazy_X, lazy_y = lazy((X, y))
+    with pytest.raises(ValueError, match="known chunks of rows.*compute_chunk_sizes"):
+        fitted.transform((lazy_X, lazy_y[lazy_y > 0]))
+    with pytest.raises(ValueError, match="must be of rows. Got one number"):
+        fitted.transform((lazy_X, lazy_y[0]))
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+def test_what_a_client_was_sent_computes_without_it():
+    # Before there is another client, of the tests below: Dask does not go back to it.
+    fitted, b = inverter().fit(net(), data()), rows()
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None):
+        lazy = fitted.transform(da.from_array(b, chunks=(3, P)))
+        expected = lazy.compute()
+        np.testing.assert_array_equal(lazy.compute(scheduler="sync"), expected)
+        np.testing.assert_array_equal(lazy.compute(scheduler="threads"), expected)
+        # As other processes have it.
+        elsewhere = cloudpickle.loads(cloudpickle.dumps(lazy))
+        with pytest.raises(RuntimeError, match="must be on this worker. Got its name alone"):
+            elsewhere.compute(scheduler="sync")
+    np.testing.assert_array_equal(lazy.compute(scheduler="sync"), expected)
+    np.testing.assert_array_equal(cloudpickle.loads(cloudpickle.dumps(lazy)).compute(scheduler="sync"), expected)
 
 
 # -- a cluster of two processes ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from .batches import Batches, as_batches, batches_of
 from .forms import as_data, as_pair, check_row_order, count, holds_tensors, is_data, is_rows, take, with_any_targets
 from .shards import Shard
+from .sources import check_form
 from .steps import own_steps
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "as_data",
     "as_pair",
     "batches_of",
+    "check_form",
     "check_row_order",
     "count",
     "holds_tensors",

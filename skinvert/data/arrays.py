@@ -15,7 +15,7 @@ from .._types import Batch
 from ..models import SparseRows, labels_key
 from .loaders import Indexed, Source
 
-__all__ = ["array_source"]
+__all__ = ["array_source", "check_entries"]
 
 
 @dataclass
@@ -36,9 +36,7 @@ class _Arrays:
 
 def array_source(data: tuple[object, ...], batch_size: int | None) -> Source:
     """Return the batches of ``(X, y)``, or of a mapping with labels and None."""
-    labelled = len(data) == 2 and data[1] is None and isinstance(data[0], Mapping) and labels_key(data[0]) is not None
-    if len(data) != 2 or (data[1] is None and not labelled):
-        raise ValueError(must_be("data as a tuple", "(X, y)", f"{len(data)} entries, y {type(data[-1]).__name__}"))
+    labelled = check_entries(data)
     inputs, targets = _whole(data[0], "X"), None if labelled else _whole(data[1], "y")
     lengths = [_lengths(part) for part in (inputs, targets)]
     if targets is not None and not lengths[1]:
@@ -47,6 +45,15 @@ def array_source(data: tuple[object, ...], batch_size: int | None) -> Source:
         got = f"inconsistent numbers of samples: {lengths[0]}, {', '.join(map(str, lengths[1]))}"
         raise ValueError(must_be("X and y", "of the same length", got))
     return _Arrays(inputs, targets, (lengths[1] or lengths[0])[0], batch_size or 1024)
+
+
+def check_entries(data: tuple[object, ...]) -> bool:
+    """Return whether ``(X, y)`` is a mapping with labels and None; raise where its targets are nowhere."""
+    labelled = len(data) == 2 and data[1] is None and isinstance(data[0], Mapping) and labels_key(data[0]) is not None
+    if len(data) != 2 or (data[1] is None and not labelled):
+        got = f"{len(data)} entries, y {type(data[-1]).__name__}" if data else "no entries"
+        raise ValueError(must_be("data as a tuple", "(X, y)", got))
+    return labelled
 
 
 def _whole(value: object, name: str) -> object:

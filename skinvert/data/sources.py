@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 import numpy as np
 import torch
@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from .._check import must_be
 from .._distributed import Ranks
+from .._lazy import is_lazy
 from .._types import Batch
 from ..models import labels_key
-from .arrays import array_source
+from .arrays import array_source, check_entries
 from .loaders import Indexed, Reiterable, Source, length, loader_source, rebatched
 
-__all__ = ["is_empty", "is_numbers", "is_sample", "source_of"]
+__all__ = ["check_form", "is_empty", "is_numbers", "is_sample", "source_of"]
 
 ACCEPTED = (
     "an (X, y) tuple, a map-style Dataset, a DataLoader, a skorch SliceDict or SliceDataset with y, "
@@ -38,15 +39,25 @@ def source_of(data: object, batch_size: int | None, needs_row_order: bool, ranks
         return rebatched(data, range(length(data)), batch_size, _collate)
     if isinstance(data, Mapping) and labels_key(data) is not None:
         return array_source((data, None), batch_size)
-    if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
-        hint = "Labels belong in it: try `(X, y)`, or a mapping with 'labels'."
-        raise TypeError(must_be("data", ACCEPTED, type(data).__name__, hint))
-    if isinstance(data, np.ndarray | torch.Tensor):
-        raise TypeError(must_be("data", ACCEPTED, f"an array of shape {tuple(data.shape)}", "Try `(X, y)`."))
+    check_form(data)
     if isinstance(data, Iterator):
         hint = "It yields its batches only once, and a solve reads them many times. Try `list(...)`."
         raise TypeError(must_be("data", ACCEPTED, f"a {type(data).__name__}", hint))
-    return Reiterable(data)
+    return Reiterable(cast("Iterable[Batch]", data))
+
+
+def check_form(data: object) -> None:
+    """Raise where there are no targets in data, or no data, as far as their form tells: that of lazy arrays too."""
+    if isinstance(data, tuple):
+        check_entries(data)
+    elif isinstance(data, Mapping) and labels_key(data) is not None:
+        return
+    elif isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
+        hint = "Labels belong in it: try `(X, y)`, or a mapping with 'labels'."
+        raise TypeError(must_be("data", ACCEPTED, type(data).__name__, hint))
+    elif isinstance(data, np.ndarray | torch.Tensor) or is_lazy(data):
+        got = f"an array of shape {tuple(getattr(data, 'shape', ()))}"
+        raise TypeError(must_be("data", ACCEPTED, got, "Try `(X, y)`."))
 
 
 def is_empty(data: object) -> bool:

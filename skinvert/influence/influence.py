@@ -17,7 +17,7 @@ from .._autograd import ordinary
 from .._callbacks import TakesCallbacks, followed
 from .._check import check_choice, check_number, must_be
 from .._checkpoint import NOWHERE, Checkpoint
-from .._fitting import fit_whole
+from .._fitting import as_it_is, fit_whole
 from .._frames import (
     Columned,
     Frame,
@@ -32,7 +32,7 @@ from .._lazy import is_lazy, over_rows
 from .._shown import Shown
 from .._types import Array, Data, Indices, State, TrainedModel
 from ..checkpoint import check_path
-from ..data import as_data, check_row_order, holds_tensors
+from ..data import as_data, check_form, check_row_order, holds_tensors
 from ..files import Whole
 from ..inverter import HessianInverter
 from ..models import is_model
@@ -317,12 +317,13 @@ class InfluenceFunction(TakesCallbacks, Shown, Matrix, RowStatistics, RowTransfo
         if out is not None:
             hint = "What `transform` returns has `to_zarr` and `to_npy_stack`."
             raise ValueError(must_be("out", "None for Dask arrays", type(out).__name__, hint))
+        check_form(data)
         check_row_by_row(self.measurement, self.score_rtol)
         if self.checkpoint is not None and not os.path.isdir(self.checkpoint):
             hint = "Each block of test rows is a job of its own."
             raise ValueError(must_be("checkpoint for Dask arrays", "None or a folder", repr(self.checkpoint), hint))
         name = str(fitted.model.dtype).removeprefix("torch.")
-        return over_rows(self, "transform", data, self.n_samples_, np.dtype(name))
+        return over_rows(as_it_is(self), "transform", data, self.n_samples_, np.dtype(name))
 
     @property
     def score_error_(self) -> np.ndarray:

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import scipy.sparse.linalg
-from sklearn.base import TransformerMixin
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
 from .._arguments import check_fits_rows
 from .._fitting import SharesModel
-from .._lazy import is_lazy
+from .._lazy import StaysLazy, is_lazy
 from .._shown import Shown
 from .._types import Array, Data, RandomState, State
 from ..files import Saved
@@ -26,7 +25,7 @@ from ..system import Function
 __all__ = ["ChosenInverter"]
 
 
-class ChosenInverter(Shown, SharesModel, TransformerMixin, Saved):
+class ChosenInverter(Shown, SharesModel, StaysLazy, Saved):
     """Has the fitted attributes and the methods of ``inverter_``, where they say what they do.
 
     An attribute that the inverter lacks (``eigenvalues_`` of a method without a spectrum) is lacking here too.

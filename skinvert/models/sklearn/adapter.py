@@ -77,6 +77,7 @@ class SklearnTwiceDifferentiable(TorchTwiceDifferentiable):
             weights = check_sample_weight(sample_weight, len(targets))
             self.adopt(self._totals_of(targets, np.ones(len(targets)) if weights is None else weights))
 
+    # A list is rows.
     reads_pairs_alone = True
 
     @ordinary
