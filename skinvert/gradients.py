@@ -121,7 +121,7 @@ class PerSampleGradient(TakesCallbacks, Shown, SharesModel, RowTransformer):
 
     def _fit(self, X: object, y: object, sample_weight: object) -> None:
         model = self._at_point()
-        model.features = own_steps(model.features, with_any_targets(X if y is None else (X, y)))
+        model.features = own_steps(model.features, with_any_targets(X if y is None else (X, y), model))
         objective = Objective(model, self._batches(model, X, y, sample_weight, hold=False), self.verbose)
         warn_of_unreached(objective.unreached)
         self.loss_scale_, self.n_features_out_ = 1.0 if self._is_of_outputs else objective.scale, model.num_params

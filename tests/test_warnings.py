@@ -115,6 +115,15 @@ def a_singular_matrix():
     HessianInverter("direct").fit(np.eye(3)[:2].repeat(3, axis=0)).transform(np.ones((2, 3)))
 
 
+def a_direction_in_other_units():
+    X = np.random.default_rng(0).standard_normal((5, 2)) * [1e9, 1.0]
+    HessianInverter("direct").fit(np.c_[X, X[:, 1:]])
+
+
+def a_ggn_of_log_probabilities():
+    HessianInverter("direct", 0.1, curvature="ggn", loss="nll").fit(nn.Sequential(Net(), nn.LogSoftmax(1)), data())
+
+
 def few_restarts():
     HessianInverter(Arnoldi(rank=20, krylov_dimension=24, maxiter=2), 0.1).fit(
         np.random.default_rng(0).standard_normal((400, 300))
@@ -258,6 +267,8 @@ PLACES = [
     (negative_curvature, "methods/cg.py:_warn"),
     (an_indefinite_matrix, "methods/spectral_inverse.py:_warn_of_negative"),
     (a_singular_matrix, "methods/spectral_inverse.py:_warn_of_outside"),
+    (a_direction_in_other_units, "methods/spectral_inverse.py:_warn_of_units"),
+    (a_ggn_of_log_probabilities, "system.py:_warn_of_probabilities"),
     (few_restarts, "methods/arnoldi.py:_warn"),
     (an_inexact_factor, "methods/assembly.py:_judge"),
     (no_bound, "influence/certified.py:_warn_of_more"),
