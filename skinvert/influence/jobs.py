@@ -8,9 +8,8 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
-
-from ..checkpoint import Job, identity, product, random_row, resumes
+from ..checkpoint import resumes
+from ..identity import Job, Numbers, identity, numbers_of, product, random_row
 from ..inverter import HessianInverter
 from ..selection import HessianInverterCV
 from .fitted import Fitted
@@ -26,7 +25,7 @@ def job_of(pairs: Sequence[tuple[Fitted, RowSide | SetSide]], settings: Mapping[
     """Return the job that is made of each model and what is measured there, by ``settings``."""
     told = [_settled(fitted, side, settings) for fitted, side in pairs]
     settled = {name: hashlib.sha256(repr([each[name] for each in told]).encode()).hexdigest()[:16] for name in told[0]}
-    numbers: dict[str, torch.Tensor] = {}
+    numbers: dict[str, Numbers] = {}
     for i, (fitted, side) in enumerate(pairs):
         where = "" if len(pairs) == 1 else f", of model {i}"
         numbers |= {f"{name}{where}": values for name, values in _numbers(fitted, side).items()}
@@ -49,16 +48,16 @@ def _settled(fitted: Fitted, side: RowSide | SetSide, settings: Mapping[str, obj
     return identity(inverter.method_, fitted.system, own)
 
 
-def _numbers(fitted: Fitted, side: RowSide | SetSide) -> dict[str, torch.Tensor]:
-    """Return a product with the curvature, what the factorisation makes of it, and what is measured."""
-    A = fitted.system.curvature
-    found = {"code of the model or its loss": product(A), "code of the measurement": side.values()}
+def _numbers(fitted: Fitted, side: RowSide | SetSide) -> dict[str, Numbers]:
+    """Return a product with the curvature, what the factorisation makes of a row, and what is measured."""
+    system, values = fitted.system, side.values()
+    found = {"code of the model or its loss": product(system), "code of the measurement": numbers_of(values)}
     inverse = fitted.inverter.inverse_
     if inverse is not None and not inverse.keeps_operator:
         with warnings.catch_warnings():
             # The solutions that count warn for themselves.
             warnings.simplefilter("ignore")
-            found["inverse"] = inverse.apply(random_row(A))
+            found["inverse"] = numbers_of(inverse.apply(random_row(system.curvature)))
     return found
 
 

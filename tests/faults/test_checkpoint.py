@@ -21,6 +21,7 @@ from skinvert import HessianInverter, InfluenceFunction, SampledFisher, SampledG
 from skinvert.checkpoint import CheckpointFile
 from skinvert.curvature.layers import passes
 from skinvert.curvature.layers.probe import probe
+from skinvert.identity import Job
 from skinvert.methods import EKFAC, KFAC, Arnoldi, Nystroem
 from skinvert.persistence import HEADER_BYTES
 
@@ -306,6 +307,36 @@ def test_code_that_was_edited_in_between_is_refused(stopped, monkeypatch):
         inverter("ekfac", stopped).fit(Edited(), rows())
 
 
+class Unequal(nn.Module):
+    """Two outputs, of which one has large inputs, and the code of the other is another after ``factor`` is set."""
+
+    factor = 1.0
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.large, self.small = nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def forward(self, x):
+        return torch.cat([self.large(100 * x[:, :2]), Unequal.factor * self.small(x[:, 2:])], 1)
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+def test_code_that_was_edited_is_refused_where_little_depends_on_it(method, tmp_path, stop, monkeypatch):
+    X = rows(torch.float32)[0]
+    data, path = (X, X[:, 1:3].contiguous()), tmp_path / "fit"
+    stop(3)
+    with pytest.raises(StoppedError):
+        inverter(method, path, loss="mse").fit(Unequal(), data)
+    stop(None)
+    monkeypatch.setattr(Unequal, "factor", 1.1)
+    with pytest.raises(ValueError, match="another code of the model or its loss"):
+        inverter(method, path, loss="mse").fit(Unequal(), data)
+    monkeypatch.setattr(Unequal, "factor", 1.0)
+    expected = solution(inverter(method, loss="mse").fit(Unequal(), data), torch.float32)
+    assert torch.equal(solution(inverter(method, path, loss="mse").fit(Unequal(), data), torch.float32), expected)
+
+
 @pytest.mark.parametrize("package", ["skinvert", "torch"])
 def test_another_version_is_refused(package, stopped, monkeypatch):
     monkeypatch.setattr({"skinvert": skinvert, "torch": torch}[package], "__version__", "99.0")
@@ -480,7 +511,7 @@ def test_writes_take_a_twentieth_of_the_time(tmp_path, monkeypatch):
         spent[0] += 2.0
 
     monkeypatch.setattr(checkpoint, "save_state", save)
-    file = CheckpointFile(tmp_path / "fit", checkpoint.Job())
+    file = CheckpointFile(tmp_path / "fit", Job())
     for _ in range(10_000):
         now[0] += 0.1
         file.keep("stage", dict)

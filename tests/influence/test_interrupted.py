@@ -17,6 +17,7 @@ from torch import nn
 
 import skinvert
 from skinvert import HessianInverter, InfluenceFunction, checkpoint, persistence
+from skinvert.identity import Job
 from skinvert.influence import course
 from skinvert.methods import CG
 from skinvert.persistence import HEADER_BYTES
@@ -599,7 +600,7 @@ def test_a_file_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch):
     def refused(path, missing_ok=False):
         raise PermissionError(13, "no")
 
-    file = checkpoint.CheckpointFile(tmp_path / "scores", checkpoint.Job())
+    file = checkpoint.CheckpointFile(tmp_path / "scores", Job())
     with monkeypatch.context() as patch:
         patch.setattr(type(tmp_path), "unlink", refused)
         with pytest.warns(RuntimeWarning, match="The checkpoint was not removed"):
