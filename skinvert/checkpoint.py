@@ -16,7 +16,7 @@ from ._progress import say
 from ._schema import check_fields
 from ._telling import warn
 from ._types import State
-from .identity import Job, identity, product
+from .identity import Job, first_pass, identity, joined, product
 from .methods.base import Method
 from .persistence import load_state, save_state
 from .registry import InversionRegistry
@@ -94,7 +94,7 @@ def open_checkpoint(
     OSError
         Where it cannot be written.
     """
-    numbers = {"code of the model or its loss": product(system)}
+    numbers = {"code of the model or its loss": joined([product(system), *first_pass(system)])}
     return open_file(path, Job("fit", identity(method, system, settings), numbers), system.curvature.device, verbose)
 
 

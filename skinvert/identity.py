@@ -7,19 +7,32 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import sklearn
 import torch
 
 from ._checksum import checksum
-from .curvature import Curvature
+from .curvature import Curvature, Objective
 from .methods.base import Method
 from .models import TorchTwiceDifferentiable
 from .operators import LinearOperator
 from .system import Function, System
 
-__all__ = ["Job", "Numbers", "identity", "numbers_of", "product", "random_row"]
+__all__ = [
+    "Job",
+    "Numbers",
+    "evenly",
+    "first_pass",
+    "identity",
+    "joined",
+    "numbers_of",
+    "parts_of",
+    "product",
+    "random_row",
+    "signs",
+]
 
 # Sums of a part's entries; and by how many roundings of all of them a part may differ that rounding alone makes up.
 SUMS, ROUNDINGS = 8, 10
@@ -121,11 +134,11 @@ def _text(value: object) -> str:
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 
-def numbers_of(x: torch.Tensor, parts: Sequence[slice] = (slice(None),)) -> Numbers:
+def numbers_of(x: torch.Tensor, parts: Sequence[slice] = (slice(None),), rounded: float = 0.0) -> Numbers:
     """Return the numbers that tell x from others, by its parts.
 
     A part that is small beside the others counts by itself, down to what rounding makes of them: the derivatives by
-    some parameters are zero but for it.
+    some parameters are zero but for it. ``rounded`` is the norm of what x is a small rest of.
     """
     generator = torch.Generator("cpu").manual_seed(1)
     sums, norms, eps = torch.zeros(len(parts), SUMS, dtype=torch.float64, device="cpu"), [], torch.finfo(x.dtype).eps
@@ -137,7 +150,12 @@ def numbers_of(x: torch.Tensor, parts: Sequence[slice] = (slice(None),)) -> Numb
         for k, piece in enumerate(torch.tensor_split((u + u.sign()) * own, SUMS)):
             row[k] = piece.sum()
     size = torch.tensor(norms, dtype=torch.float64, device="cpu")
-    return Numbers(sums, 10 * eps**0.5 * size + ROUNDINGS * eps * size.norm())
+    return Numbers(sums, 10 * eps**0.5 * size + ROUNDINGS * eps * size.norm().clamp(min=rounded))
+
+
+def joined(numbers: Sequence[Numbers]) -> Numbers:
+    """Return the parts of all."""
+    return Numbers(torch.cat([own.sums for own in numbers]), torch.cat([own.allowed for own in numbers]))
 
 
 def random_row(A: LinearOperator) -> torch.Tensor:
@@ -146,15 +164,45 @@ def random_row(A: LinearOperator) -> torch.Tensor:
     return torch.randn(1, A.size, dtype=torch.float64, generator=generator, device="cpu").to(A.device, A.dtype)
 
 
+def signs(count: int, like: torch.Tensor) -> torch.Tensor:
+    """Return random signs (count,), always the same: a sum does not cancel then, as that of gradients at a minimum."""
+    generator = torch.Generator("cpu").manual_seed(2)
+    return (2 * torch.randint(2, (count,), generator=generator, device="cpu") - 1).to(like)
+
+
 def product(system: System) -> Numbers:
-    """Return the product of a random row: code of the model, or of its loss, that has changed shows in it."""
+    """Return the product of a random row with the curvature of the first batch."""
     A = system.curvature
     v = random_row(A)
-    if not isinstance(A, Curvature):
-        return numbers_of(A.apply(v), _parts(system))
-    batch, weights = next(iter(A.objective.batches))
-    return numbers_of(A.graph(batch, weights)(v), _parts(system))
+    if isinstance(A, Curvature):
+        batch, weights = next(iter(A.objective.batches))
+        return numbers_of(A.graph(batch, weights)(v), parts_of(system))
+    return numbers_of(A.apply(v), parts_of(system))
 
 
-def _parts(system: System) -> list[slice]:
+def first_pass(system: System) -> list[Numbers]:
+    """Return what the first pass over all the data has found: the gradient, and each batch's losses."""
+    objective = system.curvature.of_data if isinstance(system.curvature, Curvature) else None
+    if objective is None:
+        return []
+    if not isinstance(objective, Objective):
+        return [numbers_of(objective.gradient, parts_of(system))]
+    (batch, weights), sums = next(iter(objective.batches)), objective.loss_sums
+    losses = objective.losses(batch)
+    some = objective.model.gradient_of((losses * signs(len(losses), losses)).sum())
+    # Of -log(1 - t) the digits are those of 1.
+    ones = len(weights) * len(sums) ** 0.5
+    # At a minimum the gradient is a small rest of the rows'.
+    gradient = numbers_of(objective.gradient, parts_of(system), float(some.norm()) / len(losses) ** 0.5)
+    return [gradient, numbers_of(sums, evenly(len(sums)), ones)]
+
+
+def parts_of(system: System) -> list[slice]:
+    """Return where each parameter tensor lies in a row."""
     return [slice(None)] if system.layout is None else list(system.layout.slices.values())
+
+
+def evenly(count: int, most: int = 64) -> list[slice]:
+    """Return parts of so many numbers, all of about one length."""
+    stops = [count * k // most for k in range(most + 1)]
+    return [slice(start, stop) for start, stop in pairwise(stops) if stop > start]
