@@ -128,6 +128,10 @@ def _text(value: object) -> str:
         value = torch.from_numpy(np.array(value))
     if isinstance(value, torch.Tensor):
         return str(checksum(value))
+    if isinstance(value, torch.nn.Module) and type(value).__module__ == torch.nn.modules.loss.__name__:
+        # Their repr has no settings.
+        shown = [item for item in vars(value).items() if not item[0].startswith("_")]
+        return f"{value} {_text([sorted(shown, key=lambda item: item[0]), *value.buffers()])}"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from skinvert import HessianInverter
-from skinvert.identity import numbers_of
+from skinvert.identity import _text, numbers_of
 
 PARTS = [slice(0, 1000), slice(1000, 1003), slice(1003, 2000)]
 
@@ -87,3 +87,10 @@ def test_another_order_of_sums_is_no_other_code(curvature):
 
 def seeded():
     return torch.Generator().manual_seed(0)
+
+
+def test_the_settings_of_torchs_losses_tell():
+    settings = ({}, {"label_smoothing": 1e-6}, {"weight": torch.tensor([1.0, 2.0])})
+    losses = [nn.CrossEntropyLoss(**own) for own in settings]
+    assert len({_text(loss) for loss in losses}) == 3
+    assert _text(nn.CrossEntropyLoss()) == _text(nn.CrossEntropyLoss())

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from ..checkpoint import resumes
-from ..identity import Job, Numbers, identity, numbers_of, product, random_row
+from ..identity import Job, Numbers, evenly, identity, joined, numbers_of, parts_of, product, random_row
 from ..inverter import HessianInverter
 from ..selection import HessianInverterCV
 from .fitted import Fitted
@@ -18,7 +18,7 @@ from .sides import RowSide, SetSide
 __all__ = ["job_of", "with_own_checkpoint"]
 
 # Settings of an inverter that decide its solutions, beside those that its curvature and model show.
-DECISIVE = ("autocast", "blocks", "batch_size", "random_state")
+DECISIVE = ("autocast", "blocks", "batch_size", "loss", "random_state")
 
 
 def job_of(pairs: Sequence[tuple[Fitted, RowSide | SetSide]], settings: Mapping[str, object]) -> Job:
@@ -39,6 +39,7 @@ def _settled(fitted: Fitted, side: RowSide | SetSide, settings: Mapping[str, obj
         # A share of the mean eigenvalue may be found with other last digits.
         "hessian_perturbation": asked if isinstance(asked, str) else inverter.hessian_perturbation_,
         **{name: vars(inverter)[name] for name in DECISIVE},
+        "curvature setting": inverter.curvature,
         "measurement": fitted.measurement,
         "batch_size of test rows": fitted.batch_size,
         "memory": fitted.memory,
@@ -49,9 +50,13 @@ def _settled(fitted: Fitted, side: RowSide | SetSide, settings: Mapping[str, obj
 
 
 def _numbers(fitted: Fitted, side: RowSide | SetSide) -> dict[str, Numbers]:
-    """Return a product with the curvature, what the factorisation makes of a row, and what is measured."""
+    """Return a product and the rows' gradients, what the factorisation makes of a row, and what is measured."""
     system, values = fitted.system, side.values()
-    found = {"code of the model or its loss": product(system), "code of the measurement": numbers_of(values)}
+    places = parts_of(system)
+    found = {
+        "code of the model or its loss": joined([product(system), _mixed(fitted.training, places)]),
+        "code of the measurement": joined([numbers_of(values, evenly(len(values))), _mixed(side, places)]),
+    }
     inverse = fitted.inverter.inverse_
     if inverse is not None and not inverse.keeps_operator:
         with warnings.catch_warnings():
@@ -59,6 +64,10 @@ def _numbers(fitted: Fitted, side: RowSide | SetSide) -> dict[str, Numbers]:
             warnings.simplefilter("ignore")
             found["inverse"] = numbers_of(inverse.apply(random_row(system.curvature)))
     return found
+
+
+def _mixed(side: RowSide | SetSide, places: Sequence[slice]) -> Numbers:
+    return numbers_of(side.mixed_gradient(), places)
 
 
 @contextmanager
