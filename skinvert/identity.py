@@ -90,8 +90,13 @@ class Job:
         return other or [name for name, own in self.numbers.items() if not own.are(sums.get(name))]
 
 
-def identity(method: Method | Function, system: System, settings: Mapping[str, object]) -> dict[str, str]:
-    """Return what decides the result of a fit, by the words to name it by, each as a short text."""
+def identity(
+    method: Method | Function, system: System, settings: Mapping[str, object], to_the_bit: bool = True
+) -> dict[str, str]:
+    """Return what decides the result of a fit, by the words to name it by, each as a short text.
+
+    ``to_the_bit`` with what decides its last bits alone: batches, memory.
+    """
     A, model, batches = system.curvature, system.model, system.batches
     own: list[object] = [A.penalty]
     if isinstance(model, TorchTwiceDifferentiable):
@@ -99,7 +104,11 @@ def identity(method: Method | Function, system: System, settings: Mapping[str, o
         own += [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     elif model is not None:
         own += model.parameters
-    data: list[object] = [*A.gradient_rows()] if batches is None else [batches.checksums, batches.sample_weight]
+    data: list[object]
+    if batches is None:
+        data = [*A.gradient_rows()]
+    else:
+        data = [batches.checksums if to_the_bit else batches.row_checksums(), batches.sample_weight]
     given = method.get_params() if isinstance(method, Method) else {"function": method}
     placing = method.placing if isinstance(method, Method) else ()
     own_settings = {name: value for name, value in given.items() if name not in placing}
@@ -109,7 +118,7 @@ def identity(method: Method | Function, system: System, settings: Mapping[str, o
         "model": [type(model), model.module if isinstance(model, TorchTwiceDifferentiable) else None],
         "parameters": [system.layout, own],
         "data": [system.n_samples, data],
-        "working_memory": [sklearn.get_config()["working_memory"]],
+        **({"working_memory": [sklearn.get_config()["working_memory"]]} if to_the_bit else {}),
         **{name: [value] for name, value in settings.items()},
     }
     versions = {
