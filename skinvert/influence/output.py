@@ -91,6 +91,7 @@ def _file(path: Path, shape: tuple[int, int], dtype: np.dtype, job: Job) -> Dest
         if other := _differences(note, job):
             got = f"{path}, of others: another {', another '.join(other)}"
             raise ValueError(must_be("out", "a new file, or one of the same scores", got, WAY_OUT))
+        _check_whole(path, shape, dtype)
         return Destination(np.lib.format.open_memmap(path, mode="r+"), resumed=True)
     # The note first: a matrix without one is taken for another's.
     told = json.dumps({"job": dict(job.settled), "numbers": {name: own.tolist() for name, own in job.sums.items()}})
@@ -103,6 +104,21 @@ def _file(path: Path, shape: tuple[int, int], dtype: np.dtype, job: Job) -> Dest
         array.flush()
         del array
     return Destination(np.lib.format.open_memmap(path, mode="r+"), resumed=True)
+
+
+def _check_whole(path: Path, shape: tuple[int, int], dtype: np.dtype) -> None:
+    """Raise, before it is opened for writing, which would fill it up, unless a file is the whole matrix."""
+    must = f"a whole file of {dtype} of shape {shape}, as it was written"
+    try:
+        found: Array = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(must_be("out", must, f"{path}, a damaged one ({error})", WAY_OUT)) from error
+    size = path.stat().st_size
+    if found.shape != shape or found.dtype != dtype or not found.flags.c_contiguous:
+        raise ValueError(must_be("out", must, f"{path}, of {found.dtype} of shape {found.shape}", WAY_OUT))
+    if size != found.offset + found.nbytes:
+        got = f"{path}, of {size:,} bytes in place of {found.offset + found.nbytes:,}"
+        raise ValueError(must_be("out", must, got, WAY_OUT))
 
 
 def _differences(note: Path, job: Job) -> list[str]:

@@ -1,6 +1,7 @@
 """InfluenceFunction as an estimator: forms of data, frames, settings, files of scores, models left as they were."""
 
 import copy
+import os
 import pickle
 
 import numpy as np
@@ -372,6 +373,36 @@ def test_a_file_whose_note_is_none_of_ours_is_refused(note, tmp_path):
     (tmp_path / "scores.npy.json").write_text(note)
     with pytest.raises(ValueError, match="of others: another origin"):
         influence.transform(data, out=path)
+
+
+DAMAGES = {
+    "cut off": lambda path: os.truncate(path, path.stat().st_size - 480),
+    "by a byte": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + bytes(8)),
+    "empty": lambda path: path.write_bytes(b""),
+    "a header alone": lambda path: os.truncate(path, 128),
+    "text": lambda path: path.write_text("mine"),
+    "another shape": lambda path: np.save(path, np.zeros((2, 2), np.float32)),
+    "another dtype": lambda path: np.save(path, np.zeros((12, 12))),
+    "another order": lambda path: np.save(path, np.zeros((12, 12), np.float32, order="F")),
+    "objects": lambda path: np.save(path, np.array([None])),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_is_not_whole_is_refused_and_left(damage, tmp_path):
+    path, (net, data) = tmp_path / "scores.npy", small()
+    influence = InfluenceFunction(own()).fit(net, data)
+    influence.transform(data, out=path)
+    DAMAGES[damage](path)
+    before = path.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"out must be a whole file of float32 of shape \(12, 12\).*Delete it, or give"
+    ):
+        influence.transform(data, out=path)
+    assert path.read_bytes() == before
+    path.unlink()
+    np.testing.assert_array_equal(influence.transform(data, out=path), influence.transform(data))
 
 
 def test_too_large_a_matrix_is_told_before(case, monkeypatch):
