@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["checksum"]
+__all__ = ["RowChecksum", "checksum"]
 
 
 def checksum(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -17,6 +17,28 @@ def checksum(tensor: torch.Tensor) -> tuple[Any, ...]:
     flat = flat.as_strided(flat.shape, (1,))
     value = zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.device.type == "cpu" else _on_device(flat)
     return tuple(tensor.shape), str(tensor.dtype), value
+
+
+class RowChecksum:
+    """A checksum of rows, the same however they are split among the tensors that it is told.
+
+    Attributes
+    ----------
+    value : int
+        Of the rows so far.
+    """
+
+    def __init__(self) -> None:
+        self.value, self._kind = 0, ""
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Take further rows; of a number that rows share, the number."""
+        kind = f"{tensor.dtype} {tuple(tensor.shape[1:])}" if tensor.ndim else f"{tensor.dtype} {tensor.item()!r}"
+        if kind != self._kind:
+            self.value, self._kind = zlib.crc32(kind.encode(), self.value), kind
+        if tensor.ndim:
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            self.value = zlib.crc32(flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data, self.value)
 
 
 def _on_device(flat: torch.Tensor) -> tuple[int, int]:

@@ -4,42 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import sklearn
 import torch
 
 from ._check import must_be
 from ._checkpoint import Checkpoint
-from ._checksum import checksum
 from ._progress import say
 from ._schema import check_fields
 from ._telling import warn
 from ._types import State
-from .curvature import Curvature
+from .identity import Job, first_pass, identity, joined, product
 from .methods.base import Method
-from .models import TorchTwiceDifferentiable
-from .operators import LinearOperator
 from .persistence import load_state, save_state
 from .registry import InversionRegistry
 from .system import Function, System, is_method
 
 __all__ = [
     "CheckpointFile",
-    "Job",
     "check_checkpoint",
     "check_path",
-    "identity",
     "open_checkpoint",
     "open_file",
-    "product",
-    "random_row",
     "resumes",
 ]
 
@@ -49,25 +37,6 @@ FIELDS = {"job": "plain", "numbers": "state", "stages": "state"}
 EVERY, SHARE = 1.0, 0.05
 # And until the next attempt after one that failed.
 RETRY = 60.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """What tells one job from others.
-
-    Parameters
-    ----------
-    what : str
-        The word for it.
-    settled : mapping of str to str
-        What decides its result, by the words to name it by, each as a short text.
-    numbers : mapping of str to tensor
-        What it computes first, which must be the same to the half of its digits: code that has changed shows in it.
-    """
-
-    what: str = "job"
-    settled: Mapping[str, str] = field(default_factory=dict)
-    numbers: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def check_path(path: object) -> None:
@@ -125,7 +94,7 @@ def open_checkpoint(
     OSError
         Where it cannot be written.
     """
-    numbers = {"code of the model or its loss": product(system.curvature)}
+    numbers = {"code of the model or its loss": joined([product(system), *first_pass(system)])}
     return open_file(path, Job("fit", identity(method, system, settings), numbers), system.curvature.device, verbose)
 
 
@@ -196,7 +165,7 @@ class CheckpointFile(Checkpoint):
         """Write the states as they are."""
         start = time.monotonic()
         stages = {name: state if isinstance(state, dict) else state() for name, state in self.stages.items()}
-        told = {"job": dict(self.job.settled), "numbers": dict(self.job.numbers), "stages": stages}
+        told = {"job": dict(self.job.settled), "numbers": self.job.sums, "stages": stages}
         save_state(self.path, KIND, told, FIELDS)
         now = time.monotonic()
         self._due = now + max(EVERY, (now - start) * (1 - SHARE) / SHARE)
@@ -241,88 +210,18 @@ class _Part(Checkpoint):
         return _Part(self, part)
 
 
-# -- of which job ------------------------------------------------------------------------------------------------------
-
-
-def identity(method: Method | Function, system: System, settings: Mapping[str, object]) -> dict[str, str]:
-    """Return what decides the result of a fit, by the words to name it by, each as a short text."""
-    A, model, batches = system.curvature, system.model, system.batches
-    own: list[object] = [A.penalty]
-    if isinstance(model, TorchTwiceDifferentiable):
-        module = model.module
-        own += [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    elif model is not None:
-        own += model.parameters
-    data: list[object] = [*A.gradient_rows()] if batches is None else [batches.checksums, batches.sample_weight]
-    given = method.get_params() if isinstance(method, Method) else {"function": method}
-    placing = method.placing if isinstance(method, Method) else ()
-    own_settings = {name: value for name, value in given.items() if name not in placing}
-    parts = {
-        "method": [type(method), sorted(own_settings.items(), key=lambda item: item[0])],
-        "curvature": [system.curvature_name, A.dtype, A.device.type],
-        "model": [type(model), model.module if isinstance(model, TorchTwiceDifferentiable) else None],
-        "parameters": [system.layout, own],
-        "data": [system.n_samples, data],
-        "working_memory": [sklearn.get_config()["working_memory"]],
-        **{name: [value] for name, value in settings.items()},
-    }
-    versions = {
-        "skinvert": vars(sys.modules[__name__.partition(".")[0]])["__version__"],
-        "torch": str(torch.__version__),
-    }
-    told = {name: hashlib.sha256(_text(part).encode()).hexdigest()[:16] for name, part in parts.items()}
-    return {**{f"version of {name}": version for name, version in versions.items()}, **told}
-
-
-def _text(value: object) -> str:
-    """Return a text that is the same in every run: numbers by their checksums, functions without their addresses."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_text, value))}]"
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        value = torch.from_numpy(np.array(value))
-    if isinstance(value, torch.Tensor):
-        return str(checksum(value))
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-
-
-def random_row(A: LinearOperator) -> torch.Tensor:
-    """Return a row (1, p) of random numbers, always the same."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    return torch.randn(1, A.size, dtype=torch.float64, generator=generator, device="cpu").to(A.device, A.dtype)
-
-
-def product(A: LinearOperator) -> torch.Tensor:
-    """Return the product (1, p) of a random row: code of the model, or of its loss, that has changed shows in it."""
-    v = random_row(A)
-    if not isinstance(A, Curvature):
-        return A.apply(v)
-    batch, weights = next(iter(A.objective.batches))
-    return A.graph(batch, weights)(v)
-
-
 def _read(path: Path, job: Job, device: torch.device) -> dict[str, State | Callable[[], State]]:
     """Return the states in a file of this job; ValueError for any other file."""
     try:
         _, found = load_state(path, {KIND: (FIELDS, frozenset())}, device)
     except ValueError as error:
         raise ValueError(_refusal(path, job, "another file, or a damaged one")) from error
-    known = found["job"] if isinstance(found["job"], dict) else {}
-    other = [name for name in {**job.settled, **known} if known.get(name) != job.settled.get(name)]
-    other = other or [name for name, own in job.numbers.items() if not _is_near(found["numbers"].get(name), own)]
-    if other:
+    if other := job.differences(found["job"], found["numbers"]):
         raise ValueError(_refusal(path, job, f"that of one with another {', another '.join(other)}"))
     stages = found["stages"]
     if not all(isinstance(state, dict) and all(isinstance(name, str) for name in state) for state in stages.values()):
         raise ValueError(_refusal(path, job, "one whose stages have no states"))
     return stages
-
-
-def _is_near(found: object, own: torch.Tensor) -> bool:
-    """Return whether numbers are the same but for what another machine rounds."""
-    if not isinstance(found, torch.Tensor) or found.shape != own.shape or found.dtype != own.dtype:
-        return False
-    rtol = 10 * torch.finfo(own.dtype).eps ** 0.5
-    return torch.equal(found, own) or bool((found - own).norm() <= rtol * own.norm())
 
 
 def _refusal(path: Path, job: Job, got: str) -> str:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from skinvert._checksum import _on_device, checksum
+from skinvert._checksum import RowChecksum, _on_device, checksum
 
 CHANGES = {
     "value": lambda t: t.index_put((torch.tensor([3]), torch.tensor([1])), t[3, 1] + 1),
@@ -33,3 +33,20 @@ def test_no_numbers_and_a_bool_have_one():
 def test_a_single_number_with_a_stride_has_that_of_one_without():
     one = torch.tensor([1.0, 2.0, 3.0, 4.0])[1::3]
     assert one.stride() == (3,) and checksum(one) == checksum(torch.tensor([2.0]))
+
+
+@pytest.mark.parametrize("split", [1, 3, 12])
+def test_rows_have_one_checksum_in_whatever_batches(split):
+    X, X2 = torch.arange(24.0).reshape(12, 2), torch.arange(24.0).reshape(12, 2)
+    X2[7, 1] += 1e-5
+
+    def told(*tensors):
+        found = RowChecksum()
+        for tensor in tensors:
+            found.add(tensor)
+        return found.value
+
+    assert told(*X.split(split)) == told(X) == told(*X.split([5, 7]))
+    assert told(*X2.split(split)) == told(X2)
+    others = [X2, X.flip(0), X[1:], X.reshape(24), X.reshape(8, 3), X.double(), torch.tensor(1.0), torch.tensor(2.0)]
+    assert len({told(other) for other in [X, *others]}) == len(others) + 1

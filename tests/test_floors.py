@@ -66,6 +66,7 @@ FLOORS = {
     "answers": 3.3,
     "persistence": 3.3,
     "files": 3.3,
+    "identity": 3.3,
     "checkpoint": 3.3,
     "columns": 3.3,
     "at_hand": 3.3,

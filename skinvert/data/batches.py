@@ -12,7 +12,7 @@ import torch
 
 from .._autograd import own_tensor
 from .._check import all_finite, check_sample_weight, finite_rows, must_be, to_plain_array
-from .._checksum import checksum
+from .._checksum import RowChecksum, checksum
 from .._distributed import Ranks
 from .._memory import working_memory
 from .._types import Batch
@@ -74,6 +74,16 @@ class Batches:
         if self.kept is not None:
             return self.kept
         return (_to_tensors(batch, self.dtype, self.device) for batch in self.source())
+
+    def row_checksums(self) -> list[int]:
+        """Return checksums of the rows, the same whatever the batches that they come in, by a pass over the data."""
+        found: dict[int, RowChecksum] = {}
+        for batch in self.raw():
+            tensors: list[torch.Tensor] = []
+            map_tensors(tensors.append, batch)
+            for place, tensor in enumerate(tensors):
+                found.setdefault(place, RowChecksum()).add(tensor)
+        return [each.value for each in found.values()]
 
     def take(self, indices: torch.Tensor) -> Batches:
         """Return the samples ``indices`` (m,) with their weights; a sample may be taken more than once.

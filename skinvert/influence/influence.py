@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -46,7 +47,7 @@ from .largest import Largest
 from .matrix import Matrix
 from .measurements import Measurement, check_row_by_row
 from .normalized import NORMS
-from .output import Out, destination, fingerprint
+from .output import Out, destination
 from .sides import moved
 from .statistics import RowStatistics
 
@@ -303,8 +304,9 @@ class InfluenceFunction(TakesCallbacks, Shown, Matrix, RowStatistics, RowTransfo
             scores = self._mean(lambda member, part: member._matrix(data, checkpoint=part), checkpoint)
             if out is None:
                 return self._labelled(self._back(scores, data), data)
-            known_by = fingerprint([type(self).__name__], [scores])
-            target = destination(out, (len(scores), self.n_samples_), scores.dtype, scores.device, known_by)
+            shape = (len(scores), self.n_samples_)
+            job = partial(self._scores_of, self._pairs(data))
+            target = destination(out, shape, scores.dtype, scores.device, job)
             target.write(slice(None), slice(None), scores)
             return self._labelled(target.close(), data)
 

@@ -6,6 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Self
 
 import torch
@@ -16,6 +17,7 @@ from .._memory import check_memory, readable
 from .._progress import progress_by, say
 from .._types import Array
 from ..checkpoint import check_path, open_file
+from ..identity import Job
 from ..inverter import HessianInverter
 from ..methods.quadratic import Certificate
 from .certified import Bounded, certified_blocks
@@ -24,9 +26,9 @@ from .fitted import Fitted
 from .jobs import job_of
 from .largest import Largest
 from .normalized import normalized
-from .output import Out, destination, fingerprint
+from .output import Out, destination
 from .scoring import Block, blocks, shifted_blocks
-from .sides import Side
+from .sides import RowSide, SetSide, Side
 
 __all__ = ["Matrix"]
 
@@ -51,8 +53,8 @@ class Matrix(ABC):
             needed, way_out = 2 * test.count * n * dtype.itemsize, "Try `top`, which holds none, or `out`."
             check_memory(needed, f"{test.count:,} × {n:,} scores", way_out, fitted.model.device)
         self._say(fitted, test.count)
-        known_by = "" if out is None else self._fingerprint(fitted, test)
-        scores = destination(out, (test.count, n), dtype, fitted.model.device, known_by)
+        job = partial(self._scores_of, [(fitted, test)])
+        scores = destination(out, (test.count, n), dtype, fitted.model.device, job)
         kept: list[Kept] = []
         if checkpoint.keeps:
             # What no block has filled is no one's memory.
@@ -115,14 +117,18 @@ class Matrix(ABC):
         chunk = f"{min(fitted.most, n if solved == 'training' else n_test):,} {solved} rows are solved at once"
         say(f"scores: {n_test:,} × {n:,}, {readable(n_test * n * size)}; {chunk}", self.verbose)
 
-    def _fingerprint(self, fitted: Fitted, test: Side) -> str:
-        inverter = self.inverter_
-        own = (self.removal, self.normalize, self.score_rtol)
-        seed = inverter.random_state if isinstance(inverter.random_state, int) else None
-        names = ("curvature_name_", "blocks", "params", "autocast")
-        settings = [*own, inverter.method_, *(getattr(inverter, name) for name in names), seed]
-        shift = torch.tensor([inverter.hessian_perturbation_])
-        return fingerprint(settings, [shift, test.values(), fitted.training.values()])
+    def _scores_of(self, pairs: Sequence[tuple[Fitted, RowSide | SetSide]]) -> Job:
+        """Return what tells a file of scores from others, whatever its batches and the memory."""
+        return job_of(pairs, self._decisive, to_the_bit=False)
+
+    @property
+    def _decisive(self) -> dict[str, object]:
+        return {"removal": self.removal, "normalize": self.normalize, "score_rtol": self.score_rtol}
+
+    def _pairs(self, data: object) -> list[tuple[Fitted, RowSide | SetSide]]:
+        """Return each model, and what is measured there of test rows; None are the training rows."""
+        all_fitted = [member._fitted() for member in self._members()]
+        return [(each, each.measured_training if data is None else each.test(data)) for each in all_fitted]
 
     @contextmanager
     def _job(self, what: str, data: object = None, **settings: object) -> Iterator[Checkpoint]:
@@ -134,10 +140,8 @@ class Matrix(ABC):
         if self.checkpoint is None:
             yield NOWHERE
             return
-        all_fitted = [member._fitted() for member in self._members()]
-        pairs = [(each, each.measured_training if data is None else each.test(data)) for each in all_fitted]
-        decisive = {"removal": self.removal, "normalize": self.normalize, "score_rtol": self.score_rtol}
-        job = job_of(pairs, {"kind of result": what, **decisive, **settings})
+        pairs = self._pairs(data)
+        job = job_of(pairs, {"kind of result": what, **self._decisive, **settings})
         checkpoint = open_file(self.checkpoint, job, pairs[0][0].model.device, self.verbose)
         yield checkpoint
         checkpoint.remove()

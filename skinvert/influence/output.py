@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -15,9 +14,12 @@ import torch
 
 from .._check import must_be, resolve_dtype
 from .._types import Array
+from ..identity import Job
 from ..persistence import replacing
 
-__all__ = ["Destination", "Out", "destination", "fingerprint"]
+__all__ = ["Destination", "Out", "destination"]
+
+WAY_OUT = "Delete it, or give another name."
 
 
 @runtime_checkable
@@ -69,9 +71,9 @@ class Destination:
 
 
 def destination(
-    out: Out, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, known_by: str
+    out: Out, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, job: Callable[[], Job]
 ) -> Destination:
-    """Return where scores of this shape go; ``known_by`` tells one computation from another, of a file."""
+    """Return where scores of this shape go; the ``job`` tells one computation from another, of a file."""
     if out is None:
         return Destination(torch.empty(shape, dtype=dtype, device=device))
     if isinstance(out, Writable):
@@ -87,20 +89,22 @@ def destination(
     if not isinstance(out, str | os.PathLike) or Path(out).suffix != ".npy":
         must = "None, a path that ends in .npy, or an array to write to"
         raise ValueError(must_be("out", must, repr(out)))
-    return _file(Path(out), shape, torch.empty(0, dtype=dtype, device="cpu").numpy().dtype, known_by)
+    return _file(Path(out), shape, torch.empty(0, dtype=dtype, device="cpu").numpy().dtype, job())
 
 
-def _file(path: Path, shape: tuple[int, int], dtype: np.dtype, known_by: str) -> Destination:
+def _file(path: Path, shape: tuple[int, int], dtype: np.dtype, job: Job) -> Destination:
     """Return the file of a matrix: an unfinished one is gone on with, one of another computation refused."""
     note = path.with_name(path.name + ".json")
     if path.exists():
-        if not note.exists() or note.read_text(encoding="utf-8") != _told(known_by):
-            hint = "Delete it, or give another name."
-            raise ValueError(must_be("out", "a new file, or one of the same scores", f"{path}, of others", hint))
+        if other := _differences(note, job):
+            got = f"{path}, of others: another {', another '.join(other)}"
+            raise ValueError(must_be("out", "a new file, or one of the same scores", got, WAY_OUT))
+        _check_whole(path, shape, dtype)
         return Destination(np.lib.format.open_memmap(path, mode="r+"), resumed=True)
     # The note first: a matrix without one is taken for another's.
-    with replacing(note, len(known_by)) as temporary:
-        temporary.write_text(_told(known_by), encoding="utf-8")
+    told = json.dumps({"job": dict(job.settled), "numbers": {name: own.tolist() for name, own in job.sums.items()}})
+    with replacing(note, len(told)) as temporary:
+        temporary.write_text(told, encoding="utf-8")
     # Whole or not at all: of a file that was cut off the zeros that no one has filled would count as scores.
     with replacing(path, math.prod(shape) * dtype.itemsize) as temporary:
         array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
@@ -110,13 +114,28 @@ def _file(path: Path, shape: tuple[int, int], dtype: np.dtype, known_by: str) ->
     return Destination(np.lib.format.open_memmap(path, mode="r+"), resumed=True)
 
 
-def _told(known_by: str) -> str:
-    return json.dumps({"scores": known_by})
+def _check_whole(path: Path, shape: tuple[int, int], dtype: np.dtype) -> None:
+    """Raise, before it is opened for writing, which would fill it up, unless a file is the whole matrix."""
+    must = f"a whole file of {dtype} of shape {shape}, as it was written"
+    try:
+        found: Array = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(must_be("out", must, f"{path}, a damaged one ({error})", WAY_OUT)) from error
+    size = path.stat().st_size
+    if found.shape != shape or found.dtype != dtype or not found.flags.c_contiguous:
+        raise ValueError(must_be("out", must, f"{path}, of {found.dtype} of shape {found.shape}", WAY_OUT))
+    if size != found.offset + found.nbytes:
+        got = f"{path}, of {size:,} bytes in place of {found.offset + found.nbytes:,}"
+        raise ValueError(must_be("out", must, got, WAY_OUT))
 
 
-def fingerprint(settings: Sequence[object], parts: Sequence[torch.Tensor]) -> str:
-    """Return what tells a computation from others: its settings, and numbers of it to six digits."""
-    digest = hashlib.sha256(repr(list(settings)).encode())
-    for part in parts:
-        digest.update(" ".join(f"{value:.5e}" for value in part.detach().reshape(-1).tolist()).encode())
-    return digest.hexdigest()
+def _differences(note: Path, job: Job) -> list[str]:
+    """Return the words for what the scores of a note have otherwise than the ``job``."""
+    try:
+        told = json.loads(note.read_text(encoding="utf-8"))
+        sums = {name: torch.tensor(own, dtype=torch.float64, device="cpu") for name, own in told["numbers"].items()}
+        return job.differences(told["job"], sums)
+    except FileNotFoundError:
+        return [f"origin, as there is no {note.name}"]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return [f"origin, as {note.name} is none that was written with scores"]

@@ -15,6 +15,7 @@ from .._progress import progress_by
 from .._types import Batch
 from ..curvature import derivatives_along, gradient_rows, most_directions, split_batch
 from ..data import Batches
+from ..identity import signs
 from ..models import TorchTwiceDifferentiable, leading_length, map_tensors
 from ..models.structural_copy import structural_copy
 from .measurements import Measurement, RowMeasurement, SetMeasurement, all_outputs
@@ -76,6 +77,13 @@ class Side(Gradients):
         """Return the values (count,)."""
 
     @abstractmethod
+    def mixed_gradient(self) -> torch.Tensor:
+        """Return the gradient (p,) of the values' sum under random signs, which are always the same.
+
+        It tells the gradients by one pass over the rows, also where those of all add up to zero.
+        """
+
+    @abstractmethod
     def at(self, step: torch.Tensor) -> Side:
         """Return the same of θ + ``step`` (p,)."""
 
@@ -132,6 +140,15 @@ class RowSide(Side):
         """Return the values."""
         found = [shares * self._values(batch) for _, batch, shares in self.parts()]
         return torch.cat(found)
+
+    def mixed_gradient(self) -> torch.Tensor:
+        """Return the gradient of the values' sum under random signs."""
+        total = torch.zeros(self.model.num_params, dtype=self.model.dtype, device=self.model.device)
+        own, values = signs(self.count, total), self.measurement.of(self.model)
+        for place, batch, shares in self._parts(None):
+            outputs = self.model.forward(map_tensors(torch.clone, batch))
+            total += self.model.gradient_of((values(outputs, batch) * shares * own[place]).sum())
+        return total
 
     def at(self, step: torch.Tensor) -> RowSide:
         """Return the same of θ + ``step``, without a bar: it is one of many."""
@@ -240,6 +257,14 @@ class SetSide(Side):
         """Return the numbers."""
         outputs, targets = all_outputs(self.model, self.batches)
         return torch.stack([_number(function, outputs, targets).detach() for function in self.measurement.functions])
+
+    def mixed_gradient(self) -> torch.Tensor:
+        """Return the gradient of the numbers' sum under random signs."""
+        outputs, targets = all_outputs(self.model, self.batches)
+        free = outputs.requires_grad_(True)
+        numbers = torch.stack([_number(function, free, targets) for function in self.measurement.functions])
+        (signal,) = torch.autograd.grad((numbers * signs(self.count, numbers)).sum(), free)
+        return self._pulled(signal)
 
     def at(self, step: torch.Tensor) -> SetSide:
         """Return the same of θ + ``step``."""

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from .._types import State
-from ..checkpoint import CheckpointFile, Job
+from ..checkpoint import CheckpointFile
 from ..encoding import Writer, decode_state
+from ..identity import Job
 
 __all__ = ["Recorded"]
 

@@ -19,8 +19,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import skinvert
 from skinvert import HessianInverter, InfluenceFunction, SampledFisher, SampledGGN, checkpoint, persistence
 from skinvert.checkpoint import CheckpointFile
+from skinvert.curvature import Objective
 from skinvert.curvature.layers import passes
 from skinvert.curvature.layers.probe import probe
+from skinvert.identity import Job
 from skinvert.methods import EKFAC, KFAC, Arnoldi, Nystroem
 from skinvert.persistence import HEADER_BYTES
 
@@ -306,6 +308,96 @@ def test_code_that_was_edited_in_between_is_refused(stopped, monkeypatch):
         inverter("ekfac", stopped).fit(Edited(), rows())
 
 
+class Unequal(nn.Module):
+    """Two outputs, of which one has large inputs, and the code of the other is another after ``factor`` is set."""
+
+    factor = 1.0
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.large, self.small = nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def forward(self, x):
+        return torch.cat([self.large(100 * x[:, :2]), Unequal.factor * self.small(x[:, 2:])], 1)
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+def test_code_that_was_edited_is_refused_where_little_depends_on_it(method, tmp_path, stop, monkeypatch):
+    X = rows(torch.float32)[0]
+    data, path = (X, X[:, 1:3].contiguous()), tmp_path / "fit"
+    stop(3)
+    with pytest.raises(StoppedError):
+        inverter(method, path, loss="mse").fit(Unequal(), data)
+    stop(None)
+    monkeypatch.setattr(Unequal, "factor", 1.1)
+    with pytest.raises(ValueError, match="another code of the model or its loss"):
+        inverter(method, path, loss="mse").fit(Unequal(), data)
+    monkeypatch.setattr(Unequal, "factor", 1.0)
+    expected = solution(inverter(method, loss="mse").fit(Unequal(), data), torch.float32)
+    assert torch.equal(solution(inverter(method, path, loss="mse").fit(Unequal(), data), torch.float32), expected)
+
+
+def weighted(*factors):
+    """Return a loss with a factor for each class."""
+    factors = torch.tensor(factors, dtype=torch.float64)
+    return lambda outputs, targets: factors[targets] * nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac", "arnoldi", "nystroem"])
+def test_a_loss_that_was_edited_for_later_rows_alone_is_refused(method, tmp_path, stop):
+    (X, _), path, y = rows(), tmp_path / "fit", torch.arange(32) // 11
+
+    def fit(loss, path=None):
+        return inverter(method, path, loss=loss).fit(Edited(), (X, y))
+
+    stop(2)
+    with pytest.raises(StoppedError):
+        fit(weighted(1, 1, 1), path)
+    stop(None)
+    with pytest.raises(ValueError, match="another code of the model or its loss"):
+        fit(weighted(1, 1, 1.01), path)
+    assert torch.equal(solution(fit(weighted(1, 1, 1), path)), solution(fit(weighted(1, 1, 1))))
+
+
+def sure():
+    """Return a net whose losses, of 1e-6, have one digit in float32."""
+    torch.manual_seed(0)
+    net, X = nn.Linear(4, 3, bias=False), torch.randn(32, 4)
+    best = net(X).topk(2).values
+    with torch.no_grad():
+        X *= (14 / (best[:, 0] - best[:, 1]))[:, None]
+    return net, (X, net(X).argmax(1)), "cross_entropy"
+
+
+def at_its_minimum():
+    """Return a net whose gradient has no digit in float32."""
+    torch.manual_seed(0)
+    net, X, Y = nn.Linear(4, 3, bias=False), torch.randn(32, 4), torch.randn(32, 3)
+    with torch.no_grad():
+        net.weight.copy_(torch.linalg.lstsq(X.double(), Y.double()).solution.mT)
+    return net, (X, Y), "mse"
+
+
+@pytest.mark.parametrize("problem", [sure, at_its_minimum])
+def test_what_rounding_makes_of_losses_and_gradient_is_no_other_code(problem, tmp_path, stop, monkeypatch):
+    (net, data, loss), path, add = problem(), tmp_path / "fit", Objective._add
+    stop(2)
+    with pytest.raises(StoppedError):
+        inverter("ekfac", path, loss=loss).fit(net, data)
+    stop(None)
+
+    def otherwise(self, batch, weights, index, rows):
+        # As sums in another order.
+        found, eps = add(self, batch, weights, index, rows), torch.finfo(torch.float32).eps
+        self.gradient += eps * torch.randn_like(self.gradient)
+        return found + eps * torch.randn(())
+
+    monkeypatch.setattr(Objective, "_add", otherwise)
+    inverter("ekfac", path, loss=loss).fit(net, data)
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("package", ["skinvert", "torch"])
 def test_another_version_is_refused(package, stopped, monkeypatch):
     monkeypatch.setattr({"skinvert": skinvert, "torch": torch}[package], "__version__", "99.0")
@@ -480,7 +572,7 @@ def test_writes_take_a_twentieth_of_the_time(tmp_path, monkeypatch):
         spent[0] += 2.0
 
     monkeypatch.setattr(checkpoint, "save_state", save)
-    file = CheckpointFile(tmp_path / "fit", checkpoint.Job())
+    file = CheckpointFile(tmp_path / "fit", Job())
     for _ in range(10_000):
         now[0] += 0.1
         file.keep("stage", dict)

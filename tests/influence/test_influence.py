@@ -1,6 +1,7 @@
 """InfluenceFunction as an estimator: forms of data, frames, settings, files of scores, models left as they were."""
 
 import copy
+import os
 import pickle
 
 import numpy as np
@@ -22,7 +23,7 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
-from skinvert import HessianInverter, HessianInverterCV, InfluenceFunction, PerSampleGradient
+from skinvert import HessianInverter, HessianInverterCV, InfluenceFunction, PerSampleGradient, SampledGGN
 from skinvert.influence import Accuracy
 
 INVERTER = HessianInverter("direct", 50.0, loss="cross_entropy")
@@ -420,6 +421,124 @@ def test_a_file_of_others_is_refused(case, tmp_path):
         influence.transform(case.data, out=tmp_path / "scores.txt")
     with pytest.raises(ValueError, match="of shape"):
         influence.transform(case.data, out=np.empty((12, 13)))
+
+
+def small(dtype=torch.float32, change=1.0):
+    """Return a net without weights, which gives rows of all inputs one loss."""
+    torch.manual_seed(0)
+    X, y = torch.randn(12, 4), torch.randint(3, (12,))
+    net = nn.Linear(4, 3)
+    nn.init.zeros_(net.weight)
+    X[:, 1] *= change
+    return net.to(dtype), (X.to(dtype), y)
+
+
+def own(**settings):
+    return HessianInverter("direct", **{"hessian_perturbation": 0.1, "loss": "cross_entropy", **settings})
+
+
+def drawn(seed):
+    return SampledGGN(1, random_state=seed)
+
+
+LOSSES = [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.3)]
+OTHER_FITS = {
+    "weight decay": (lambda: own(), lambda: own(weight_decay=0.5), {}),
+    "weight decay of a part": (lambda: own(weight_decay={"weight": 0.5}), lambda: own(weight_decay={"bias": 0.5}), {}),
+    "dtype": (lambda: own(), lambda: own(dtype=torch.float64), {}),
+    "draws": (
+        lambda: own(curvature=SampledGGN(1, random_state=0)),
+        lambda: own(curvature=SampledGGN(1, random_state=5)),
+        {},
+    ),
+    "loss": (lambda: own(loss=LOSSES[0]), lambda: own(loss=LOSSES[1]), {"measurement": "margin"}),
+    "method": (lambda: own(), lambda: own().set_params(method="kfac"), {}),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_FITS)
+def test_the_file_of_another_fit_is_refused(case, tmp_path):
+    path, (first, then, settings) = tmp_path / "scores.npy", OTHER_FITS[case]
+    net, data = small()
+    InfluenceFunction(first(), **settings).fit(net, data).transform(data, out=path)
+    before = path.read_bytes()
+    other = InfluenceFunction(then(), **settings).fit(net, data)
+    with pytest.raises(ValueError, match="of others: another"):
+        other.transform(data, out=path)
+    assert path.read_bytes() == before
+
+
+def test_the_file_of_another_penalty_of_a_scikit_learn_model_is_refused(tmp_path):
+    net, data = small(torch.float64)
+    X, y = (part.numpy() for part in data)
+    one = LogisticRegression().fit(X, y)
+    other = copy.deepcopy(one).set_params(C=0.01)
+    inverter, path = HessianInverter("direct"), tmp_path / "scores.npy"
+    InfluenceFunction(inverter).fit(one, (X, y)).transform(X, y, out=path)
+    with pytest.raises(ValueError, match="another parameters"):
+        InfluenceFunction(inverter).fit(other, (X, y)).transform(X, y, out=path)
+
+
+@pytest.mark.parametrize(("of", "message"), [("training", "another data"), ("test", "another test data")])
+def test_the_file_of_other_inputs_of_the_same_losses_is_refused(of, message, tmp_path):
+    path, (net, data), (_, other) = tmp_path / "scores.npy", small(), small(change=3.0)
+    InfluenceFunction(own()).fit(net, data).transform(data, out=path)
+    again = InfluenceFunction(own()).fit(net, other if of == "training" else data)
+    with pytest.raises(ValueError, match=message):
+        again.transform(other if of == "test" else data, out=path)
+
+
+@pytest.mark.parametrize("method", ["direct", "cg", "kfac"])
+def test_a_file_is_resumed_in_other_batches(method, tmp_path):
+    path, (net, data) = tmp_path / "scores.npy", small()
+    batched = clone(own(batch_size=5)).set_params(method=method)
+    whole = InfluenceFunction(batched, batch_size=2, memory=1).fit(net, data).transform(data, out=path)
+    whole[3:] = np.nan
+    whole.flush()
+    again = InfluenceFunction(clone(batched).set_params(batch_size=7), batch_size=4).fit(net, data)
+    with sklearn.config_context(working_memory=1e-3):
+        found = again.transform(data, out=path)
+    np.testing.assert_allclose(found, again.transform(data), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("note", ["", "[]", "{", "[" * 100_000, '{"job": {}, "numbers": {"inverse": "?"}}'])
+def test_a_file_whose_note_is_none_of_ours_is_refused(note, tmp_path):
+    path, (net, data) = tmp_path / "scores.npy", small()
+    influence = InfluenceFunction(own()).fit(net, data)
+    influence.transform(data, out=path)
+    (tmp_path / "scores.npy.json").write_text(note)
+    with pytest.raises(ValueError, match="of others: another origin"):
+        influence.transform(data, out=path)
+
+
+DAMAGES = {
+    "cut off": lambda path: os.truncate(path, path.stat().st_size - 480),
+    "by a byte": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + bytes(8)),
+    "empty": lambda path: path.write_bytes(b""),
+    "a header alone": lambda path: os.truncate(path, 128),
+    "text": lambda path: path.write_text("mine"),
+    "another shape": lambda path: np.save(path, np.zeros((2, 2), np.float32)),
+    "another dtype": lambda path: np.save(path, np.zeros((12, 12))),
+    "another order": lambda path: np.save(path, np.zeros((12, 12), np.float32, order="F")),
+    "objects": lambda path: np.save(path, np.array([None])),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_is_not_whole_is_refused_and_left(damage, tmp_path):
+    path, (net, data) = tmp_path / "scores.npy", small()
+    influence = InfluenceFunction(own()).fit(net, data)
+    influence.transform(data, out=path)
+    DAMAGES[damage](path)
+    before = path.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"out must be a whole file of float32 of shape \(12, 12\).*Delete it, or give"
+    ):
+        influence.transform(data, out=path)
+    assert path.read_bytes() == before
+    path.unlink()
+    np.testing.assert_array_equal(influence.transform(data, out=path), influence.transform(data))
 
 
 def test_too_large_a_matrix_is_told_before(case, monkeypatch):

@@ -16,7 +16,8 @@ from stopping import FAILURES, StoppedError, always_due, entries, failing, rewri
 from torch import nn
 
 import skinvert
-from skinvert import HessianInverter, InfluenceFunction, checkpoint, persistence
+from skinvert import HessianInverter, InfluenceFunction, SampledGGN, checkpoint, persistence
+from skinvert.identity import Job
 from skinvert.influence import course
 from skinvert.methods import CG
 from skinvert.persistence import HEADER_BYTES
@@ -262,6 +263,14 @@ OTHERS = {
     "λ": (lambda path: fitted(path, inverter(shift=0.2)).transform(FEW), "another hessian_perturbation"),
     "method": (lambda path: fitted(path, inverter("ekfac")).transform(FEW), "another method"),
     "curvature": (lambda path: fitted(path, inverter(curvature="hessian")).transform(FEW), "another curvature"),
+    "draws": (
+        lambda path: fitted(path, inverter(curvature=SampledGGN(1, random_state=0))).transform(FEW),
+        "another curvature setting",
+    ),
+    "loss": (
+        lambda path: fitted(path, inverter(loss=nn.CrossEntropyLoss())).transform(FEW),
+        "another loss",
+    ),
     "penalty": (lambda path: fitted(path, inverter(weight_decay=0.1)).transform(FEW), "another parameters"),
     "blocks": (lambda path: fitted(path, inverter(blocks="layer")).transform(FEW), "another blocks"),
     "batches": (lambda path: fitted(path, inverter(batch_size=8)).transform(FEW), "another data"),
@@ -331,6 +340,50 @@ def test_a_measurement_that_was_edited_in_between_is_refused(tmp_path, stop, mon
     monkeypatch.setattr(Edited, "factor", 1.1)
     with pytest.raises(ValueError, match="another code of the measurement"):
         fitted(path, measurement=Edited()).transform(FEW)
+
+
+def margin(outputs, targets):
+    return outputs.gather(1, targets[:, None])[:, 0]
+
+
+class Smoothed:
+    """A cross-entropy whose GGN is the same after ``smoothing`` is set, and whose gradients are others."""
+
+    smoothing = 0.0
+
+    def __call__(self, outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets, label_smoothing=Smoothed.smoothing)
+
+
+@pytest.mark.parametrize("own", ["kfac", "direct", "cg"])
+def test_a_training_loss_of_the_same_curvature_is_refused(own, tmp_path, stop, monkeypatch):
+    one, other = (nn.CrossEntropyLoss(label_smoothing=part) for part in (0.0, 0.3))
+    # Edited code of one name, and a module that says so.
+    for first, then, message in [
+        (Smoothed(), Smoothed(), "code of the model or its loss"),
+        (one, other, "another loss"),
+    ]:
+        path = interrupted(tmp_path, stop, own=inverter(own, curvature="ggn", loss=first), measurement=margin)
+        monkeypatch.setattr(Smoothed, "smoothing", 0.3)
+        found = fitted(path, inverter(own, curvature="ggn", loss=then), measurement=margin)
+        with pytest.raises(ValueError, match=message):
+            found.transform(FEW)
+        path.unlink()
+        monkeypatch.setattr(Smoothed, "smoothing", 0.0)
+
+
+def test_a_measurement_of_the_same_values_and_other_gradients_is_refused(tmp_path, stop):
+    def measured(outputs, targets):
+        kept = outputs if measured.whole else outputs * 0.5 + outputs.detach() * 0.5
+        return margin(kept, targets)
+
+    measured.whole = True
+    path = interrupted(tmp_path, stop, measurement=measured)
+    measured.whole = False
+    with pytest.raises(ValueError, match="another code of the measurement"):
+        fitted(path, measurement=measured).transform(FEW)
+    measured.whole = True
+    assert torch.equal(fitted(path, measurement=measured).transform(FEW), fitted(measurement=measured).transform(FEW))
 
 
 def test_another_factorisation_of_the_same_settings_is_refused(tmp_path, stop):
@@ -599,7 +652,7 @@ def test_a_file_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch):
     def refused(path, missing_ok=False):
         raise PermissionError(13, "no")
 
-    file = checkpoint.CheckpointFile(tmp_path / "scores", checkpoint.Job())
+    file = checkpoint.CheckpointFile(tmp_path / "scores", Job())
     with monkeypatch.context() as patch:
         patch.setattr(type(tmp_path), "unlink", refused)
         with pytest.warns(RuntimeWarning, match="The checkpoint was not removed"):
