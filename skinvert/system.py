@@ -33,7 +33,7 @@ from .data import Batches, Shard, batches_of
 from .methods.base import InverseOperator, Method
 from .methods.blocks import invert_blocks
 from .methods.mixed_precision import inverted
-from .models import TorchTwiceDifferentiable, TwiceDifferentiable, resolve_autocast
+from .models import Loss, TorchTwiceDifferentiable, TwiceDifferentiable, resolve_autocast
 from .operators import BlockDiagonal, LinearOperator
 from .parameters import ParameterLayout, split_blocks
 
@@ -192,6 +192,7 @@ def _check_alike(ranks: Ranks, model: TwiceDifferentiable, method: Method | Func
         ranks.meet("fit", {"parameters": [checksum(torch.as_tensor(tensor)) for tensor in model.parameters]})
         return
     ranks.meet("fit", {"selected parameters": model.layout, "weight decay": model.weight_decay})
+    ranks.meet("fit", _settings_of(model.loss), hint="Class weights, say, must be of all ranks' labels.")
     hint = (
         "Running means differ after training, each of its rank's last batches. Try "
         "`torch.distributed.broadcast(tensor.detach(), 0)` for each of `net.parameters()` and `net.buffers()`."
@@ -200,6 +201,24 @@ def _check_alike(ranks: Ranks, model: TwiceDifferentiable, method: Method | Func
     for what, named in parts.items():
         # The first that differs, by its name.
         ranks.meet("the model", {f"{what} {name}": checksum(tensor) for name, tensor in named}, hint=hint)
+
+
+def _settings_of(loss: Loss | None) -> dict[str, object]:
+    """Return what a loss says of itself: its kind, its tensors, and the settings of a module of torch's.
+
+    What a function does shows in its values alone, which are compared later.
+    """
+    held = {} if loss is None else vars(loss)
+    inner: Any = held.get("module", held.get("function", loss))
+    own = {**vars(inner), **inner._parameters, **inner._buffers} if isinstance(inner, torch.nn.Module) else held
+    plain = isinstance(inner, torch.nn.Module) and type(inner).__module__.startswith("torch.")
+    found: dict[str, object] = {"loss": getattr(inner, "__qualname__", type(inner).__qualname__)}
+    for name, value in own.items():
+        if isinstance(value, torch.Tensor):
+            found[f"loss.{name}"] = checksum(value)
+        elif plain and name != "training" and isinstance(value, str | int | float):
+            found[f"loss.{name}"] = value
+    return found
 
 
 def _of_rows(
