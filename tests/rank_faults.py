@@ -8,6 +8,7 @@ from functools import partial
 
 import dask.array
 import numpy as np
+import pandas
 import sklearn
 import torch
 import torch.distributed as dist
@@ -314,6 +315,30 @@ def other_penalty(rank, size):
     return own.fit(model, share("ragged", rank, size, CASE.X.numpy(), CASE.y.numpy()))
 
 
+def frames(rank, size, kind="ragged"):
+    """Return the data of CASE, whose inputs have columns in another order on rank 1."""
+    X, y = share(kind, rank, size, *CASE.data)
+    frame = pandas.DataFrame(X.numpy(), columns=list("abcd"))
+    return frame[list("abdc")] if rank else frame, y.numpy()
+
+
+def other_columns(rank, size):
+    return inverter().fit(CASE.module, frames(rank, size))
+
+
+def other_columns_of_rows(rank, size):
+    return HessianInverter("direct", 1.0, process_group="world").fit(frames(rank, size)[0])
+
+
+def columns_on_one(rank, size):
+    X, y = frames(rank, size)
+    return inverter().fit(CASE.module, (X.to_numpy() if rank else X, y))
+
+
+def other_method_of_rows(rank, size):
+    return HessianInverter(["direct", "cg"][rank % 2], 1.0, process_group="world").fit(frames(0, size)[0])
+
+
 def influence(rank, size):
     return InfluenceFunction(inverter()).fit(CASE.module, share("ragged", rank, size, *CASE.data))
 
@@ -380,7 +405,7 @@ FAULTS = {
         *(another_call, other_parameter, other_buffer, other_shift, other_method, other_curvature, other_memory),
         other_autocast,
         *(other_weights, other_setting, other_kind, other_function, function_in_little_memory, other_activation),
-        *(other_gradient, other_penalty),
+        *(other_gradient, other_penalty, other_columns, other_columns_of_rows, columns_on_one, other_method_of_rows),
         *(
             failing_late,
             classes_apart,

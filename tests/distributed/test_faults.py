@@ -47,6 +47,13 @@ SAID = {
     "other_activation": ("ValueError", "The outputs of a row must be the same on every rank"),
     "other_gradient": ("ValueError", "The gradient of a row must be the same on every rank"),
     "other_penalty": ("ValueError", "The penalty must be the same on every rank. Got "),
+    "other_columns": (
+        "ValueError",
+        "column 2 of data[0] in fit must be the same on every rank. Got 'c' on rank 0",
+    ),
+    "other_columns_of_rows": ("ValueError", "column 2 of data in fit must be the same on every rank"),
+    "columns_on_one": ("ValueError", "column 0 of data[0] in fit must be the same on every rank. Got 'a' on rank 0"),
+    "other_method_of_rows": ("ValueError", "Got Direct() on rank 0; CG() on rank 1"),
     "failing_late": [("RuntimeError", "Rank 1 failed in fit: ArithmeticError: too late"), ("ArithmeticError", "late")],
     "classes_apart": ("ValueError", "a mean or a sum of per-sample losses, on every batch. Got a mean of"),
     "other_products": ("ValueError", "rows in a product with H must be the same on every rank"),
