@@ -17,6 +17,7 @@ from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
 
 from skinvert import (
     HessianInverter,
@@ -314,6 +315,19 @@ def little_memory(rank, size, method):
         return known(fitted(rank, size, method, batch_size=3), B)
 
 
+def weightless(rank, size, ignored):
+    """A fit where the rows of the last rank weigh nothing, in several batches that would be joined."""
+    y, weights = CASE.y.clone(), CASE.sample_weight.copy()
+    last = slice(bounds("ragged", size, len(y))[-2], None) if size > 1 else slice(bounds("ragged", 2, len(y))[1], None)
+    if ignored:
+        y[last] = 1  # the one that the loss ignores
+    else:
+        weights[last] = 0.0
+    own = inverter("ekfac", curvature="ggn", batch_size=None, process_group=group_of(size))
+    X, y, weights = (CASE.X, y, weights) if size == 1 else share("ragged", rank, size, CASE.X, y, weights)
+    return known(own.fit(CASE.module, DataLoader(TensorDataset(X, y), batch_size=3), weights), B)
+
+
 def in_autocast(rank, size, method):
     """A fit whose passes are in bfloat16, and whose sums over ranks are not."""
     settings = {"dtype": torch.float32, "autocast": "bfloat16", "curvature": "ggn"}
@@ -340,6 +354,7 @@ CALLS = {
     **{f"rows-{m}-{k}": partial(plain_rows, method=m, kind=k) for m, k in (("direct", "empty"), ("lissa", "ragged"))},
     **{f"little_memory-{m}": partial(little_memory, method=m) for m in ("direct", "cg", "ekfac")},
     **{f"in_autocast-{m}": partial(in_autocast, method=m) for m in ("cg", "direct", "ekfac")},
+    **{f"weightless-{ignored}": partial(weightless, ignored=ignored) for ignored in (True, False)},
     **{f"abstract-{kind}": partial(abstract, kind=kind) for kind in ("ragged", "empty")},
     **{call.__name__: call for call in (in_float32, wide_trace, pickled, subgroup, in_ddp, one_token_each)},
     **{

@@ -264,7 +264,8 @@ class Objective(MeanLoss):
             return
         batch, weights = next(iter(self.batches))
         if 2 * len(weights) <= MERGED_ROWS:
-            _, nbytes = counted(lambda: self.losses(batch))
+            # Not `losses`: their scale is of all processes' rows, and here there may be no weighted one.
+            _, nbytes = counted(lambda: self.model.per_sample_loss(self.model.forward(batch), batch))
             self.batches = self.batches.merged(min(MERGED_ROWS, MERGED_BYTES * len(weights) // max(1, nbytes)))
 
     def _check_joined(self) -> None:

@@ -19,6 +19,7 @@ from rank_calls import (
     plain_rows,
     posterior,
     scikit,
+    weightless,
     wide_trace,
 )
 from ranks import check, check_fits, compare, values
@@ -119,6 +120,11 @@ def test_a_factor_that_is_a_diagonal_on_one_rank(two):
 @pytest.mark.parametrize("method", ["direct", "cg", "ekfac"])
 def test_little_memory(two, method):
     check_fits(two[f"little_memory-{method}"], 2, known(of_one(method), B))
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_rank_whose_rows_weigh_nothing_adds_none(two, ignored):
+    check_fits(two[f"weightless-{ignored}"], 2, weightless(0, 1, ignored))
 
 
 @pytest.mark.parametrize("method", ["cg", "direct", "ekfac"])
