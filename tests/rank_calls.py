@@ -12,7 +12,7 @@ import sklearn
 import torch
 import torch.distributed as dist
 from problems import problem
-from shared_fits import PROBLEM, SHIFT, bounds, known, share
+from shared_fits import PROBLEM, SHIFT, bounds, known, share, short_sampler
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
@@ -362,4 +362,5 @@ CALLS = {
         for call in (all_the_data, one_alone, own_loss, differentiated, talkative, traffic, by_hand, counted_rows)
     },
     "unequal_memory": unequal_memory,
+    "short_sampler": short_sampler,
 }

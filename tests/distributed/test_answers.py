@@ -23,7 +23,7 @@ from rank_calls import (
     wide_trace,
 )
 from ranks import check, check_fits, compare, values
-from shared_fits import SHIFT, N, known
+from shared_fits import SHIFT, N, known, short_sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -125,6 +125,10 @@ def test_little_memory(two, method):
 @pytest.mark.parametrize("ignored", [True, False])
 def test_a_rank_whose_rows_weigh_nothing_adds_none(two, ignored):
     check_fits(two[f"weightless-{ignored}"], 2, weightless(0, 1, ignored))
+
+
+def test_a_sampler_of_the_first_rows_deals_these_out_alone(two):
+    check_fits(two["short_sampler"], 2, short_sampler(0, 1))
 
 
 @pytest.mark.parametrize("method", ["cg", "direct", "ekfac"])
