@@ -220,6 +220,26 @@ def in_ddp(rank, size):
     return own.transform(B), own.parameter_names_
 
 
+class Holding(nn.Module):
+    """A model one part of which is in DistributedDataParallel, with buffers that its forward pass would broadcast."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.body = wrap(nn.Sequential(copy.deepcopy(CASE.module), nn.BatchNorm1d(3).double()))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def part_in_ddp(rank, size):
+    """A part that waits for no other rank: they have batches of another number, and one fits alone."""
+    X, y = CASE.data if size == 1 else share("ragged", rank, size, *CASE.data)
+    net = Holding((lambda net: net) if size == 1 else DistributedDataParallel)
+    own = inverter("cg", curvature="ggn", batch_size=2, process_group=group_of(size)).fit(net, (X, y))
+    alone = None if rank else inverter("direct", curvature="ggn", process_group=None).fit(net, CASE.data)
+    return own.solve(np.eye(49)[:2]).x, None if alone is None else alone.n_samples_
+
+
 def scikit(rank, size, kind):
     """Models whose objective depends on the totals of the fit."""
     X, y = CASE.X.numpy(), CASE.y.numpy()
@@ -356,11 +376,11 @@ CALLS = {
     **{f"in_autocast-{m}": partial(in_autocast, method=m) for m in ("cg", "direct", "ekfac")},
     **{f"weightless-{ignored}": partial(weightless, ignored=ignored) for ignored in (True, False)},
     **{f"abstract-{kind}": partial(abstract, kind=kind) for kind in ("ragged", "empty")},
-    **{call.__name__: call for call in (in_float32, wide_trace, pickled, subgroup, in_ddp, one_token_each)},
     **{
         call.__name__: call
-        for call in (all_the_data, one_alone, own_loss, differentiated, talkative, traffic, by_hand, counted_rows)
+        for call in (
+            *(in_float32, wide_trace, pickled, subgroup, in_ddp, part_in_ddp, one_token_each, all_the_data, one_alone),
+            *(own_loss, differentiated, talkative, traffic, by_hand, counted_rows, unequal_memory, short_sampler),
+        )
     },
-    "unequal_memory": unequal_memory,
-    "short_sampler": short_sampler,
 }

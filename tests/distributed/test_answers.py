@@ -16,6 +16,7 @@ from rank_calls import (
     of_one,
     one_token_each,
     own_loss,
+    part_in_ddp,
     plain_rows,
     posterior,
     scikit,
@@ -142,6 +143,12 @@ def test_autocast(two, method):
 def test_a_model_of_distributed_data_parallel_has_its_own_names(two):
     one = of_one("ekfac", curvature="ggn")
     check(two["in_ddp"], (one.transform(B), one.parameter_names_))
+
+
+def test_a_part_of_a_model_in_distributed_data_parallel_waits_for_nobody(two):
+    expected, n = part_in_ddp(0, 1)
+    (x, alone), (same, _) = values(two["part_in_ddp"])
+    compare([x, same, alone], [expected, expected, n])
 
 
 def test_pickles_and_copies(two):
