@@ -61,7 +61,7 @@ class Fitting(ABC):
         check_fit_arguments(X, y, self.model)
         shift = check_perturbation(self.hessian_perturbation, "HessianInverter")
         if self._ranks is not None:
-            own = {name: vars(self)[name] for name in ("params", "blocks", "autocast")}
+            own = {name: vars(self)[name] for name in ("params", "blocks", "autocast", "check_residual")}
             self._ranks.meet("fit", {"hessian_perturbation": shift, **own})
         check_choice(self.check_residual, "check_residual", [True, False])
         if is_model(X):

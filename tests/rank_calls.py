@@ -361,7 +361,7 @@ def all_the_data(rank, size):
 def one_alone(rank, size):
     """Factorisations are on every rank: each solves for rows of its own, or not at all."""
     alone = [fitted(rank, size, "direct"), fitted(rank, size, "kfac", curvature="ggn", check_residual=False)]
-    return [own.transform(B) for own in alone] if rank == 0 else []
+    return [[own.transform(B), own.inverse_transform(B)] for own in alone] if rank == 0 else []
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------

@@ -216,6 +216,18 @@ def other_path(rank, size):
     return fitted(rank, size, "cg").path(B, [1.0 + rank])
 
 
+def other_rows_back(rank, size):
+    return fitted(rank, size, "cg").inverse_transform(B + rank)
+
+
+def wrong_shape_back(rank, size):
+    return fitted(rank, size, "minres").inverse_transform(B if rank else B[:, :-1])
+
+
+def other_judgement(rank, size):
+    return fitted(rank, size, "kfac", check_residual=rank == 0)
+
+
 def other_shape(rank, size):
     return fitted(rank, size, "cg").transform(B[: 2 + rank])
 
@@ -406,6 +418,7 @@ FAULTS = {
         other_autocast,
         *(other_weights, other_setting, other_kind, other_function, function_in_little_memory, other_activation),
         *(other_gradient, other_penalty, other_columns, other_columns_of_rows, columns_on_one, other_method_of_rows),
+        *(other_rows_back, wrong_shape_back, other_judgement),
         *(
             failing_late,
             classes_apart,

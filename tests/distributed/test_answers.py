@@ -163,7 +163,8 @@ def test_a_group_as_it_is(two):
 def test_a_factorisation_solves_alone_and_for_rows_of_its_own(two):
     first, second = values(two["one_alone"])
     assert len(first) == 2 and second == []
-    compare(first[0], of_one("direct").transform(B))
+    one = of_one("direct")
+    compare(first[0], [one.transform(B), one.inverse_transform(B)])
     for rank, received in enumerate(values(two["own_rows"])):
         compare(received, of_one("direct").transform(B + rank))
 

@@ -31,6 +31,12 @@ SAID = {
     "other_path": ("ValueError", "λ in path must be the same on every rank. Got [1.0] on rank 0; [2.0] on rank 1"),
     "other_shape": ("ValueError", "b in solve must be the same on every rank. Got ((2, 43)"),
     "wrong_shape": [("ValueError", "X has 42 features"), ("ValueError", "Rank 0 failed in solve: X has 42 features")],
+    "other_rows_back": ("ValueError", "b in inverse_transform must be the same on every rank"),
+    "wrong_shape_back": [
+        ("ValueError", "X has 42 features"),
+        ("ValueError", "Rank 0 failed in inverse_transform: X has 42 features"),
+    ],
+    "other_judgement": ("ValueError", "check_residual in fit must be the same on every rank. Got True on rank 0"),
     "another_call": ("ValueError", "Got path on rank 0; solve on rank 1"),
     "other_parameter": ("ValueError", "parameter 2.weight in the model must be the same on every rank"),
     "other_buffer": ("ValueError", "buffer 1.running_mean in the model must be the same on every rank"),
