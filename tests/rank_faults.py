@@ -254,6 +254,13 @@ def other_buffer(rank, size):
     return inverter(params="0.*").fit(net, share("ragged", rank, size, *CASE.data))
 
 
+def destroyed_group(rank, size):
+    group = dist.new_group(list(range(size)))
+    own = fitted(rank, size, "cg", process_group=group)
+    dist.destroy_process_group(group)
+    return own.transform(B)
+
+
 def other_shift(rank, size):
     return fitted(rank, size, hessian_perturbation=1.0 + rank)
 
@@ -418,7 +425,7 @@ FAULTS = {
         other_autocast,
         *(other_weights, other_setting, other_kind, other_function, function_in_little_memory, other_activation),
         *(other_gradient, other_penalty, other_columns, other_columns_of_rows, columns_on_one, other_method_of_rows),
-        *(other_rows_back, wrong_shape_back, other_judgement),
+        *(other_rows_back, wrong_shape_back, other_judgement, destroyed_group),
         *(
             failing_late,
             classes_apart,

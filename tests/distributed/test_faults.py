@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from rank_calls import inverter, plain_rows
 from rank_faults import CALLS, FAULTS
 from ranks import check
 
 from skinvert import HessianInverter
+from skinvert._distributed import Ranks
 
 EVERYWHERE = "Raised on every rank of the process group."
 # What each rank says, and with which type; one entry for all.
@@ -37,6 +39,7 @@ SAID = {
         ("ValueError", "Rank 0 failed in inverse_transform: X has 42 features"),
     ],
     "other_judgement": ("ValueError", "check_residual in fit must be the same on every rank. Got True on rank 0"),
+    "destroyed_group": ("ValueError", "The process group of a fitted inverter must be one of 2"),
     "another_call": ("ValueError", "Got path on rank 0; solve on rank 1"),
     "other_parameter": ("ValueError", "parameter 2.weight in the model must be the same on every rank"),
     "other_buffer": ("ValueError", "buffer 1.running_mean in the model must be the same on every rank"),
@@ -74,7 +77,7 @@ SAID = {
     "other_rows-kfac": ("ValueError", "b in solve must be the same on every rank"),
 }
 # Before anything was together, or after it.
-ALONE = ("not_a_member", "sampler_alone", "influence", "lazy_rows")
+ALONE = ("not_a_member", "sampler_alone", "influence", "lazy_rows", "destroyed_group")
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -101,6 +104,14 @@ def test_a_rank_that_dies_is_lost_to_the_others(two):
     (left,) = two["one_dies"]
     assert list(CALLS)[-1] == "one_dies"
     assert left.error == "RuntimeError" and "Rank 0 of 2 has lost the others in the data" in left.message
+
+
+def test_a_group_after_its_end(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    ranks = Ranks(dist.group.WORLD, 0, 2, True)
+    dist.destroy_process_group()
+    with pytest.raises(ValueError, match=r"init_process_group\(\)` first"), ranks.together("solve"):
+        pass
 
 
 def test_a_group_without_torch_distributed():
