@@ -8,6 +8,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import pandas
+import polars
+import scipy.sparse
 import sklearn
 import torch
 import torch.distributed as dist
@@ -255,6 +258,21 @@ def scikit(rank, size, kind):
     return found
 
 
+def empty_forms(rank, size):
+    """One rank without rows, in each form that a model of scikit-learn reads, and plain ones beside a frame."""
+    model, y = Ridge(alpha=2.0).fit(CASE.X, CASE.y), CASE.y.numpy()
+    forms = (pandas.DataFrame(CASE.X.numpy()), scipy.sparse.csr_array(CASE.X.numpy()))
+    pairs = [(X, y) for X in forms] + [(polars.DataFrame(CASE.X.numpy()), y.tolist())]
+    found = []
+    for X, targets in pairs:
+        mine = slice(0 if rank else len(y), None) if size > 1 else slice(None)
+        own = HessianInverter("direct", 0.1, process_group=group_of(size)).fit(model, (X[mine], targets[mine]))
+        found.append(own.curvature_.to_dense())
+    frame = pandas.DataFrame(CASE.X.numpy(), columns=list("abcd"))
+    rows = frame if size == 1 or rank else np.zeros((0, 4))
+    return [*found, HessianInverter("direct", 0.1, process_group=group_of(size)).fit(rows).curvature_.to_dense()]
+
+
 def plain_rows(rank, size, method, kind):
     rows = np.random.default_rng(0).standard_normal((23, 5))
     own = HessianInverter(method, 0.1, process_group=group_of(size))
@@ -381,6 +399,7 @@ CALLS = {
         for call in (
             *(in_float32, wide_trace, pickled, subgroup, in_ddp, part_in_ddp, one_token_each, all_the_data, one_alone),
             *(own_loss, differentiated, talkative, traffic, by_hand, counted_rows, unequal_memory, short_sampler),
+            empty_forms,
         )
     },
 }

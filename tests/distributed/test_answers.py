@@ -13,6 +13,7 @@ from rank_calls import (
     abstract,
     answers,
     differentiated,
+    empty_forms,
     of_one,
     one_token_each,
     own_loss,
@@ -100,6 +101,11 @@ def test_a_relative_perturbation_is_of_the_same_random_rows(two):
 @pytest.mark.parametrize("kind", ["ragged", "empty"])
 def test_models_of_scikit_learn(two, kind):
     check(two[f"scikit-{kind}"], scikit(0, 1, kind))
+
+
+@pytest.mark.filterwarnings("ignore:X has feature names")
+def test_a_rank_without_rows_has_them_in_any_form(two):
+    check(two["empty_forms"], empty_forms(0, 1))
 
 
 @pytest.mark.parametrize("name", ["direct-empty", "lissa-ragged"])
