@@ -49,6 +49,14 @@ def ranks_of(process_group: object) -> Ranks | None:
     return None if size == 1 else Ranks(group, dist.get_rank(group), size, process_group == WORLD)
 
 
+def _exists(group: Any) -> bool:
+    """Return whether a group has not been destroyed."""
+    try:
+        return bool(dist.get_process_group_ranks(group))
+    except (KeyError, ValueError):
+        return False
+
+
 def in_distributed_run() -> bool:
     """Return whether this is one of several processes of ``torch.distributed``."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -92,13 +100,13 @@ class Ranks:
 
     @property
     def group(self) -> Any:
-        """The group; after a pickle the default one, where this process has the same place in it."""
-        if self._group is None:
+        """The group; after a pickle, or its end, the default one, where this process has the same place in it."""
+        if self._group is None or not _exists(self._group):
             found = ranks_of(WORLD) if self.of_world else None
             if found is None or (found.rank, found.size) != (self.rank, self.size):
                 must = f"one of {self.size} in which this process is rank {self.rank}"
-                hint = "Fit again: a pickle holds no ProcessGroup, and each rank has rows of its own."
-                raise ValueError(must_be("The process group of a loaded inverter", must, "another", hint))
+                hint = "Fit again: its own group is at an end, or not in the pickle, and each rank has rows of its own."
+                raise ValueError(must_be("The process group of a fitted inverter", must, "another", hint))
             self._group = found._group
         return self._group
 

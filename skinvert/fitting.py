@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from .models import TwiceDifferentiable, as_model, is_model
 from .persistence import require_present
 from .perturbation import check_perturbation, resolve
 from .registry import find_method
-from .system import Function, System, assemble
+from .system import Function, System, assemble, check_same_columns
 
 __all__ = ["Fitting"]
 
@@ -60,7 +61,7 @@ class Fitting(ABC):
         check_fit_arguments(X, y, self.model)
         shift = check_perturbation(self.hessian_perturbation, "HessianInverter")
         if self._ranks is not None:
-            own = {name: vars(self)[name] for name in ("params", "blocks", "autocast")}
+            own = {name: vars(self)[name] for name in ("params", "blocks", "autocast", "check_residual")}
             self._ranks.meet("fit", {"hessian_perturbation": shift, **own})
         check_choice(self.check_residual, "check_residual", [True, False])
         if is_model(X):
@@ -105,11 +106,14 @@ class Fitting(ABC):
         self.method_, self._data = find_method(self.method, type(adapted), self.random_state), data
         return self._assembled(adapted, data, sample_weight)
 
-    def _rows_system(self, X: object, y: object, sample_weight: object) -> System:
+    def _rows_system(self, X: Any, y: object, sample_weight: object) -> System:
         home = X.device if isinstance(X, torch.Tensor) else torch.device("cpu")
         self._namespace = namespace_of(X)
         least = 1 if self._ranks is None else 0
         X = validate_data(self, to_numpy(X), dtype=[np.float64, np.float32], ensure_min_samples=least)
+        if self._ranks is not None:
+            names = {"": list(vars(self).get("feature_names_in_", ()))}
+            check_same_columns(self._ranks, names, empty=not len(X))
         self.method_, self._data = find_method(self.method, None, self.random_state), None
         if y is not None:
             refuse_model_settings(self.loss, self.weight_decay, self.params)

@@ -443,9 +443,14 @@ class HessianInverter(TakesCallbacks, Summary, SharesModel, Fitting, AtHand, Pos
 
     @ordinary
     def _inverse_transform(self, X: Array) -> Array:
-        rows = self._rows(X)
-        operator = self._exact() if self.inverse_ is None else self.inverse_.operator
-        return rows.back(operator.apply(rows.tensor))
+        inverse = vars(self).get("inverse_")
+        of_all = inverse is not None and inverse.keeps_operator
+        with self._together("inverse_transform", of_all=of_all):
+            rows = self._rows(X)
+            if of_all:
+                self._check_alike("inverse_transform", rows)
+            operator = self._exact() if inverse is None else inverse.operator
+            return rows.back(operator.apply(rows.tensor))
 
     @ordinary
     def residual(self, b: Array, x: Array) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeGuard
 
@@ -14,6 +14,7 @@ from ._check import check_number, check_sample_weight, check_shift, must_be, res
 from ._checkpoint import NOWHERE, Checkpoint
 from ._checksum import checksum
 from ._distributed import Ranks
+from ._frames import columns_of
 from ._memory import available_memory, readable, working_memory
 from ._progress import say
 from ._state import held_bytes
@@ -35,7 +36,7 @@ from .data import Batches, Shard, batches_of, own_steps
 from .methods.base import InverseOperator, Method
 from .methods.blocks import invert_blocks
 from .methods.mixed_precision import inverted
-from .models import TorchTwiceDifferentiable, TwiceDifferentiable, resolve_autocast
+from .models import Loss, TorchTwiceDifferentiable, TwiceDifferentiable, resolve_autocast
 from .operators import BlockDiagonal, LinearOperator
 from .parameters import ParameterLayout, split_blocks
 
@@ -45,6 +46,7 @@ __all__ = [
     "System",
     "assemble",
     "check_requirements",
+    "check_same_columns",
     "is_method",
     "random_seed",
     "seeded_method",
@@ -152,7 +154,7 @@ def assemble(
         if autocast is not None:
             hint = "Their curvature is computed from no forward pass."
             raise ValueError(must_be("autocast for plain rows", "None", repr(autocast), hint))
-        return _of_rows(model_or_rows, curvature, blocks, device, dtype, sample_weight, ranks)
+        return _of_rows(model_or_rows, method, curvature, blocks, device, dtype, sample_weight, ranks)
     model = model_or_rows.at_point(params, dtype, device)
     if isinstance(model, TorchTwiceDifferentiable):
         model.features = own_steps(model.features, data)
@@ -162,6 +164,8 @@ def assemble(
     if ranks is not None:
         _check_alike(ranks, model, method, chosen)
     batches = batches_of(model, data, batch_size=batch_size, sample_weight=sample_weight, ranks=ranks)
+    if batches.shard is not None and ranks is not None:
+        check_same_columns(ranks, columns_of(data), empty=batches.shard.empty)
     if ranks is not None and isinstance(model, TorchTwiceDifferentiable):
         hint = "It is found in the data. Give `loss`, and pairs (inputs, targets)."
         ranks.meet("fit", {"how labels meet the loss": model.reading}, hint=hint)
@@ -206,14 +210,12 @@ def _add_rough(A: Any, autocast: torch.dtype, method: Method | Function) -> None
 
 def _check_alike(ranks: Ranks, model: TwiceDifferentiable, method: Method | Function, curvature: object) -> None:
     """Raise on all ranks where they have other settings or another model."""
-    if not isinstance(method, Method):
-        raise ValueError(must_be("process_group", "None for a method that is a function", "a group"))
-    memory = {"scikit-learn's working_memory": working_memory()}
-    ranks.meet("fit", {"method": method, "curvature": curvature, "dtype": model.dtype, **memory})
+    _check_settings(ranks, method, curvature, model.dtype)
     if not isinstance(model, TorchTwiceDifferentiable):
         ranks.meet("fit", {"parameters": [checksum(torch.as_tensor(tensor)) for tensor in model.parameters]})
         return
     ranks.meet("fit", {"selected parameters": model.layout, "weight decay": model.weight_decay})
+    ranks.meet("fit", _settings_of(model.loss), hint="Class weights, say, must be of all ranks' labels.")
     hint = (
         "Running means differ after training, each of its rank's last batches. Try "
         "`torch.distributed.broadcast(tensor.detach(), 0)` for each of `net.parameters()` and `net.buffers()`."
@@ -224,8 +226,45 @@ def _check_alike(ranks: Ranks, model: TwiceDifferentiable, method: Method | Func
         ranks.meet("the model", {f"{what} {name}": checksum(tensor) for name, tensor in named}, hint=hint)
 
 
+def _check_settings(ranks: Ranks, method: Method | Function, curvature: object, dtype: torch.dtype) -> None:
+    if not isinstance(method, Method):
+        raise ValueError(must_be("process_group", "None for a method that is a function", "a group"))
+    memory = {"scikit-learn's working_memory": working_memory()}
+    ranks.meet("fit", {"method": method, "curvature": curvature, "dtype": dtype, **memory})
+
+
+def check_same_columns(ranks: Ranks, columns: Mapping[str, Sequence[object]], *, empty: bool) -> None:
+    """Raise on all ranks where frames, by their place in the data, have other columns or another order of them.
+
+    A model takes its inputs by position. Of data without rows nothing is asked.
+    """
+    own = {f"column {i} of data{place}": name for place, names in columns.items() for i, name in enumerate(names)}
+    told = ranks.gathered((empty, own), "the columns")
+    others = next((known for none, known in told if not none), own)
+    ranks.meet("fit", others if empty else own, hint="Try `X[columns]`, alike on all, or arrays on all.")
+
+
+def _settings_of(loss: Loss | None) -> dict[str, object]:
+    """Return what a loss says of itself: its kind, its tensors, and the settings of a module of torch's.
+
+    What a function does shows in its values alone, which are compared later.
+    """
+    held = {} if loss is None else vars(loss)
+    inner: Any = held.get("module", held.get("function", loss))
+    own = {**vars(inner), **inner._parameters, **inner._buffers} if isinstance(inner, torch.nn.Module) else held
+    plain = isinstance(inner, torch.nn.Module) and type(inner).__module__.startswith("torch.")
+    found: dict[str, object] = {"loss": getattr(inner, "__qualname__", type(inner).__qualname__)}
+    for name, value in own.items():
+        if isinstance(value, torch.Tensor):
+            found[f"loss.{name}"] = checksum(value)
+        elif plain and name != "training" and isinstance(value, str | int | float):
+            found[f"loss.{name}"] = value
+    return found
+
+
 def _of_rows(
     rows: torch.Tensor,
+    method: Method | Function,
     curvature: object,
     blocks: object,
     device: Device,
@@ -243,7 +282,8 @@ def _of_rows(
     own = None if weights is None else torch.from_numpy(weights).to(rows)
     if ranks is None:
         return System(Gram(rows, own), "gram", len(rows))
-    ranks.meet("fit", {"width of the rows": rows.shape[1], "dtype": rows.dtype})
+    _check_settings(ranks, method, curvature, rows.dtype)
+    ranks.meet("fit", {"width of the rows": rows.shape[1]})
     told = ranks.gathered((len(rows), float(len(rows) if weights is None else weights.sum())), "the rows")
     shard, total = Shard(ranks, [count for count, _ in told], dealt=False), sum(part for _, part in told)
     if not total > 0:

@@ -8,15 +8,19 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import pandas
+import polars
+import scipy.sparse
 import sklearn
 import torch
 import torch.distributed as dist
 from problems import problem
-from shared_fits import PROBLEM, SHIFT, bounds, known, share
+from shared_fits import PROBLEM, SHIFT, bounds, known, share, short_sampler
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
 
 from skinvert import (
     HessianInverter,
@@ -219,6 +223,26 @@ def in_ddp(rank, size):
     return own.transform(B), own.parameter_names_
 
 
+class Holding(nn.Module):
+    """A model one part of which is in DistributedDataParallel, with buffers that its forward pass would broadcast."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.body = wrap(nn.Sequential(copy.deepcopy(CASE.module), nn.BatchNorm1d(3).double()))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def part_in_ddp(rank, size):
+    """A part that waits for no other rank: they have batches of another number, and one fits alone."""
+    X, y = CASE.data if size == 1 else share("ragged", rank, size, *CASE.data)
+    net = Holding((lambda net: net) if size == 1 else DistributedDataParallel)
+    own = inverter("cg", curvature="ggn", batch_size=2, process_group=group_of(size)).fit(net, (X, y))
+    alone = None if rank else inverter("direct", curvature="ggn", process_group=None).fit(net, CASE.data)
+    return own.solve(np.eye(49)[:2]).x, None if alone is None else alone.n_samples_
+
+
 def scikit(rank, size, kind):
     """Models whose objective depends on the totals of the fit."""
     X, y = CASE.X.numpy(), CASE.y.numpy()
@@ -232,6 +256,21 @@ def scikit(rank, size, kind):
         parts = (X, y, CASE.sample_weight) if size == 1 else share(kind, rank, size, X, y, CASE.sample_weight)
         found.append(own.fit(model, parts[:2], sample_weight=parts[2]).curvature_.to_dense())
     return found
+
+
+def empty_forms(rank, size):
+    """One rank without rows, in each form that a model of scikit-learn reads, and plain ones beside a frame."""
+    model, y = Ridge(alpha=2.0).fit(CASE.X, CASE.y), CASE.y.numpy()
+    forms = (pandas.DataFrame(CASE.X.numpy()), scipy.sparse.csr_array(CASE.X.numpy()))
+    pairs = [(X, y) for X in forms] + [(polars.DataFrame(CASE.X.numpy()), y.tolist())]
+    found = []
+    for X, targets in pairs:
+        mine = slice(0 if rank else len(y), None) if size > 1 else slice(None)
+        own = HessianInverter("direct", 0.1, process_group=group_of(size)).fit(model, (X[mine], targets[mine]))
+        found.append(own.curvature_.to_dense())
+    frame = pandas.DataFrame(CASE.X.numpy(), columns=list("abcd"))
+    rows = frame if size == 1 or rank else np.zeros((0, 4))
+    return [*found, HessianInverter("direct", 0.1, process_group=group_of(size)).fit(rows).curvature_.to_dense()]
 
 
 def plain_rows(rank, size, method, kind):
@@ -314,6 +353,19 @@ def little_memory(rank, size, method):
         return known(fitted(rank, size, method, batch_size=3), B)
 
 
+def weightless(rank, size, ignored):
+    """A fit where the rows of the last rank weigh nothing, in several batches that would be joined."""
+    y, weights = CASE.y.clone(), CASE.sample_weight.copy()
+    last = slice(bounds("ragged", size, len(y))[-2], None) if size > 1 else slice(bounds("ragged", 2, len(y))[1], None)
+    if ignored:
+        y[last] = 1  # the one that the loss ignores
+    else:
+        weights[last] = 0.0
+    own = inverter("ekfac", curvature="ggn", batch_size=None, process_group=group_of(size))
+    X, y, weights = (CASE.X, y, weights) if size == 1 else share("ragged", rank, size, CASE.X, y, weights)
+    return known(own.fit(CASE.module, DataLoader(TensorDataset(X, y), batch_size=3), weights), B)
+
+
 def in_autocast(rank, size, method):
     """A fit whose passes are in bfloat16, and whose sums over ranks are not."""
     settings = {"dtype": torch.float32, "autocast": "bfloat16", "curvature": "ggn"}
@@ -327,7 +379,7 @@ def all_the_data(rank, size):
 def one_alone(rank, size):
     """Factorisations are on every rank: each solves for rows of its own, or not at all."""
     alone = [fitted(rank, size, "direct"), fitted(rank, size, "kfac", curvature="ggn", check_residual=False)]
-    return [own.transform(B) for own in alone] if rank == 0 else []
+    return [[own.transform(B), own.inverse_transform(B)] for own in alone] if rank == 0 else []
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------
@@ -340,11 +392,14 @@ CALLS = {
     **{f"rows-{m}-{k}": partial(plain_rows, method=m, kind=k) for m, k in (("direct", "empty"), ("lissa", "ragged"))},
     **{f"little_memory-{m}": partial(little_memory, method=m) for m in ("direct", "cg", "ekfac")},
     **{f"in_autocast-{m}": partial(in_autocast, method=m) for m in ("cg", "direct", "ekfac")},
+    **{f"weightless-{ignored}": partial(weightless, ignored=ignored) for ignored in (True, False)},
     **{f"abstract-{kind}": partial(abstract, kind=kind) for kind in ("ragged", "empty")},
-    **{call.__name__: call for call in (in_float32, wide_trace, pickled, subgroup, in_ddp, one_token_each)},
     **{
         call.__name__: call
-        for call in (all_the_data, one_alone, own_loss, differentiated, talkative, traffic, by_hand, counted_rows)
+        for call in (
+            *(in_float32, wide_trace, pickled, subgroup, in_ddp, part_in_ddp, one_token_each, all_the_data, one_alone),
+            *(own_loss, differentiated, talkative, traffic, by_hand, counted_rows, unequal_memory, short_sampler),
+            empty_forms,
+        )
     },
-    "unequal_memory": unequal_memory,
 }

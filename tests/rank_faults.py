@@ -8,11 +8,13 @@ from functools import partial
 
 import dask.array
 import numpy as np
+import pandas
 import sklearn
 import torch
 import torch.distributed as dist
-from rank_calls import CASE, B, fitted, inverter, plain_rows
+from rank_calls import CASE, Abstract, B, fitted, inverter, plain_rows
 from shared_fits import SHIFT, share
+from sklearn.linear_model import Ridge
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
@@ -214,6 +216,18 @@ def other_path(rank, size):
     return fitted(rank, size, "cg").path(B, [1.0 + rank])
 
 
+def other_rows_back(rank, size):
+    return fitted(rank, size, "cg").inverse_transform(B + rank)
+
+
+def wrong_shape_back(rank, size):
+    return fitted(rank, size, "minres").inverse_transform(B if rank else B[:, :-1])
+
+
+def other_judgement(rank, size):
+    return fitted(rank, size, "kfac", check_residual=rank == 0)
+
+
 def other_shape(rank, size):
     return fitted(rank, size, "cg").transform(B[: 2 + rank])
 
@@ -240,6 +254,13 @@ def other_buffer(rank, size):
     return inverter(params="0.*").fit(net, share("ragged", rank, size, *CASE.data))
 
 
+def destroyed_group(rank, size):
+    group = dist.new_group(list(range(size)))
+    own = fitted(rank, size, "cg", process_group=group)
+    dist.destroy_process_group(group)
+    return own.transform(B)
+
+
 def other_shift(rank, size):
     return fitted(rank, size, hessian_perturbation=1.0 + rank)
 
@@ -254,6 +275,87 @@ def other_method(rank, size):
 
 def other_curvature(rank, size):
     return fitted(rank, size, curvature=["ggn", "hessian"][rank % 2])
+
+
+def of_own_labels(y):
+    """Return class weights as they are often made, of the labels of this rank."""
+    return len(y) / (3 * torch.bincount(y, minlength=3).double())
+
+
+def other_weights(rank, size):
+    X, y = share("ragged", rank, size, *CASE.data)
+    return inverter(loss=nn.CrossEntropyLoss(weight=of_own_labels(y))).fit(CASE.module, (X, y))
+
+
+def other_setting(rank, size):
+    loss = nn.CrossEntropyLoss(label_smoothing=0.5) if rank else "cross_entropy"
+    return inverter(loss=loss).fit(CASE.module, share("ragged", rank, size, *CASE.data))
+
+
+def other_kind(rank, size):
+    return fitted(rank, size, loss=nn.functional.cross_entropy if rank else "cross_entropy")
+
+
+def other_function(rank, size, kind="ragged", **settings):
+    """A loss of the rank's own labels, behind a function: losses of rows, that no name tells apart."""
+    X, y = share(kind, rank, size, CASE.X, CASE.y)
+    weights = of_own_labels(CASE.y[: 8 + rank])
+
+    def loss(f, y):
+        return nn.functional.cross_entropy(f, y, weight=weights, reduction="none")
+
+    return inverter(loss=loss, **settings).fit(CASE.module, (X, y))
+
+
+def function_in_little_memory(rank, size):
+    with sklearn.config_context(working_memory=1e-3):
+        return other_function(rank, size, "empty", batch_size=3)
+
+
+def other_activation(rank, size):
+    net = nn.Sequential(CASE.module[0], nn.ReLU() if rank else nn.Tanh(), CASE.module[2])
+    return inverter().fit(net, share("ragged", rank, size, *CASE.data))
+
+
+class OtherGradient(Abstract):
+    def grad(self, x, y, create_graph=False):
+        return (1 + dist.get_rank()) * super().grad(x, y, create_graph)
+
+
+def other_gradient(rank, size):
+    own = HessianInverter("cg", SHIFT, process_group="world")
+    return own.fit(OtherGradient(), share("ragged", rank, size, *CASE.data))
+
+
+def other_penalty(rank, size):
+    model = Ridge(alpha=2.0).fit(CASE.X, CASE.y)
+    model.alpha += rank
+    own = HessianInverter("direct", SHIFT, process_group="world")
+    return own.fit(model, share("ragged", rank, size, CASE.X.numpy(), CASE.y.numpy()))
+
+
+def frames(rank, size, kind="ragged"):
+    """Return the data of CASE, whose inputs have columns in another order on rank 1."""
+    X, y = share(kind, rank, size, *CASE.data)
+    frame = pandas.DataFrame(X.numpy(), columns=list("abcd"))
+    return frame[list("abdc")] if rank else frame, y.numpy()
+
+
+def other_columns(rank, size):
+    return inverter().fit(CASE.module, frames(rank, size))
+
+
+def other_columns_of_rows(rank, size):
+    return HessianInverter("direct", 1.0, process_group="world").fit(frames(rank, size)[0])
+
+
+def columns_on_one(rank, size):
+    X, y = frames(rank, size)
+    return inverter().fit(CASE.module, (X.to_numpy() if rank else X, y))
+
+
+def other_method_of_rows(rank, size):
+    return HessianInverter(["direct", "cg"][rank % 2], 1.0, process_group="world").fit(frames(0, size)[0])
 
 
 def influence(rank, size):
@@ -321,6 +423,9 @@ FAULTS = {
         *(no_model, failing_data, failing_assembly, too_little_for_lissa, other_path, other_shape, wrong_shape),
         *(another_call, other_parameter, other_buffer, other_shift, other_method, other_curvature, other_memory),
         other_autocast,
+        *(other_weights, other_setting, other_kind, other_function, function_in_little_memory, other_activation),
+        *(other_gradient, other_penalty, other_columns, other_columns_of_rows, columns_on_one, other_method_of_rows),
+        *(other_rows_back, wrong_shape_back, other_judgement, destroyed_group),
         *(
             failing_late,
             classes_apart,

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 from problems import MODELS, problem
 from sklearn.base import clone
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, TensorDataset
 
 from skinvert import HessianInverter, SampledFisher, SampledGGN
 from skinvert.curvature import faces_of
@@ -139,6 +139,16 @@ def sampled(rank, size, drop_last=False, epoch=0, method="direct", **settings):
     loader = DataLoader(data, batch_size=4, sampler=sampler, drop_last=drop_last)
     inverter = inverter_of(UNWEIGHTED, {"method": method, **settings}, process_group="world", batch_size=None)
     return known(inverter.fit(case.module, loader), case.right_hand_sides(3))
+
+
+def short_sampler(rank, size):
+    """Fit on a loader whose sampler deals out the first rows of its data set alone."""
+    case = problem(*UNWEIGHTED)
+    data = TensorDataset(*case.data)
+    of_few = RandomSampler(range(9)) if size == 1 else DistributedSampler(range(9))
+    inverter = inverter_of(UNWEIGHTED, {"method": "cg"}, process_group=None if size == 1 else "world", batch_size=None)
+    inverter.fit(case.module, DataLoader(data, batch_size=4, sampler=of_few))
+    return known(inverter, case.right_hand_sides(3))
 
 
 SAMPLED = {

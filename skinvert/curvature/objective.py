@@ -25,6 +25,7 @@ from .checks import (
 from .first_pass import FirstPass
 from .loss_values import LossValues
 from .per_sample import gradient_rows, split_batch
+from .same_model import check_same_model, values_of
 from .saved import counted
 
 __all__ = ["GenericObjective", "MeanLoss", "Objective"]
@@ -170,6 +171,8 @@ class Objective(MeanLoss):
         self.penalty = model.penalty_diagonal()
         if self.penalty is not None:
             self.gradient = self.gradient + model.penalty_gradient()
+        if batches.shard is not None:
+            check_same_model(batches, values_of(model), self.penalty)
         if not bool(torch.isfinite(self.gradient).all()):
             raise ValueError(
                 must_be("The gradient of the loss", "finite", "NaN or infinity", "Look at the parameters.")
@@ -278,7 +281,8 @@ class Objective(MeanLoss):
             return
         batch, weights = next(iter(self.batches))
         if 2 * len(weights) <= MERGED_ROWS:
-            _, nbytes = counted(lambda: self.losses(batch))
+            # Not `losses`: their scale is of all processes' rows, and here there may be no weighted one.
+            _, nbytes = counted(lambda: self.model.per_sample_loss(self.model.forward(batch), batch))
             self.batches = self.batches.merged(min(MERGED_ROWS, MERGED_BYTES * len(weights) // max(1, nbytes)))
 
     def _check_joined(self) -> None:
@@ -311,6 +315,8 @@ class GenericObjective(MeanLoss):
                 self.gradient += weight * self.tensor(model.grad(x, y))
         (self.weight_sum,) = self._over_ranks([self.weight_sum])
         self.gradient /= self.weight_sum
+        if batches.shard is not None:
+            check_same_model(batches, self._values)
 
     def parts(self, batch: Batch, weights: torch.Tensor) -> Iterator[tuple[Array, Array, float]]:
         """Yield (x, y, Σ wᵢ) in the model's own type of array, what weighs nothing left out.
@@ -325,6 +331,10 @@ class GenericObjective(MeanLoss):
         else:
             rows = [(x[i : i + 1], y[i : i + 1], float(weight)) for i, weight in enumerate(weights)]
         yield from (row for row in rows if row[2])
+
+    def _values(self, batch: Batch) -> dict[str, torch.Tensor]:
+        x, y = (self.own(part) for part in batch)
+        return {"gradient": self.tensor(self.model.grad(x, y)).norm()}
 
     def own(self, tensor: torch.Tensor) -> Array:
         """Return a tensor in the model's own type of array."""

@@ -147,7 +147,9 @@ def dealt_out(data: object) -> int | None:
     sampler: Any = data.sampler if data.batch_size is not None or data.batch_sampler is None else data.batch_sampler
     while isinstance(sampler, BatchSampler):
         sampler = sampler.sampler
-    return length(cast("Indexed", data.dataset)) if isinstance(sampler, DistributedSampler) else None
+    if not isinstance(sampler, DistributedSampler):
+        return None
+    return min(length(cast("Indexed", part)) for part in (data.dataset, sampler.dataset))
 
 
 def _chunks(rows: Sequence[int], size: int) -> list[Sequence[int]]:
@@ -192,7 +194,8 @@ def _share_of(sampler: Any, n: int, ranks: Ranks | None) -> range:
         got = f"rank {place[0]} of {place[1]}"
         hint = "Try `DistributedSampler(dataset, num_replicas=..., rank=...)` with those of the process group."
         raise ValueError(must_be("A DistributedSampler", f"that of rank {own[0]} of {own[1]}", got, hint))
-    return range(ranks.rank, n, ranks.size)
+    # As above: its own data set may be shorter.
+    return range(ranks.rank, min(n, length(cast("Indexed", sampler.dataset))), ranks.size)
 
 
 def _drawn_batches(sampler: Iterable[Iterable[int]], n: int, needs_row_order: bool) -> list[list[int]]:

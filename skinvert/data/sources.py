@@ -61,10 +61,13 @@ def check_form(data: object) -> None:
 
 
 def is_empty(data: object) -> bool:
-    """Return whether ``(X, y)`` are arrays without rows."""
+    """Return whether ``(X, y)`` have no rows: arrays, sparse matrices, frames and their columns, or lists of labels."""
     if not isinstance(data, tuple) or len(data) != 2:
         return False
-    return all(isinstance(part, torch.Tensor | np.ndarray) and part.ndim > 0 and not len(part) for part in data)
+    shapes: list[tuple[int, ...]] = [
+        np.shape(part) if isinstance(part, list) else getattr(part, "shape", ()) for part in data
+    ]
+    return all(len(shape) and shape[0] == 0 for shape in shapes)
 
 
 def _is_map_style(data: object) -> TypeGuard[Indexed]:

@@ -12,10 +12,20 @@ from torch import nn
 
 from .._check import must_be
 
-__all__ = ["Uncompiled", "eager", "is_compiled", "is_compiled_function", "refuse_sharded", "unwrapped"]
+__all__ = [
+    "SHARING",
+    "Alone",
+    "Uncompiled",
+    "eager",
+    "is_compiled",
+    "is_compiled_function",
+    "refuse_sharded",
+    "unwrapped",
+]
 
 # Where the wrappers live; it is imported where something is compiled, and by nothing here: that takes seconds.
 _COMPILER = "torch._dynamo"
+SHARING = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _SHARDING, _DISTRIBUTED_TENSORS = "torch.distributed.fsdp", "torch.distributed.tensor"
 
 
@@ -36,6 +46,19 @@ class Uncompiled(nn.Module):
             return getattr(super().__getattr__("_orig_mod"), name)
 
 
+class Alone(nn.Module):
+    """Stands where a module stood that shares its batches out, under the same parameter names.
+
+    The forward pass of a ``DistributedDataParallel`` with buffers waits for all processes, in eval mode too.
+    """
+
+    module: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module inside does, in this process, on one device."""
+        return self.module(*args, **kwargs)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Return whether ``torch.compile`` made this module of another."""
     return type(module).__module__.startswith(_COMPILER) and "_orig_mod" in dict(module.named_children())
@@ -52,7 +75,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while True:
         if is_compiled(module):
             module = dict(module.named_children())["_orig_mod"]
-        elif isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        elif isinstance(module, SHARING):
             module = module.module
         else:
             return module

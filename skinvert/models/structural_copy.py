@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._check import must_be
-from .compiled import Uncompiled, is_compiled, is_compiled_function, unwrapped
+from .compiled import SHARING, Alone, Uncompiled, is_compiled, is_compiled_function, unwrapped
 from .holders import BUILTIN_OWNERS, copy_function, copy_object, copy_partial, holds_tensors, is_plain_object
 from .weight_norm import plain_hook, plain_parametrization
 
@@ -108,6 +108,10 @@ class _Copier:
                 "_orig_mod", self.copy(dict(module.named_children())["_orig_mod"], f"{path}_orig_mod.")
             )
             return duplicate
+        if isinstance(module, SHARING):
+            alone: nn.Module = self._keep(module, Alone())
+            alone.add_module("module", self.copy(module.module, f"{path}module."))
+            return alone
         # Not its own `__new__`, which for a traced module makes a class without a forward pass.
         duplicate = self._keep(module, object.__new__(type(module)))
         for name, value in module.__dict__.items():

@@ -13,16 +13,19 @@ from rank_calls import (
     abstract,
     answers,
     differentiated,
+    empty_forms,
     of_one,
     one_token_each,
     own_loss,
+    part_in_ddp,
     plain_rows,
     posterior,
     scikit,
+    weightless,
     wide_trace,
 )
 from ranks import check, check_fits, compare, values
-from shared_fits import SHIFT, N, known
+from shared_fits import SHIFT, N, known, short_sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -100,6 +103,11 @@ def test_models_of_scikit_learn(two, kind):
     check(two[f"scikit-{kind}"], scikit(0, 1, kind))
 
 
+@pytest.mark.filterwarnings("ignore:X has feature names")
+def test_a_rank_without_rows_has_them_in_any_form(two):
+    check(two["empty_forms"], empty_forms(0, 1))
+
+
 @pytest.mark.parametrize("name", ["direct-empty", "lissa-ragged"])
 def test_plain_rows(two, name):
     method, kind = name.split("-")
@@ -121,6 +129,15 @@ def test_little_memory(two, method):
     check_fits(two[f"little_memory-{method}"], 2, known(of_one(method), B))
 
 
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_rank_whose_rows_weigh_nothing_adds_none(two, ignored):
+    check_fits(two[f"weightless-{ignored}"], 2, weightless(0, 1, ignored))
+
+
+def test_a_sampler_of_the_first_rows_deals_these_out_alone(two):
+    check_fits(two["short_sampler"], 2, short_sampler(0, 1))
+
+
 @pytest.mark.parametrize("method", ["cg", "direct", "ekfac"])
 def test_autocast(two, method):
     # Of other batches bfloat16 rounds otherwise; what is solved is the exact system.
@@ -132,6 +149,12 @@ def test_autocast(two, method):
 def test_a_model_of_distributed_data_parallel_has_its_own_names(two):
     one = of_one("ekfac", curvature="ggn")
     check(two["in_ddp"], (one.transform(B), one.parameter_names_))
+
+
+def test_a_part_of_a_model_in_distributed_data_parallel_waits_for_nobody(two):
+    expected, n = part_in_ddp(0, 1)
+    (x, alone), (same, _) = values(two["part_in_ddp"])
+    compare([x, same, alone], [expected, expected, n])
 
 
 def test_pickles_and_copies(two):
@@ -146,7 +169,8 @@ def test_a_group_as_it_is(two):
 def test_a_factorisation_solves_alone_and_for_rows_of_its_own(two):
     first, second = values(two["one_alone"])
     assert len(first) == 2 and second == []
-    compare(first[0], of_one("direct").transform(B))
+    one = of_one("direct")
+    compare(first[0], [one.transform(B), one.inverse_transform(B)])
     for rank, received in enumerate(values(two["own_rows"])):
         compare(received, of_one("direct").transform(B + rank))
 

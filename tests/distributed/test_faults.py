@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from rank_calls import inverter, plain_rows
 from rank_faults import CALLS, FAULTS
 from ranks import check
 
 from skinvert import HessianInverter
+from skinvert._distributed import Ranks
 
 EVERYWHERE = "Raised on every rank of the process group."
 # What each rank says, and with which type; one entry for all.
@@ -31,6 +33,13 @@ SAID = {
     "other_path": ("ValueError", "λ in path must be the same on every rank. Got [1.0] on rank 0; [2.0] on rank 1"),
     "other_shape": ("ValueError", "b in solve must be the same on every rank. Got ((2, 43)"),
     "wrong_shape": [("ValueError", "X has 42 features"), ("ValueError", "Rank 0 failed in solve: X has 42 features")],
+    "other_rows_back": ("ValueError", "b in inverse_transform must be the same on every rank"),
+    "wrong_shape_back": [
+        ("ValueError", "X has 42 features"),
+        ("ValueError", "Rank 0 failed in inverse_transform: X has 42 features"),
+    ],
+    "other_judgement": ("ValueError", "check_residual in fit must be the same on every rank. Got True on rank 0"),
+    "destroyed_group": ("ValueError", "The process group of a fitted inverter must be one of 2"),
     "another_call": ("ValueError", "Got path on rank 0; solve on rank 1"),
     "other_parameter": ("ValueError", "parameter 2.weight in the model must be the same on every rank"),
     "other_buffer": ("ValueError", "buffer 1.running_mean in the model must be the same on every rank"),
@@ -39,6 +48,21 @@ SAID = {
     "other_method": ("ValueError", "Got Direct() on rank 0; CG() on rank 1"),
     "other_curvature": ("ValueError", "Got 'ggn' on rank 0; 'hessian' on rank 1"),
     "other_memory": ("ValueError", "working_memory in fit must be the same on every rank"),
+    "other_weights": ("ValueError", "loss.weight in fit must be the same on every rank"),
+    "other_setting": ("ValueError", "loss.label_smoothing in fit must be the same on every rank. Got 0.0 on rank"),
+    "other_kind": ("ValueError", "loss in fit must be the same on every rank. Got 'CrossEntropyLoss' on"),
+    "other_function": ("ValueError", "The loss of a row must be the same on every rank"),
+    "function_in_little_memory": ("ValueError", "The loss of a row must be the same on every rank"),
+    "other_activation": ("ValueError", "The outputs of a row must be the same on every rank"),
+    "other_gradient": ("ValueError", "The gradient of a row must be the same on every rank"),
+    "other_penalty": ("ValueError", "The penalty must be the same on every rank. Got "),
+    "other_columns": (
+        "ValueError",
+        "column 2 of data[0] in fit must be the same on every rank. Got 'c' on rank 0",
+    ),
+    "other_columns_of_rows": ("ValueError", "column 2 of data in fit must be the same on every rank"),
+    "columns_on_one": ("ValueError", "column 0 of data[0] in fit must be the same on every rank. Got 'a' on rank 0"),
+    "other_method_of_rows": ("ValueError", "Got Direct() on rank 0; CG() on rank 1"),
     "failing_late": [("RuntimeError", "Rank 1 failed in fit: ArithmeticError: too late"), ("ArithmeticError", "late")],
     "classes_apart": ("ValueError", "a mean or a sum of per-sample losses, on every batch. Got a mean of"),
     "other_products": ("ValueError", "rows in a product with H must be the same on every rank"),
@@ -53,7 +77,7 @@ SAID = {
     "other_rows-kfac": ("ValueError", "b in solve must be the same on every rank"),
 }
 # Before anything was together, or after it.
-ALONE = ("not_a_member", "sampler_alone", "influence", "lazy_rows")
+ALONE = ("not_a_member", "sampler_alone", "influence", "lazy_rows", "destroyed_group")
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -80,6 +104,14 @@ def test_a_rank_that_dies_is_lost_to_the_others(two):
     (left,) = two["one_dies"]
     assert list(CALLS)[-1] == "one_dies"
     assert left.error == "RuntimeError" and "Rank 0 of 2 has lost the others in the data" in left.message
+
+
+def test_a_group_after_its_end(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    ranks = Ranks(dist.group.WORLD, 0, 2, True)
+    dist.destroy_process_group()
+    with pytest.raises(ValueError, match=r"init_process_group\(\)` first"), ranks.together("solve"):
+        pass
 
 
 def test_a_group_without_torch_distributed():

@@ -121,6 +121,10 @@ def exported(net):
     return export(net.eval(), (X,), dynamic_shapes=({0: Dim("rows")},)).module()
 
 
+def child_in_data_parallel(net):
+    return nn.Sequential(nn.Identity(), nn.DataParallel(net))
+
+
 def child_scripted(net):
     net[0] = torch.jit.script(net[0])
     return net
@@ -141,6 +145,7 @@ FORWARDS = [
     traced,
     exported,
     torch.jit.script,
+    child_in_data_parallel,
     child_scripted,
 ]
 
