@@ -135,7 +135,14 @@ class _Copier:
         if tensor.grad_fn is not None:
             # Made from parameters in another pass: kept as it is, so that its use can be seen.
             return tensor
-        return self.convert(tensor)
+        duplicate = self.convert(tensor)
+        if duplicate is not tensor and tensor.__dict__:
+            # Before its attributes, which may lead back to it.
+            self._keep(tensor, duplicate)
+            for key, value in tensor.__dict__.items():
+                # A class that wraps a tensor has made its own.
+                duplicate.__dict__.setdefault(key, self.copy(value, f"{path}{key}."))
+        return duplicate
 
     def _container(self, value: Any, path: str) -> Any:
         """Copy lists and dicts (an LSTM keeps its weights in one), and what they hold."""

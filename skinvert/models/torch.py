@@ -22,7 +22,7 @@ from .autocast import computed_in
 from .base import TwiceDifferentiable
 from .batches import call, check_pair, doubled, first_rows, map_tensors, split_labels
 from .compiled import eager, refuse_sharded
-from .conversion import Conversion
+from .conversion import Conversion, parameter_like
 from .flat_gradient import flat_gradient
 from .labelled import Reading, gives_its_loss, logits_of, reading_of
 from .leaks import Watch
@@ -485,4 +485,4 @@ def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
     own = own_tensor(tensor)
     if own is tensor or not isinstance(tensor, nn.Parameter):
         return own
-    return nn.Parameter(own, requires_grad=tensor.requires_grad)
+    return parameter_like(tensor, own, tensor.requires_grad)

@@ -318,6 +318,108 @@ def test_lazy_layers_are_refused():
         HessianInverter("direct", 30.0, loss="mse").fit(net, (torch.randn(4, 2), torch.randn(4, 3)))
 
 
+# -- what is asked of a parameter beside its values ------------------------------------------------------------------
+
+
+class Tagged(nn.Parameter):
+    """A parameter of a class of its own, with a constructor of its own."""
+
+    def __new__(cls, data, mult):
+        made = super().__new__(cls, data)
+        made.mult = mult
+        return made
+
+
+class Marked(torch.Tensor):
+    """A class that knows no `nn.Parameter`."""
+
+
+class Scaled(nn.Linear):
+    """The multiplier of muP lies on the weight, as a number or in a tensor, and counts for some classes alone."""
+
+    def forward(self, x):
+        scaled = isinstance(self.weight, self.kind) and isinstance(self.weight, nn.Parameter)
+        return super().forward(x) * (self.weight.mult if scaled else 1.0)
+
+
+def with_number(layer):
+    layer.kind, layer.weight.mult = nn.Parameter, 0.1
+
+
+def with_tensor(layer):
+    layer.kind, layer.weight.mult = nn.Parameter, torch.tensor(0.1, dtype=torch.float64)
+
+
+def with_owner(layer):
+    layer.kind, layer.weight.mult, layer.weight.owner = nn.Parameter, 0.1, layer
+
+
+def with_class(layer):
+    layer.kind, layer.weight = Tagged, Tagged(layer.weight.data, 0.1)
+
+
+def with_tensor_class(layer):
+    layer.kind, layer.weight = Marked, nn.Parameter(layer.weight.data.as_subclass(Marked))
+    layer.weight.mult = 0.1
+
+
+MARKS = [with_number, with_tensor, with_owner, with_class, with_tensor_class]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("mark", MARKS, ids=lambda mark: mark.__name__)
+def test_marks_on_parameters(mark, frozen):
+    case = problem("mlp", "cross_entropy")
+    net = copy.deepcopy(case.module)
+    scaled = Scaled(net[2].in_features, net[2].out_features).double()
+    scaled.load_state_dict(net[2].state_dict())
+    net[2] = scaled
+    mark(scaled)
+    net[2].requires_grad_(not frozen)
+    params = [tensor for tensor in net.parameters() if tensor.requires_grad]
+
+    def by_hand(x):
+        return case.module[2](torch.tanh(net[0](x))) * 0.1 if frozen else net(x)
+
+    gradient = flat_gradient(F.cross_entropy(by_hand(case.X), case.y), params)
+    H = np.stack([flat_gradient(g, params, False).numpy() for g in gradient])
+    inverter = HessianInverter("direct", 30.0, loss="cross_entropy").fit(net, case.data)
+    assert matrix_error(inverter.curvature_.to_dense(), H) <= 1e-12
+    rows = PerSampleGradient(net, loss="cross_entropy").fit_transform(*case.data)
+    np.testing.assert_allclose(np.asarray(rows).mean(0), gradient.detach().numpy(), rtol=1e-9, atol=1e-12)
+
+
+def test_a_mark_that_leads_to_the_module_leads_to_the_copy():
+    net, found = nn.Linear(2, 1), {}
+    net.weight.owner = [net]
+    duplicate = structural_copy(net, lambda tensor: nn.Parameter(tensor.detach().clone()), found)
+    assert duplicate.weight.owner == [duplicate] and net.weight.owner == [net]
+
+
+class Unwrapping(torch.Tensor):
+    """A tensor whose operations give plain ones."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        plain = [arg.inner if isinstance(arg, cls) else arg for arg in args]
+        return func(*plain, **(kwargs or {}))
+
+
+def test_a_class_that_no_copy_can_be_of_is_refused():
+    net, weight = nn.Linear(2, 1), Unwrapping(torch.ones(1, 2))
+    weight._is_param = True
+    net._parameters["weight"] = weight
+    with pytest.raises(ValueError, match=r"parameter weight must be of a class.*Got Unwrapping.*nn\.Parameter"):
+        HessianInverter("direct", 30.0, loss="mse", params="*").fit(net, (torch.randn(4, 2), torch.randn(4, 1)))
+
+
 # -- tensors in attributes -----------------------------------------------------------------------------------------
 
 
