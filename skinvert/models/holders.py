@@ -21,6 +21,7 @@ __all__ = [
     "copy_partial",
     "holds_tensors",
     "is_plain_object",
+    "state_of",
     "tensors_within",
 ]
 
@@ -87,7 +88,7 @@ def copy_object(value: Any, copy: Copy, keep: Callable[[Any], None]) -> None:
     is_namespace = type(value) is types.SimpleNamespace
     duplicate = types.SimpleNamespace() if is_namespace else object.__new__(type(value))
     keep(duplicate)
-    for name, part in _state(value).items():
+    for name, part in state_of(value).items():
         # Past a frozen dataclass, or a property of the same name.
         object.__setattr__(duplicate, name, copy(part, name))
 
@@ -131,10 +132,10 @@ def _parts(value: Any) -> Iterator[Batch]:
         yield from [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         yield from (value.__defaults__, value.__kwdefaults__, value.__dict__)
     elif is_plain_object(value):
-        yield from _state(value).values()
+        yield from state_of(value).values()
 
 
-def _state(value: Any) -> dict[str, Any]:
+def state_of(value: Any) -> dict[str, Any]:
     """Return the attributes that an object itself has, those in slots included."""
     state = dict(vars(value)) if "__dict__" in dir(value) else {}
     for base in type(value).__mro__:

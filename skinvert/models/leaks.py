@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from .._check import must_be
 from .._telling import warn
 from .holders import tensors_within
+from .own_eval import OwnEval
 
 __all__ = ["Watch"]
 
@@ -51,12 +52,15 @@ class Watch:
         The lower precision that the forward pass went through, if any.
     quiet : bool
         Whether nothing is said of it: the copy is a probe's, not the user's.
+    own_eval : OwnEval or None
+        What the user's own ``eval()`` makes of the model, if more than flags.
     """
 
     def __init__(self, found: Found, differentiated: set[int], dtype: torch.dtype) -> None:
         self.found, self.dtype = found, dtype
         self.lower: list[torch.dtype] = []
         self.quiet = False
+        self.own_eval: OwnEval | None = None
         self.differentiated = {key: item for key, item in found.items() if key in differentiated}
 
     @contextmanager
@@ -89,6 +93,10 @@ class Watch:
         """Raise where the user's parameters are used in a loss."""
         with _told(_LookOut(self.differentiated, self.dtype), "The loss", _LOSS_HINT):
             yield
+
+    def look_out(self) -> AbstractContextManager[Any]:
+        """Return a context in which the first use of the user's tensors is an error, whatever it is."""
+        return _LookOut(self.found, self.dtype)
 
     def check_modules(self, loss: Any) -> None:
         """Raise where a module of the loss holds the user's parameters: the copy of it would take them along."""
@@ -165,6 +173,9 @@ class _LookOut(TorchFunctionMode):
 
 class _Used(RuntimeError):
     """Ends a forward pass; what was used is told by its watch."""
+
+    def __str__(self) -> str:
+        return "a use of your own model's tensors"
 
 
 def _asks(func: Any) -> bool:

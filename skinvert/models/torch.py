@@ -27,6 +27,7 @@ from .flat_gradient import flat_gradient
 from .labelled import Reading, gives_its_loss, logits_of, reading_of
 from .leaks import Watch
 from .losses import Loss, OutputHessian, OutputSum, Predictive, as_loss
+from .own_eval import OwnEval
 from .plain_functions import PlainFunctions
 from .second_derivative import check_loss_derivative, check_second_derivative, in_float64
 from .structural_copy import structural_copy
@@ -223,6 +224,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         duplicate._select(chosen)
         trained = {id(tensor) for tensor in named.values() if tensor.requires_grad}
         duplicate.watch = Watch(found, selected | trained, to_dtype)
+        duplicate.watch.own_eval = None if self._is_fixed else OwnEval.of(self.model)
+        duplicate._is_fixed = True
         if duplicate.loss is not None:
             duplicate.watch.check_modules(duplicate.loss)
             duplicate.loss = duplicate.loss.to(to_dtype, to_device)
@@ -267,6 +270,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
 
     # The fitted steps of a pipeline before the model; None where it sees the data as they are.
     features: Any = None
+    # Whether `at_point` made it.
+    _is_fixed = False
     # Over a copy until its first forward pass: a look-out for what it still shares with the user's model.
     watch: Watch | None = None
     # Whether the model changes its inputs in place: then it is given copies.
@@ -360,6 +365,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         outputs = self._in_own_dtype(outputs)
         if watch is not None:
             watch.warn_of_casts()
+            if watch.own_eval is not None and not watch.quiet:
+                watch.own_eval.check(self, batch, watch.look_out())
         if not self._own_loss():
             with nullcontext() if watch is None else watch.over_loss():
                 self._check(outputs, batch)
