@@ -28,6 +28,8 @@ _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dty
 _COPIED = frozenset((dict, OrderedDict, list, deque))
 # An attribute of Module: `module.compile()` keeps the compiled call in it, bound to that module.
 _COMPILED_CALL = "_compiled_call_impl"
+# They change gradients and are no part of a loss: no derivative of the copy passes through them.
+_GRADIENT_HOOKS = frozenset(("_backward_hooks", "_backward_pre_hooks"))
 
 
 def structural_copy(
@@ -37,7 +39,7 @@ def structural_copy(
 
     ``copy.deepcopy`` would copy the weights, and call a user's ``__deepcopy__``; a plain reference would let ``eval()``
     and parameter swaps reach the user's model. What is bound to the old objects (methods, partials, closures, hooks) is
-    bound to the new ones.
+    bound to the new ones; hooks on gradients are left out.
 
     Parameters
     ----------
@@ -111,7 +113,9 @@ class _Copier:
         # Not its own `__new__`, which for a traced module makes a class without a forward pass.
         duplicate = self._keep(module, object.__new__(type(module)))
         for name, value in module.__dict__.items():
-            if name != _COMPILED_CALL:
+            if name in _GRADIENT_HOOKS:
+                duplicate.__dict__[name] = OrderedDict()
+            elif name != _COMPILED_CALL:
                 # Parameters and modules lie in dicts, which have no part in a name.
                 inner = path if name in ("_parameters", "_buffers", "_modules") else f"{path}{name}."
                 duplicate.__dict__[name] = self.copy(value, inner)
