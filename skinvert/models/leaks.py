@@ -7,7 +7,7 @@ every derivative, and x = b/λ would pass for a solution.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from .._telling import warn
 from .holders import tensors_within
 from .own_eval import OwnEval
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "refuses_hooks"]
 
 Found = dict[int, tuple[str, torch.Tensor]]
 
@@ -63,9 +63,11 @@ class Watch:
         self.own_eval: OwnEval | None = None
         self.differentiated = {key: item for key, item in found.items() if key in differentiated}
 
-    @contextmanager
-    def over_forward(self) -> Iterator[None]:
-        """Raise where a forward pass uses the user's tensors, or half precision."""
+    def over_forward(self, compute: Callable[[], Any]) -> Any:
+        """Return the outputs of a forward pass; raise where it uses the user's tensors, or half precision.
+
+        It is computed twice where it takes derivatives by ``torch.func``, under which autograd cannot be looked at.
+        """
         half: list[torch.dtype] = []
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -74,12 +76,19 @@ class Watch:
             return tensor
 
         look = _LookOut(self.found, self.dtype)
-        with _told(look, "The model's forward pass", _FORWARD_HINT), saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
+        with _told(look, "The model's forward pass", _FORWARD_HINT):
+            try:
+                with saved_tensors_hooks(pack, lambda tensor: tensor):
+                    outputs = compute()
+            except RuntimeError as error:
+                if not refuses_hooks(error):
+                    raise
+                outputs = compute()
         half += [dtype for dtype in look.lower if dtype.itemsize < 4]
         if half:
             raise ValueError(must_be("What the model computes", f"in {self.dtype}, as θ is", half[0], _CAST_HINT))
         self.lower = look.lower[:1]
+        return outputs
 
     def warn_of_casts(self) -> None:
         """Warn where a forward pass went through a lower precision."""
@@ -126,6 +135,11 @@ _CAST_HINT = (
     "Remove `torch.autocast` and casts such as `.half()` or `.float()` from its forward pass: they cost the curvature "
     "its accuracy."
 )
+
+
+def refuses_hooks(error: Exception) -> bool:
+    """Return whether this is the refusal of a transform of ``torch.func`` to run where saved tensors are looked at."""
+    return "saved tensor hooks" in str(error)
 
 
 def _refuse(used: Iterable[str], what: str, hint: str) -> None:

@@ -83,11 +83,10 @@ class OwnEval:
         few, received, expected = first_rows(batch), list[torch.Tensor](), list[torch.Tensor]()
         listed = ", ".join(self.names[:5]) + (f" and {len(self.names) - 5} more" if len(self.names) > 5 else "")
         try:
-            with torch.no_grad():
-                map_tensors(received.append, model.outputs(model.module, map_tensors(torch.clone, few)))
-                # A closure leads to the user's own model, in a deep copy too.
-                with look_out:
-                    map_tensors(expected.append, model.outputs(self.evaluated, map_tensors(self._own(model), few)))
+            map_tensors(received.append, model.outputs(model.module, map_tensors(torch.clone, few)))
+            # A closure leads to the user's own model, in a deep copy too.
+            with look_out:
+                map_tensors(expected.append, model.outputs(self.evaluated, map_tensors(self._own(model), few)))
         except Exception as error:
             warn(
                 must_be("The model", _MUST, f"one whose {listed} they change; it cannot be compared: {error}", _HINT),
@@ -111,7 +110,7 @@ class OwnEval:
 def _close(one: torch.Tensor, other: torch.Tensor, eps: float) -> bool:
     if one.shape != other.shape:
         return False
-    one, other = one.cpu().double(), other.cpu().double()
+    one, other = one.detach().cpu().double(), other.detach().cpu().double()
     # Not (a <= b): NaN compares false, and is told elsewhere.
     return not float((one - other).norm()) > math.sqrt(eps) * float(other.norm())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -356,12 +357,12 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
             raise ValueError(must_be("A batch", "a pair (inputs, targets)", got, hint))
         # Once for a copy: what it does on its first batch.
         watch, self.watch = self.watch, None
-        given = map_tensors(torch.clone, batch) if self.writes_inputs else batch
+        give = torch.clone if self.writes_inputs else _unmarked
         # The fused attention kernels have no second derivative.
         kernels = _without_fused_rnn(self.module, self.device)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), kernels, eager(), PlainFunctions():
-            with nullcontext() if watch is None else watch.over_forward():
-                outputs = self.computed(self.module, given)
+            compute = partial(self._given, give, batch)
+            outputs = compute() if watch is None else watch.over_forward(compute)
         outputs = self._in_own_dtype(outputs)
         if watch is not None:
             watch.warn_of_casts()
@@ -452,6 +453,9 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         self.theta: list[torch.Tensor] = [tensors[name] for name in names]
         self.layout = ParameterLayout(tuple(names), tuple(tuple(t.shape) for t in self.theta))
 
+    def _given(self, give: Callable[[torch.Tensor], torch.Tensor], batch: Batch) -> Any:
+        return self.computed(self.module, map_tensors(give, batch))
+
     def _in_own_dtype(self, outputs: Batch) -> Any:
         """Return outputs in the dtype of θ; raise where they have lost accuracy."""
         if not isinstance(outputs, torch.Tensor) or outputs.dtype == self.dtype:
@@ -471,6 +475,11 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         if not self._verified:
             self._loss().verify(outputs.detach(), batch[1])
             self._verified = True
+
+
+def _unmarked(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor over the same memory: a model that differentiates by its inputs sets their ``requires_grad``."""
+    return tensor if tensor.requires_grad else tensor.detach()
 
 
 def _without_fused_rnn(module: nn.Module, device: torch.device) -> AbstractContextManager[None]:
