@@ -16,7 +16,17 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._check import must_be
 from .compiled import Uncompiled, is_compiled, is_compiled_function, unwrapped
-from .holders import BUILTIN_OWNERS, copy_function, copy_object, copy_partial, holds_tensors, is_plain_object
+from .holders import (
+    BUILTIN_OWNERS,
+    NAMESPACES,
+    OWN_STATE,
+    copy_function,
+    copy_object,
+    copy_own_state,
+    copy_partial,
+    holds_tensors,
+    is_plain_object,
+)
 from .weight_norm import plain_hook, plain_parametrization
 
 __all__ = ["structural_copy"]
@@ -92,6 +102,8 @@ class _Copier:
             return self._container(value, path)
         if isinstance(value, tuple | set | frozenset):
             return self._fixed(value, path)
+        if isinstance(value, OWN_STATE):
+            return self._keep(value, copy_own_state(value))
         return self._bound(value, path)
 
     def _keep(self, value: Any, duplicate: Any) -> Any:
@@ -173,7 +185,7 @@ class _Copier:
     def _fixed(self, value: Any, path: str) -> Any:
         items = [self.copy(item, f"{path}{i}.") for i, item in enumerate(value)]
         if all(new is old for new, old in zip(items, value, strict=True)):
-            return value
+            return self._keep(value, copy_own_state(value)) if isinstance(value, set) else value
         if isinstance(value, tuple):
             return self._keep(value, tuple.__new__(type(value), items))
         return self._keep(value, type(value)(items))
@@ -217,7 +229,8 @@ class _Copier:
             self._keep(value, duplicate)
 
         is_function, is_partial = isinstance(value, types.FunctionType), isinstance(value, functools.partial)
-        if not (is_function or is_partial or is_plain_object(value)) or not holds_tensors(value):
+        is_namespace = type(value) in NAMESPACES
+        if not (is_function or is_partial or is_plain_object(value)) or not (is_namespace or holds_tensors(value)):
             return value
         if is_partial:
             keep(copy_partial(value, copy_part))

@@ -1,14 +1,17 @@
 """Whatever is bound to the user's module is bound to the copy: the same curvature and rows as the plain module's."""
 
+import array
 import copy
 import functools
+import random
 import types
 import weakref
-from collections import deque, namedtuple
+from collections import UserDict, deque, namedtuple
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import sklearn
 import torch
 import torch.nn.functional as F
 from oracles import Oracle, matrix_error, oracle_matrix
@@ -30,6 +33,10 @@ class Frozen:
 @dataclass(slots=True)
 class Slotted:
     module: nn.Module
+
+
+class Meter:
+    """An object that holds nothing of the model."""
 
 
 class Wrapper:
@@ -287,12 +294,67 @@ def test_running_statistics_do_not_move():
 
 
 def test_a_cycle_and_what_holds_nothing():
-    net, plain = nn.Linear(2, 1), types.SimpleNamespace(name="plain")
-    net.owner, net.plain = types.SimpleNamespace(net=net, again=[]), plain
+    net, plain, config = nn.Linear(2, 1), types.SimpleNamespace(name="plain"), Meter()
+    net.config, net.owner, net.plain = config, types.SimpleNamespace(net=net, again=[]), plain
     net.owner.again.append(net.owner)
     duplicate = structural_copy(net)
     assert duplicate.owner.net is duplicate and duplicate.owner.again[0] is duplicate.owner
-    assert duplicate.owner is not net.owner and duplicate.plain is plain
+    assert duplicate.owner is not net.owner and duplicate.config is config
+    assert duplicate.plain == plain and duplicate.plain is not plain
+
+
+class Counting(nn.Linear):
+    """Counts and draws in whatever there is."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+        self.load, self.loads, self.seen, self.raw = np.zeros(3), [np.zeros(3)], {0}, bytearray(1)
+        self.ints, self.stats, self.table = array.array("i", [0]), types.SimpleNamespace(calls=0), UserDict(calls=0)
+        self.torch_draws = torch.Generator().manual_seed(0)
+        self.draws, self.numpy_draws, self.old_draws = (
+            random.Random(0),
+            np.random.default_rng(0),
+            np.random.RandomState(0),
+        )
+        self.add, self.draw = self.seen.add, self.numpy_draws.random
+
+    def state(self):
+        draws = (self.draws.getstate(), self.numpy_draws.bit_generator.state, self.old_draws.get_state()[2])
+        counts = (self.load.tolist(), self.loads[0].tolist(), set(self.seen), bytes(self.raw), self.ints.tolist())
+        return counts, self.stats.calls, dict(self.table), self.torch_draws.get_state().tolist(), draws
+
+    def forward(self, x):
+        self.load += 1
+        self.loads[0][:] += 1
+        self.add(len(self.seen))
+        self.raw.append(0)
+        self.ints[0] += 1
+        self.stats.calls += 1
+        self.table["calls"] += 1
+        torch.rand(1, generator=self.torch_draws)
+        self.draws.random(), self.draw(), self.old_draws.rand()
+        return super().forward(x)
+
+
+def test_what_a_forward_pass_counts_in_or_draws_from_stays():
+    net, (X, y) = Counting(), (torch.randn(12, 4), torch.randint(3, (12,)))
+    before = copy.deepcopy(net.state())
+    HessianInverter("direct", 30.0, loss="cross_entropy", batch_size=5).fit(net, (X, y)).transform(torch.ones(1, 15))
+    PerSampleGradient(net, loss="cross_entropy").fit_transform(X, y)
+    assert net.state() == before
+    duplicate = structural_copy(net)
+    assert duplicate.state() == before
+    duplicate.double()(X.double())
+    assert net.state() == before and len(duplicate.seen) == 2
+
+
+@pytest.mark.parametrize("memory", [1e-6, 1024])
+def test_large_arrays_and_files_are_shared(memory, tmp_path):
+    net = nn.Linear(2, 1)
+    net.table, net.mapped = np.ones(3), np.memmap(tmp_path / "table", float, "w+", shape=3)
+    with sklearn.config_context(working_memory=memory):
+        duplicate = structural_copy(net)
+    assert (duplicate.table is net.table) == (memory < 1) and duplicate.mapped is net.mapped
 
 
 def test_functions_share_their_variables():
