@@ -54,6 +54,8 @@ class Watch:
         Whether nothing is said of it: the copy is a probe's, not the user's.
     own_eval : OwnEval or None
         What the user's own ``eval()`` makes of the model, if more than flags.
+    globals : dict
+        Those by which the forward pass knows modules of the user's model, and which.
     """
 
     def __init__(self, found: Found, differentiated: set[int], dtype: torch.dtype) -> None:
@@ -61,6 +63,7 @@ class Watch:
         self.lower: list[torch.dtype] = []
         self.quiet = False
         self.own_eval: OwnEval | None = None
+        self.globals: dict[str, str] = {}
         self.differentiated = {key: item for key, item in found.items() if key in differentiated}
 
     def over_forward(self, compute: Callable[[], Any]) -> Any:
@@ -97,6 +100,13 @@ class Watch:
             # From the first batch of an objective, through `HessianInverter.fit`, to its caller.
             warn(what, UserWarning)
 
+    def warn_of_globals(self) -> None:
+        """Warn where a forward pass knows the user's modules by globals: it will not know their copies."""
+        for name, path in () if self.quiet else self.globals.items():
+            must = "one that knows its modules through `self` and what they hold"
+            got = f"a global {name!r} that is, or holds, {path}, which its copy is not"
+            warn(must_be("The model's forward pass", must, got, _GLOBAL_HINT), UserWarning)
+
     @contextmanager
     def over_loss(self) -> Iterator[None]:
         """Raise where the user's parameters are used in a loss."""
@@ -126,6 +136,9 @@ class Watch:
 _FORWARD_HINT = (
     "Reach parameters through `self` in `forward`, not through a global or another object; in a subclass of "
     "TorchTwiceDifferentiable use the `module` that `outputs` is given."
+)
+_GLOBAL_HINT = (
+    "`module is ablated` and `scales[module]` find another object here: keep a flag or a number on the module itself."
 )
 _LOSS_HINT = (
     "A loss takes outputs and targets: give an L2 penalty on the parameters as `weight_decay=`; for other terms "

@@ -22,9 +22,10 @@ from .affine_outputs import has_affine_outputs
 from .autocast import computed_in
 from .base import TwiceDifferentiable
 from .batches import call, check_pair, doubled, first_rows, map_tensors, split_labels
-from .compiled import eager, refuse_sharded
+from .compiled import eager, refuse_sharded, unwrapped
 from .conversion import Conversion, parameter_like
 from .flat_gradient import flat_gradient
+from .global_names import globals_of
 from .labelled import Reading, gives_its_loss, logits_of, reading_of
 from .leaks import Watch
 from .losses import Loss, OutputHessian, OutputSum, Predictive, as_loss
@@ -225,7 +226,9 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         duplicate._select(chosen)
         trained = {id(tensor) for tensor in named.values() if tensor.requires_grad}
         duplicate.watch = Watch(found, selected | trained, to_dtype)
-        duplicate.watch.own_eval = None if self._is_fixed else OwnEval.of(self.model)
+        if not self._is_fixed:
+            duplicate.watch.own_eval = OwnEval.of(self.model)
+            duplicate.watch.globals = globals_of(unwrapped(self.model))
         duplicate._is_fixed = True
         if duplicate.loss is not None:
             duplicate.watch.check_modules(duplicate.loss)
@@ -366,6 +369,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         outputs = self._in_own_dtype(outputs)
         if watch is not None:
             watch.warn_of_casts()
+            watch.warn_of_globals()
             if watch.own_eval is not None and not watch.quiet:
                 watch.own_eval.check(self, batch, watch.look_out())
         if not self._own_loss():
