@@ -40,7 +40,7 @@ class Conversion:
             if tensor.device.type == "meta":
                 raise ValueError(must_be(f"{name} of the model", "on a device that holds numbers", "'meta'"))
             if id(tensor) in selected and not tensor.is_floating_point():
-                hint = "Leave it out with `params`."
+                hint = "Leave it out with `params=`."
                 raise ValueError(must_be(f"The parameter {name}", "real and floating", tensor.dtype, hint))
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -217,7 +217,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         duplicate, shared = copy.copy(self), structural_copy(self.model)
         named = dict(shared.named_parameters())
         chosen = select_parameters(list(named.items()), params)
-        own = named[chosen[0]].dtype
+        # Of others than floats `Conversion` tells by name.
+        own = next((named[name].dtype for name in chosen if named[name].is_floating_point()), torch.float32)
         to_dtype, to_device = resolve_dtype(dtype, own), resolve_device(device, _one_device(shared))
         selected = {id(named[name]) for name in chosen}
         found = {id(t): (name, t) for name, t in [*named.items(), *shared.named_buffers()]}
@@ -357,6 +358,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         if self._reads_pairs() and not (isinstance(batch, tuple) and len(batch) == 2):
             got = f"a tuple of {len(batch)}" if isinstance(batch, tuple) else type(batch).__name__
             hint = "For other batches subclass TorchTwiceDifferentiable: `outputs` and `per_sample_loss`."
+            if isinstance(batch, torch.Tensor):
+                hint = "A list is a list of batches: give two arrays as a tuple `(X, y)`, a batch as `(x, y)`."
             raise ValueError(must_be("A batch", "a pair (inputs, targets)", got, hint))
         # Once for a copy: what it does on its first batch.
         watch, self.watch = self.watch, None
@@ -475,6 +478,9 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         if not isinstance(outputs, torch.Tensor):
             hint = "Subclass TorchTwiceDifferentiable and override `outputs` and `per_sample_loss`."
             raise TypeError(must_be("The model's output", "a tensor", type(outputs).__name__, hint))
+        if not outputs.ndim:
+            hint = "Return the outputs from `forward`, and give the loss as `loss=`."
+            raise ValueError(must_be("The model's output", "one row per row of the batch", "a scalar", hint))
         self._loss().check(outputs.detach(), batch[1])
         if not self._verified:
             self._loss().verify(outputs.detach(), batch[1])
