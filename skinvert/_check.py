@@ -107,6 +107,9 @@ def to_plain_array(value: Any, name: str) -> np.ndarray:
     """Return a dense, real, non-object array of ``value``; refuse the rest by name."""
     if scipy.sparse.issparse(value):
         raise TypeError(must_be(name, "dense", "a sparse matrix", "Try `.toarray()`."))
+    if isinstance(value, np.ma.MaskedArray) and (masked := int(np.ma.getmaskarray(value).sum())):
+        hint = "Try `.filled(...)`, or leave their rows out."
+        raise ValueError(must_be(name, "without masked entries", f"{masked} of them", hint))
     array = np.asarray(value)
     if np.iscomplexobj(array):
         message = f"Complex data not supported: {must_be(name, 'real', f'dtype {array.dtype}')}"

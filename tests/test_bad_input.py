@@ -87,6 +87,31 @@ class Centred(nn.Linear):
         return outputs - outputs.mean(0)
 
 
+class Scalar(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).mean()
+
+
+class ToDouble(nn.Linear):
+    """Of float32 and float64 layers, with a cast between them that names its dtype."""
+
+    def __init__(self):
+        super().__init__(3, 4)
+        self.last = nn.Linear(4, 2).double()
+
+    def forward(self, x):
+        return self.last(super().forward(x).double())
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 2, dtype=torch.complex128))
+
+    def forward(self, x):
+        return ((x + 0j) @ self.weight).abs()
+
+
 class Pair(nn.Linear):
     def forward(self, x):
         return super().forward(x), x
@@ -122,6 +147,10 @@ DATA = [
     ("sparse X", lambda: fit(scipy.sparse.csr_array(X)), TypeError, ["X", "dense", ".toarray()"]),
     ("sparse tensor X", lambda: fit(torch.from_numpy(X).to_sparse()), TypeError, ["X", "dense", "sparse_coo"]),
     ("sparse CSR tensor X", lambda: fit(csr(X)), TypeError, ["X", "dense", "sparse_csr"]),
+    ("masked X", lambda: fit(np.ma.masked_less(X, 0.0)), ValueError, ["X", "without masked entries", ".filled(...)"]),
+    ("a list for a tuple", lambda: fit(data=[*dataset().tensors]), ValueError, ["batch", "tuple `(X, y)`"]),
+    ("numbered batches", lambda: fit(data=[*enumerate([dataset().tensors])]), ValueError, ["number 0", "enumerate"]),
+    ("an empty batch", lambda: fit(data=[dataset().tensors, dataset(0).tensors]), ValueError, ["batch 1", "one row"]),
     ("object X", lambda: fit(X.astype(object)), ValueError, ["X", "numeric", "object", ".astype(float)"]),
     ("string X", lambda: fit(X.astype(str)), ValueError, ["X", "numeric", "<U"]),
     ("string y", lambda: fit(y=Y.astype(str)), ValueError, ["y", "numeric", "encode the labels"]),
@@ -200,6 +229,9 @@ TARGETS = [
 ]
 
 MODELS = [
+    ("a scalar for outputs", lambda: fit(net=Scalar(3, 2).double()), ValueError, ["output", "a scalar", "`loss=`"]),
+    ("a complex parameter", lambda: fit(net=Complex()), ValueError, ["parameter weight", "complex128", "`params=`"]),
+    ("a cast to a fixed dtype", lambda: fit(net=ToDouble()), ValueError, ["same dtype", "that of a weight"]),
     ("no trainable parameter", lambda: fit(net=classifier().requires_grad_(False)), ValueError, ["requires_grad_"]),
     ("no parameter at all", lambda: fit(net=nn.ReLU()), ValueError, ["trainable parameters", "none"]),
     (

@@ -47,7 +47,10 @@ def forward_or_tell(model: Forward, batch: Batch) -> Batch:
     except (RuntimeError, IndexError, NotImplementedError, AssertionError) as error:
         shapes: list[str] = []
         map_tensors(lambda tensor: shapes.append(f"{tuple(tensor.shape)} {tensor.dtype}"), batch)
-        message = must_be("The data", "what the model takes", f"a batch of {', '.join(shapes)}", str(error))
+        hint = str(error)
+        if "same dtype" in hint:
+            hint += ". All parameters are computed with in one dtype: cast to that of a weight, not to a fixed one."
+        message = must_be("The data", "what the model takes", f"a batch of {', '.join(shapes)}", hint)
         raise ValueError(message) from error
 
 

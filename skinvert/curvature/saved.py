@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from ..models.leaks import refuses_hooks
+
 __all__ = ["UNKNOWN", "counted"]
 
 # More than there is.
@@ -33,8 +35,8 @@ def counted(compute: Callable[[], T]) -> tuple[T, int]:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             found = compute()
         return found, sum(size for held, size in sizes if held() is not None)
-    except RuntimeError as error:
-        # A transform of `torch.func` inside.
-        if "saved tensor hooks" not in str(error):
+    except (RuntimeError, ValueError) as error:
+        # A transform of `torch.func` inside; told as a ValueError where a loss is tried.
+        if not refuses_hooks(error):
             raise
         return compute(), UNKNOWN

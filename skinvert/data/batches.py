@@ -218,15 +218,18 @@ def _source(data: object, batch_size: int | None, needs_row_order: bool, ranks: 
 def _collect(batches: Batches) -> None:
     """Count the rows, check them, and keep copies of the batches while they fit the working memory."""
     kept: list[Batch] | None = []
-    size = 0
+    size, empty = 0, None
     for batch in batches.raw():
-        start = batches.n_samples
-        batches.n_samples += leading_length(batch)
+        start, m = batches.n_samples, leading_length(batch)
+        empty = batches.n_batches if not m and empty is None else empty
+        batches.n_samples += m
         batches.n_batches += 1
         size += _nbytes(batch)
         map_tensors(partial(_check_finite, start=start, stop=batches.n_samples), batch)
         kept = [*kept, map_tensors(torch.clone, batch)] if kept is not None and size <= working_memory() else None
     batches.kept = kept
+    if empty is not None and batches.n_samples:
+        raise ValueError(must_be("A batch", "of at least one row", f"batch {empty} without any", "Leave it out."))
 
 
 @dataclass

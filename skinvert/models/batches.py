@@ -112,6 +112,9 @@ def row_counts(batch: Batch) -> list[int]:
 
 def check_pair(batch: Batch) -> None:
     """Raise unless every tensor of (inputs, targets) has as many rows."""
+    if isinstance(batch[0], int):
+        hint = "Are these pairs of `enumerate`? Give the batches alone."
+        raise ValueError(must_be("A batch", "a pair (inputs, targets)", f"the number {batch[0]} for inputs", hint))
     inputs, targets = (row_counts(part) for part in batch)
     if inputs and not targets:
         hint = "A single sample has no rows: try a DataLoader with a batch_size, or `x[None]`, `y[None]`."

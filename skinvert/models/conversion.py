@@ -9,7 +9,7 @@ from .._autograd import own_tensor
 from .._check import must_be
 from .._memory import working_memory
 
-__all__ = ["Conversion"]
+__all__ = ["Conversion", "parameter_like"]
 
 
 class Conversion:
@@ -32,7 +32,7 @@ class Conversion:
     ) -> None:
         self.selected, self.dtype, self.device = selected, dtype, device
         self.changes = dtype != own
-        self.registered = {id(tensor) for tensor in [*module.parameters(), *module.buffers()]}
+        self.registered = {id(t): name for name, t in [*module.named_parameters(), *module.named_buffers()]}
         # Frozen ones may be trained later: copies of them are out of reach.
         frozen = sum(tensor.nbytes for tensor in module.parameters() if id(tensor) not in selected)
         self.copies_frozen = frozen <= working_memory()
@@ -40,7 +40,7 @@ class Conversion:
             if tensor.device.type == "meta":
                 raise ValueError(must_be(f"{name} of the model", "on a device that holds numbers", "'meta'"))
             if id(tensor) in selected and not tensor.is_floating_point():
-                hint = "Leave it out with `params`."
+                hint = "Leave it out with `params=`."
                 raise ValueError(must_be(f"The parameter {name}", "real and floating", tensor.dtype, hint))
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -55,4 +55,19 @@ class Conversion:
         # Buffers and attributes are written to in a forward pass; frozen parameters are shared where they are large.
         snapshot = chosen or not is_parameter or self.copies_frozen
         data = own_tensor(tensor.detach()).to(self.device, dtype if tensor.is_floating_point() else None, copy=snapshot)
-        return nn.Parameter(data, requires_grad=False).requires_grad_(chosen) if is_parameter else data
+        return parameter_like(tensor, data, chosen, self.registered.get(id(tensor), "")) if is_parameter else data
+
+
+def parameter_like(tensor: torch.Tensor, data: torch.Tensor, requires_grad: bool, name: str = "") -> torch.Tensor:
+    """Return ``data`` as a parameter of the class that ``tensor`` is of: a forward pass may ask for it."""
+    kind = type(tensor)
+    if isinstance(data, kind) or kind is nn.Parameter:
+        # The flag of classes that know no `nn.Parameter` is set there.
+        return nn.Parameter(data, requires_grad=False).requires_grad_(requires_grad)
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        hint = "Put a plain `nn.Parameter` in its place."
+        must = "of a class that `detach` and `to` keep, or without `__torch_dispatch__`"
+        raise ValueError(must_be(f"The parameter {name}".rstrip(), must, kind.__name__, hint))
+    # Not its own constructor, which may take other arguments.
+    made: torch.Tensor = torch.Tensor._make_subclass(kind, data, requires_grad)
+    return made

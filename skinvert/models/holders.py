@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import array
+import copy
 import functools
+import random
 import sys
 import types
 from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from .._memory import working_memory
 from .._types import Batch
 
 __all__ = [
     "BUILTIN_OWNERS",
+    "NAMESPACES",
+    "OWN_STATE",
     "copy_function",
     "copy_object",
+    "copy_own_state",
     "copy_partial",
     "holds_tensors",
     "is_plain_object",
+    "state_of",
     "tensors_within",
 ]
 
@@ -28,9 +37,16 @@ Copy = Callable[[Any, str], Any]
 
 # A trainer may hang on a module, and a data set on the trainer: beyond so many objects nothing is looked at.
 _REACH = 10_000
+# What a forward pass may count in, or draw from.
+OWN_STATE = (np.ndarray, bytearray, array.array) + (
+    torch.Generator,
+    random.Random,
+    np.random.Generator,
+    np.random.RandomState,
+)
 # Whose bound methods, written in C, lead to parts of a model.
-BUILTIN_OWNERS = (torch.Tensor, dict, list, deque, set)
-_NAMESPACES = (types.SimpleNamespace, UserDict, UserList)
+BUILTIN_OWNERS = (torch.Tensor, dict, list, deque, set, *OWN_STATE)
+NAMESPACES = (types.SimpleNamespace, UserDict, UserList)
 # Objects of these are never copied: they hold locks, files and graphs, and no forward pass runs through them.
 _FOREIGN = sys.stdlib_module_names | {"torch", "builtins", "numpy"}
 
@@ -47,17 +63,34 @@ def tensors_within(value: Any) -> Iterator[torch.Tensor]:
             yield found
 
 
-def copy_partial(value: functools.partial[Any], copy: Copy) -> Any:
+def copy_own_state(value: Any) -> Any:
+    """Return an array, a set or a generator of random numbers of the same state.
+
+    Itself where it has no copy, lies in a file, or exceeds scikit-learn's ``working_memory``.
+    """
+    if isinstance(value, torch.Generator):
+        return torch.Generator(value.device).set_state(value.get_state())
+    if isinstance(value, np.ndarray) and (isinstance(value, np.memmap) or value.nbytes > working_memory()):
+        return value
+    try:
+        # Of an array of objects, or a set, these stay: they are no parts of a model.
+        return copy.copy(value) if isinstance(value, np.ndarray | set) else copy.deepcopy(value)
+    except (NotImplementedError, TypeError):
+        # As of `random.SystemRandom`, which has no state.
+        return value
+
+
+def copy_partial(value: functools.partial[Any], copied: Copy) -> Any:
     """Return a partial over copies."""
-    function = copy(value.func, "")
-    args = [copy(arg, f"{i}") for i, arg in enumerate(value.args)]
-    duplicate = type(value)(function, *args, **{name: copy(arg, name) for name, arg in value.keywords.items()})
-    duplicate.__dict__.update({name: copy(part, name) for name, part in value.__dict__.items()})
+    function = copied(value.func, "")
+    args = [copied(arg, f"{i}") for i, arg in enumerate(value.args)]
+    duplicate = type(value)(function, *args, **{name: copied(arg, name) for name, arg in value.keywords.items()})
+    duplicate.__dict__.update({name: copied(part, name) for name, part in value.__dict__.items()})
     return duplicate
 
 
 def copy_function(
-    value: types.FunctionType, copy: Copy, keep: Callable[[Any], None], cells: dict[int, types.CellType]
+    value: types.FunctionType, copied: Copy, keep: Callable[[Any], None], cells: dict[int, types.CellType]
 ) -> None:
     """Make a function over copies of what it closes over, and give it to ``keep`` before they are made.
 
@@ -73,29 +106,31 @@ def copy_function(
     names = dict(zip(map(id, closure), value.__code__.co_freevars, strict=True))
     for cell in fresh:
         if _is_filled(cell):
-            cells[id(cell)].cell_contents = copy(cell.cell_contents, names[id(cell)])
+            cells[id(cell)].cell_contents = copied(cell.cell_contents, names[id(cell)])
     defaults, keywords = value.__defaults__, value.__kwdefaults__
-    duplicate.__defaults__ = None if defaults is None else tuple(copy(part, "default") for part in defaults)
-    duplicate.__kwdefaults__ = None if keywords is None else {name: copy(part, name) for name, part in keywords.items()}
+    duplicate.__defaults__ = None if defaults is None else tuple(copied(part, "default") for part in defaults)
+    duplicate.__kwdefaults__ = (
+        None if keywords is None else {name: copied(part, name) for name, part in keywords.items()}
+    )
     duplicate.__qualname__, duplicate.__module__ = value.__qualname__, value.__module__
     duplicate.__doc__, duplicate.__annotations__ = value.__doc__, value.__annotations__
-    duplicate.__dict__.update({name: copy(part, name) for name, part in value.__dict__.items()})
+    duplicate.__dict__.update({name: copied(part, name) for name, part in value.__dict__.items()})
 
 
-def copy_object(value: Any, copy: Copy, keep: Callable[[Any], None]) -> None:
+def copy_object(value: Any, copied: Copy, keep: Callable[[Any], None]) -> None:
     """Make an object of the same class over copies, and give it to ``keep`` before they are made."""
     is_namespace = type(value) is types.SimpleNamespace
     duplicate = types.SimpleNamespace() if is_namespace else object.__new__(type(value))
     keep(duplicate)
-    for name, part in _state(value).items():
+    for name, part in state_of(value).items():
         # Past a frozen dataclass, or a property of the same name.
-        object.__setattr__(duplicate, name, copy(part, name))
+        object.__setattr__(duplicate, name, copied(part, name))
 
 
 def is_plain_object(value: Any) -> bool:
     """Return whether ``value`` is an instance of a user's own class, with nothing beneath it but ``object``."""
     kind = type(value)
-    if kind in _NAMESPACES:
+    if kind in NAMESPACES:
         return True
     made_otherwise = isinstance(value, type) or any("__new__" in vars(base) for base in kind.__mro__[:-1])
     return not made_otherwise and kind.__module__.split(".")[0] not in _FOREIGN
@@ -131,10 +166,10 @@ def _parts(value: Any) -> Iterator[Batch]:
         yield from [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         yield from (value.__defaults__, value.__kwdefaults__, value.__dict__)
     elif is_plain_object(value):
-        yield from _state(value).values()
+        yield from state_of(value).values()
 
 
-def _state(value: Any) -> dict[str, Any]:
+def state_of(value: Any) -> dict[str, Any]:
     """Return the attributes that an object itself has, those in slots included."""
     state = dict(vars(value)) if "__dict__" in dir(value) else {}
     for base in type(value).__mro__:

@@ -7,8 +7,8 @@ every derivative, and x = b/λ would pass for a solution.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 from .._check import must_be
 from .._telling import warn
 from .holders import tensors_within
+from .own_eval import OwnEval
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "refuses_hooks"]
 
 Found = dict[int, tuple[str, torch.Tensor]]
 
@@ -51,17 +52,25 @@ class Watch:
         The lower precision that the forward pass went through, if any.
     quiet : bool
         Whether nothing is said of it: the copy is a probe's, not the user's.
+    own_eval : OwnEval or None
+        What the user's own ``eval()`` makes of the model, if more than flags.
+    globals : dict
+        Those by which the forward pass knows modules of the user's model, and which.
     """
 
     def __init__(self, found: Found, differentiated: set[int], dtype: torch.dtype) -> None:
         self.found, self.dtype = found, dtype
         self.lower: list[torch.dtype] = []
         self.quiet = False
+        self.own_eval: OwnEval | None = None
+        self.globals: dict[str, str] = {}
         self.differentiated = {key: item for key, item in found.items() if key in differentiated}
 
-    @contextmanager
-    def over_forward(self) -> Iterator[None]:
-        """Raise where a forward pass uses the user's tensors, or half precision."""
+    def over_forward(self, compute: Callable[[], Any]) -> Any:
+        """Return the outputs of a forward pass; raise where it uses the user's tensors, or half precision.
+
+        It is computed twice where it takes derivatives by ``torch.func``, under which autograd cannot be looked at.
+        """
         half: list[torch.dtype] = []
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -70,12 +79,19 @@ class Watch:
             return tensor
 
         look = _LookOut(self.found, self.dtype)
-        with _told(look, "The model's forward pass", _FORWARD_HINT), saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
+        with _told(look, "The model's forward pass", _FORWARD_HINT):
+            try:
+                with saved_tensors_hooks(pack, lambda tensor: tensor):
+                    outputs = compute()
+            except RuntimeError as error:
+                if not refuses_hooks(error):
+                    raise
+                outputs = compute()
         half += [dtype for dtype in look.lower if dtype.itemsize < 4]
         if half:
             raise ValueError(must_be("What the model computes", f"in {self.dtype}, as θ is", half[0], _CAST_HINT))
         self.lower = look.lower[:1]
+        return outputs
 
     def warn_of_casts(self) -> None:
         """Warn where a forward pass went through a lower precision."""
@@ -84,11 +100,22 @@ class Watch:
             # From the first batch of an objective, through `HessianInverter.fit`, to its caller.
             warn(what, UserWarning)
 
+    def warn_of_globals(self) -> None:
+        """Warn where a forward pass knows the user's modules by globals: it will not know their copies."""
+        for name, path in () if self.quiet else self.globals.items():
+            must = "one that knows its modules through `self` and what they hold"
+            got = f"a global {name!r} that is, or holds, {path}, which its copy is not"
+            warn(must_be("The model's forward pass", must, got, _GLOBAL_HINT), UserWarning)
+
     @contextmanager
     def over_loss(self) -> Iterator[None]:
         """Raise where the user's parameters are used in a loss."""
         with _told(_LookOut(self.differentiated, self.dtype), "The loss", _LOSS_HINT):
             yield
+
+    def look_out(self) -> AbstractContextManager[Any]:
+        """Return a context in which the first use of the user's tensors is an error, whatever it is."""
+        return _LookOut(self.found, self.dtype)
 
     def check_modules(self, loss: Any) -> None:
         """Raise where a module of the loss holds the user's parameters: the copy of it would take them along."""
@@ -110,6 +137,9 @@ _FORWARD_HINT = (
     "Reach parameters through `self` in `forward`, not through a global or another object; in a subclass of "
     "TorchTwiceDifferentiable use the `module` that `outputs` is given."
 )
+_GLOBAL_HINT = (
+    "`module is ablated` and `scales[module]` find another object here: keep a flag or a number on the module itself."
+)
 _LOSS_HINT = (
     "A loss takes outputs and targets: give an L2 penalty on the parameters as `weight_decay=`; for other terms "
     "subclass TorchTwiceDifferentiable and let `outputs` compute them from its `module`."
@@ -118,6 +148,11 @@ _CAST_HINT = (
     "Remove `torch.autocast` and casts such as `.half()` or `.float()` from its forward pass: they cost the curvature "
     "its accuracy."
 )
+
+
+def refuses_hooks(error: Exception) -> bool:
+    """Return whether this is the refusal of a transform of ``torch.func`` to run where saved tensors are looked at."""
+    return "saved tensor hooks" in str(error)
 
 
 def _refuse(used: Iterable[str], what: str, hint: str) -> None:
@@ -165,6 +200,9 @@ class _LookOut(TorchFunctionMode):
 
 class _Used(RuntimeError):
     """Ends a forward pass; what was used is told by its watch."""
+
+    def __str__(self) -> str:
+        return "a use of your own model's tensors"
 
 
 def _asks(func: Any) -> bool:

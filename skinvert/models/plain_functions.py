@@ -1,13 +1,19 @@
-"""Functions whose kernels cannot be differentiated twice, or not in batches, by others of the same value that can."""
+"""Functions whose kernels cannot be differentiated twice, or not in batches, by others of the same value that can.
+
+And hooks that a forward pass puts on its own tensors, by none: they change gradients, and are no part of a loss. What
+clips the gradient of a mean once in a while would clip those of most single rows.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from .._check import must_be
 from .._memory import working_memory
@@ -112,6 +118,11 @@ def _padded(
     return input[places], None if weights is None else weights[places], inside
 
 
+def register_hook(tensor: torch.Tensor, hook: Any) -> RemovableHandle:  # noqa: ARG001 (torch's signature)
+    """Return the handle of a hook that is never called."""
+    return RemovableHandle(OrderedDict[int, Any]())
+
+
 def refuse_frequencies(name: str) -> str:
     """Return the message for ``scale_grad_by_freq``."""
     hint = "With it a row's gradient depends on the other rows of its batch. Set it to False on the trained model."
@@ -125,4 +136,5 @@ PLAIN: dict[Any, Callable[..., Any]] = {
     torch.cdist: cdist,
     functional.embedding: embedding,
     functional.embedding_bag: embedding_bag,
+    torch.Tensor.register_hook: register_hook,
 }

@@ -13,6 +13,7 @@ from .._check import must_be
 from .._telling import warn
 from .._types import Batch, Decay, Device
 from .compiled import unwrapped
+from .conversion import parameter_like
 from .losses import (
     NLL,
     CallableLoss,
@@ -342,7 +343,10 @@ def _with_leaves(module: nn.Module, dtype: Any, device: Device, probe: bool = Fa
     for child in list(duplicate.modules()):
         for name, tensor in list(child.named_parameters(recurse=False, remove_duplicate=False)):
             data = tensor.detach().to(device, dtype if tensor.is_floating_point() else None, copy=probe)
-            setattr(child, name, nn.Parameter(data, requires_grad=probe))
+            fresh = parameter_like(tensor, data, probe, name)
+            # A penalty may ask for a mark (`no_decay`).
+            fresh.__dict__.update(tensor.__dict__)
+            setattr(child, name, fresh)
     return duplicate
 
 

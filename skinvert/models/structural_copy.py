@@ -16,7 +16,17 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._check import must_be
 from .compiled import SHARING, Alone, Uncompiled, is_compiled, is_compiled_function, unwrapped
-from .holders import BUILTIN_OWNERS, copy_function, copy_object, copy_partial, holds_tensors, is_plain_object
+from .holders import (
+    BUILTIN_OWNERS,
+    NAMESPACES,
+    OWN_STATE,
+    copy_function,
+    copy_object,
+    copy_own_state,
+    copy_partial,
+    holds_tensors,
+    is_plain_object,
+)
 from .weight_norm import plain_hook, plain_parametrization
 
 __all__ = ["structural_copy"]
@@ -28,6 +38,8 @@ _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dty
 _COPIED = frozenset((dict, OrderedDict, list, deque))
 # An attribute of Module: `module.compile()` keeps the compiled call in it, bound to that module.
 _COMPILED_CALL = "_compiled_call_impl"
+# They change gradients and are no part of a loss: no derivative of the copy passes through them.
+_GRADIENT_HOOKS = frozenset(("_backward_hooks", "_backward_pre_hooks"))
 
 
 def structural_copy(
@@ -37,7 +49,7 @@ def structural_copy(
 
     ``copy.deepcopy`` would copy the weights, and call a user's ``__deepcopy__``; a plain reference would let ``eval()``
     and parameter swaps reach the user's model. What is bound to the old objects (methods, partials, closures, hooks) is
-    bound to the new ones.
+    bound to the new ones; hooks on gradients are left out.
 
     Parameters
     ----------
@@ -90,6 +102,8 @@ class _Copier:
             return self._container(value, path)
         if isinstance(value, tuple | set | frozenset):
             return self._fixed(value, path)
+        if isinstance(value, OWN_STATE):
+            return self._keep(value, copy_own_state(value))
         return self._bound(value, path)
 
     def _keep(self, value: Any, duplicate: Any) -> Any:
@@ -115,7 +129,9 @@ class _Copier:
         # Not its own `__new__`, which for a traced module makes a class without a forward pass.
         duplicate = self._keep(module, object.__new__(type(module)))
         for name, value in module.__dict__.items():
-            if name != _COMPILED_CALL:
+            if name in _GRADIENT_HOOKS:
+                duplicate.__dict__[name] = OrderedDict()
+            elif name != _COMPILED_CALL:
                 # Parameters and modules lie in dicts, which have no part in a name.
                 inner = path if name in ("_parameters", "_buffers", "_modules") else f"{path}{name}."
                 duplicate.__dict__[name] = self.copy(value, inner)
@@ -139,7 +155,14 @@ class _Copier:
         if tensor.grad_fn is not None:
             # Made from parameters in another pass: kept as it is, so that its use can be seen.
             return tensor
-        return self.convert(tensor)
+        duplicate = self.convert(tensor)
+        if duplicate is not tensor and tensor.__dict__:
+            # Before its attributes, which may lead back to it.
+            self._keep(tensor, duplicate)
+            for key, value in tensor.__dict__.items():
+                # A class that wraps a tensor has made its own.
+                duplicate.__dict__.setdefault(key, self.copy(value, f"{path}{key}."))
+        return duplicate
 
     def _container(self, value: Any, path: str) -> Any:
         """Copy lists and dicts (an LSTM keeps its weights in one), and what they hold."""
@@ -166,7 +189,7 @@ class _Copier:
     def _fixed(self, value: Any, path: str) -> Any:
         items = [self.copy(item, f"{path}{i}.") for i, item in enumerate(value)]
         if all(new is old for new, old in zip(items, value, strict=True)):
-            return value
+            return self._keep(value, copy_own_state(value)) if isinstance(value, set) else value
         if isinstance(value, tuple):
             return self._keep(value, tuple.__new__(type(value), items))
         return self._keep(value, type(value)(items))
@@ -210,7 +233,8 @@ class _Copier:
             self._keep(value, duplicate)
 
         is_function, is_partial = isinstance(value, types.FunctionType), isinstance(value, functools.partial)
-        if not (is_function or is_partial or is_plain_object(value)) or not holds_tensors(value):
+        is_namespace = type(value) in NAMESPACES
+        if not (is_function or is_partial or is_plain_object(value)) or not (is_namespace or holds_tensors(value)):
             return value
         if is_partial:
             keep(copy_partial(value, copy_part))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ from .affine_outputs import has_affine_outputs
 from .autocast import computed_in
 from .base import TwiceDifferentiable
 from .batches import call, check_pair, doubled, first_rows, map_tensors, split_labels
-from .compiled import eager, refuse_sharded
-from .conversion import Conversion
+from .compiled import eager, refuse_sharded, unwrapped
+from .conversion import Conversion, parameter_like
 from .flat_gradient import flat_gradient
+from .global_names import globals_of
 from .labelled import Reading, gives_its_loss, logits_of, reading_of
 from .leaks import Watch
 from .losses import Loss, OutputHessian, OutputSum, Predictive, as_loss
+from .own_eval import OwnEval
 from .plain_functions import PlainFunctions
 from .second_derivative import check_loss_derivative, check_second_derivative, in_float64
 from .structural_copy import structural_copy
@@ -214,7 +217,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         duplicate, shared = copy.copy(self), structural_copy(self.model)
         named = dict(shared.named_parameters())
         chosen = select_parameters(list(named.items()), params)
-        own = named[chosen[0]].dtype
+        # Of others than floats `Conversion` tells by name.
+        own = next((named[name].dtype for name in chosen if named[name].is_floating_point()), torch.float32)
         to_dtype, to_device = resolve_dtype(dtype, own), resolve_device(device, _one_device(shared))
         selected = {id(named[name]) for name in chosen}
         found = {id(t): (name, t) for name, t in [*named.items(), *shared.named_buffers()]}
@@ -223,6 +227,10 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         duplicate._select(chosen)
         trained = {id(tensor) for tensor in named.values() if tensor.requires_grad}
         duplicate.watch = Watch(found, selected | trained, to_dtype)
+        if not self._is_fixed:
+            duplicate.watch.own_eval = OwnEval.of(self.model)
+            duplicate.watch.globals = globals_of(unwrapped(self.model))
+        duplicate._is_fixed = True
         if duplicate.loss is not None:
             duplicate.watch.check_modules(duplicate.loss)
             duplicate.loss = duplicate.loss.to(to_dtype, to_device)
@@ -267,6 +275,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
 
     # The fitted steps of a pipeline before the model; None where it sees the data as they are.
     features: Any = None
+    # Whether `at_point` made it.
+    _is_fixed = False
     # Over a copy until its first forward pass: a look-out for what it still shares with the user's model.
     watch: Watch | None = None
     # Whether the model changes its inputs in place: then it is given copies.
@@ -353,18 +363,23 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         if self._reads_pairs() and not (isinstance(batch, tuple) and len(batch) == 2):
             got = f"a tuple of {len(batch)}" if isinstance(batch, tuple) else type(batch).__name__
             hint = "For other batches subclass TorchTwiceDifferentiable: `outputs` and `per_sample_loss`."
+            if isinstance(batch, torch.Tensor):
+                hint = "A list is a list of batches: give two arrays as a tuple `(X, y)`, a batch as `(x, y)`."
             raise ValueError(must_be("A batch", "a pair (inputs, targets)", got, hint))
         # Once for a copy: what it does on its first batch.
         watch, self.watch = self.watch, None
-        given = map_tensors(torch.clone, batch) if self.writes_inputs else batch
+        give = torch.clone if self.writes_inputs else _unmarked
         # The fused attention kernels have no second derivative.
         kernels = _without_fused_rnn(self.module, self.device)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), kernels, eager(), PlainFunctions():
-            with nullcontext() if watch is None else watch.over_forward():
-                outputs = self.computed(self.module, given)
+            compute = partial(self._given, give, batch)
+            outputs = compute() if watch is None else watch.over_forward(compute)
         outputs = self._in_own_dtype(outputs)
         if watch is not None:
             watch.warn_of_casts()
+            watch.warn_of_globals()
+            if watch.own_eval is not None and not watch.quiet:
+                watch.own_eval.check(self, batch, watch.look_out())
         if not self._own_loss():
             with nullcontext() if watch is None else watch.over_loss():
                 self._check(outputs, batch)
@@ -450,6 +465,9 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         self.theta: list[torch.Tensor] = [tensors[name] for name in names]
         self.layout = ParameterLayout(tuple(names), tuple(tuple(t.shape) for t in self.theta))
 
+    def _given(self, give: Callable[[torch.Tensor], torch.Tensor], batch: Batch) -> Any:
+        return self.computed(self.module, map_tensors(give, batch))
+
     def _in_own_dtype(self, outputs: Batch) -> Any:
         """Return outputs in the dtype of θ; raise where they have lost accuracy."""
         if not isinstance(outputs, torch.Tensor) or outputs.dtype == self.dtype:
@@ -465,10 +483,18 @@ class TorchTwiceDifferentiable(TwiceDifferentiable):
         if not isinstance(outputs, torch.Tensor):
             hint = "Subclass TorchTwiceDifferentiable and override `outputs` and `per_sample_loss`."
             raise TypeError(must_be("The model's output", "a tensor", type(outputs).__name__, hint))
+        if not outputs.ndim:
+            hint = "Return the outputs from `forward`, and give the loss as `loss=`."
+            raise ValueError(must_be("The model's output", "one row per row of the batch", "a scalar", hint))
         self._loss().check(outputs.detach(), batch[1])
         if not self._verified:
             self._loss().verify(outputs.detach(), batch[1])
             self._verified = True
+
+
+def _unmarked(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor over the same memory: a model that differentiates by its inputs sets their ``requires_grad``."""
+    return tensor if tensor.requires_grad else tensor.detach()
 
 
 def _without_fused_rnn(module: nn.Module, device: torch.device) -> AbstractContextManager[None]:
@@ -490,4 +516,4 @@ def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
     own = own_tensor(tensor)
     if own is tensor or not isinstance(tensor, nn.Parameter):
         return own
-    return nn.Parameter(own, requires_grad=tensor.requires_grad)
+    return parameter_like(tensor, own, tensor.requires_grad)

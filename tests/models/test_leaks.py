@@ -81,6 +81,7 @@ def test_a_leak_that_the_model_catches():
         fit(Catching(True))
 
 
+@pytest.mark.filterwarnings("ignore:.*a global .NETS.:UserWarning")
 def test_a_leak_in_a_later_batch():
     class Late(Global):
         def forward(self, x):

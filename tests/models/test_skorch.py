@@ -115,6 +115,12 @@ class WeightsAlone(Penalised):
     names = "*.weight"
 
 
+class WithoutTheMarked(NeuralNetClassifier):
+    def get_loss(self, *args, **kwargs):
+        kept = [w for w in self.module_.parameters() if not getattr(w, "no_decay", False)]
+        return super().get_loss(*args, **kwargs) + 0.5 * 0.3 * sum((w**2).sum() for w in kept)
+
+
 class L1(NeuralNetClassifier):
     def get_loss(self, *args, **kwargs):
         return super().get_loss(*args, **kwargs) + 0.1 * sum(w.abs().sum() for w in self.module_.parameters())
@@ -175,6 +181,15 @@ def test_an_l2_penalty_in_get_loss_is_part_of_the_hessian(kind, method):
     assert abs(inverter.gradient_norm_ - np.linalg.norm(gradient)) <= 1e-10
     rows = PerSampleGradient(net).fit_transform(case.X.numpy(), case.y.numpy())
     np.testing.assert_allclose(rows, Oracle(case).gradient_rows(), atol=1e-10)
+
+
+def test_a_penalty_may_ask_for_marks_on_parameters():
+    case = softmax_case()
+    net = initialised(WithoutTheMarked, case.module, nn.CrossEntropyLoss)
+    for name, tensor in net.module_.named_parameters():
+        tensor.no_decay = name.endswith("bias")
+    H, _ = with_penalty(case, 0.3, "*.weight")
+    assert matrix_error(HessianInverter("direct", 5.0).fit(net, case.data).curvature_.to_dense(), H) <= 1e-10
 
 
 @pytest.mark.parametrize("curvature", ["ggn", "empirical_fisher"])

@@ -1,14 +1,17 @@
 """Whatever is bound to the user's module is bound to the copy: the same curvature and rows as the plain module's."""
 
+import array
 import copy
 import functools
+import random
 import types
 import weakref
-from collections import deque, namedtuple
+from collections import UserDict, deque, namedtuple
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import sklearn
 import torch
 import torch.nn.functional as F
 from oracles import Oracle, matrix_error, oracle_matrix
@@ -30,6 +33,10 @@ class Frozen:
 @dataclass(slots=True)
 class Slotted:
     module: nn.Module
+
+
+class Meter:
+    """An object that holds nothing of the model."""
 
 
 class Wrapper:
@@ -292,12 +299,67 @@ def test_running_statistics_do_not_move():
 
 
 def test_a_cycle_and_what_holds_nothing():
-    net, plain = nn.Linear(2, 1), types.SimpleNamespace(name="plain")
-    net.owner, net.plain = types.SimpleNamespace(net=net, again=[]), plain
+    net, plain, config = nn.Linear(2, 1), types.SimpleNamespace(name="plain"), Meter()
+    net.config, net.owner, net.plain = config, types.SimpleNamespace(net=net, again=[]), plain
     net.owner.again.append(net.owner)
     duplicate = structural_copy(net)
     assert duplicate.owner.net is duplicate and duplicate.owner.again[0] is duplicate.owner
-    assert duplicate.owner is not net.owner and duplicate.plain is plain
+    assert duplicate.owner is not net.owner and duplicate.config is config
+    assert duplicate.plain == plain and duplicate.plain is not plain
+
+
+class Counting(nn.Linear):
+    """Counts and draws in whatever there is."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+        self.load, self.loads, self.seen, self.raw = np.zeros(3), [np.zeros(3)], {0}, bytearray(1)
+        self.ints, self.stats, self.table = array.array("i", [0]), types.SimpleNamespace(calls=0), UserDict(calls=0)
+        self.torch_draws = torch.Generator().manual_seed(0)
+        self.draws, self.numpy_draws, self.old_draws = (
+            random.Random(0),
+            np.random.default_rng(0),
+            np.random.RandomState(0),
+        )
+        self.add, self.draw = self.seen.add, self.numpy_draws.random
+
+    def state(self):
+        draws = (self.draws.getstate(), self.numpy_draws.bit_generator.state, self.old_draws.get_state()[2])
+        counts = (self.load.tolist(), self.loads[0].tolist(), set(self.seen), bytes(self.raw), self.ints.tolist())
+        return counts, self.stats.calls, dict(self.table), self.torch_draws.get_state().tolist(), draws
+
+    def forward(self, x):
+        self.load += 1
+        self.loads[0][:] += 1
+        self.add(len(self.seen))
+        self.raw.append(0)
+        self.ints[0] += 1
+        self.stats.calls += 1
+        self.table["calls"] += 1
+        torch.rand(1, generator=self.torch_draws)
+        self.draws.random(), self.draw(), self.old_draws.rand()
+        return super().forward(x)
+
+
+def test_what_a_forward_pass_counts_in_or_draws_from_stays():
+    net, (X, y) = Counting(), (torch.randn(12, 4), torch.randint(3, (12,)))
+    before = copy.deepcopy(net.state())
+    HessianInverter("direct", 30.0, loss="cross_entropy", batch_size=5).fit(net, (X, y)).transform(torch.ones(1, 15))
+    PerSampleGradient(net, loss="cross_entropy").fit_transform(X, y)
+    assert net.state() == before
+    duplicate = structural_copy(net)
+    assert duplicate.state() == before
+    duplicate.double()(X.double())
+    assert net.state() == before and len(duplicate.seen) == 2
+
+
+@pytest.mark.parametrize("memory", [1e-6, 1024])
+def test_large_arrays_and_files_are_shared(memory, tmp_path):
+    net = nn.Linear(2, 1)
+    net.table, net.mapped = np.ones(3), np.memmap(tmp_path / "table", float, "w+", shape=3)
+    with sklearn.config_context(working_memory=memory):
+        duplicate = structural_copy(net)
+    assert (duplicate.table is net.table) == (memory < 1) and duplicate.mapped is net.mapped
 
 
 def test_functions_share_their_variables():
@@ -321,6 +383,108 @@ def test_lazy_layers_are_refused():
     net = nn.Sequential(nn.LazyLinear(3), nn.Tanh())
     with pytest.raises(ValueError, match=r"'0\.weight' .* must be initialised"):
         HessianInverter("direct", 30.0, loss="mse").fit(net, (torch.randn(4, 2), torch.randn(4, 3)))
+
+
+# -- what is asked of a parameter beside its values ------------------------------------------------------------------
+
+
+class Tagged(nn.Parameter):
+    """A parameter of a class of its own, with a constructor of its own."""
+
+    def __new__(cls, data, mult):
+        made = super().__new__(cls, data)
+        made.mult = mult
+        return made
+
+
+class Marked(torch.Tensor):
+    """A class that knows no `nn.Parameter`."""
+
+
+class Scaled(nn.Linear):
+    """The multiplier of muP lies on the weight, as a number or in a tensor, and counts for some classes alone."""
+
+    def forward(self, x):
+        scaled = isinstance(self.weight, self.kind) and isinstance(self.weight, nn.Parameter)
+        return super().forward(x) * (self.weight.mult if scaled else 1.0)
+
+
+def with_number(layer):
+    layer.kind, layer.weight.mult = nn.Parameter, 0.1
+
+
+def with_tensor(layer):
+    layer.kind, layer.weight.mult = nn.Parameter, torch.tensor(0.1, dtype=torch.float64)
+
+
+def with_owner(layer):
+    layer.kind, layer.weight.mult, layer.weight.owner = nn.Parameter, 0.1, layer
+
+
+def with_class(layer):
+    layer.kind, layer.weight = Tagged, Tagged(layer.weight.data, 0.1)
+
+
+def with_tensor_class(layer):
+    layer.kind, layer.weight = Marked, nn.Parameter(layer.weight.data.as_subclass(Marked))
+    layer.weight.mult = 0.1
+
+
+MARKS = [with_number, with_tensor, with_owner, with_class, with_tensor_class]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("mark", MARKS, ids=lambda mark: mark.__name__)
+def test_marks_on_parameters(mark, frozen):
+    case = problem("mlp", "cross_entropy")
+    net = copy.deepcopy(case.module)
+    scaled = Scaled(net[2].in_features, net[2].out_features).double()
+    scaled.load_state_dict(net[2].state_dict())
+    net[2] = scaled
+    mark(scaled)
+    net[2].requires_grad_(not frozen)
+    params = [tensor for tensor in net.parameters() if tensor.requires_grad]
+
+    def by_hand(x):
+        return case.module[2](torch.tanh(net[0](x))) * 0.1 if frozen else net(x)
+
+    gradient = flat_gradient(F.cross_entropy(by_hand(case.X), case.y), params)
+    H = np.stack([flat_gradient(g, params, False).numpy() for g in gradient])
+    inverter = HessianInverter("direct", 30.0, loss="cross_entropy").fit(net, case.data)
+    assert matrix_error(inverter.curvature_.to_dense(), H) <= 1e-12
+    rows = PerSampleGradient(net, loss="cross_entropy").fit_transform(*case.data)
+    np.testing.assert_allclose(np.asarray(rows).mean(0), gradient.detach().numpy(), rtol=1e-9, atol=1e-12)
+
+
+def test_a_mark_that_leads_to_the_module_leads_to_the_copy():
+    net, found = nn.Linear(2, 1), {}
+    net.weight.owner = [net]
+    duplicate = structural_copy(net, lambda tensor: nn.Parameter(tensor.detach().clone()), found)
+    assert duplicate.weight.owner == [duplicate] and net.weight.owner == [net]
+
+
+class Unwrapping(torch.Tensor):
+    """A tensor whose operations give plain ones."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        plain = [arg.inner if isinstance(arg, cls) else arg for arg in args]
+        return func(*plain, **(kwargs or {}))
+
+
+def test_a_class_that_no_copy_can_be_of_is_refused():
+    net, weight = nn.Linear(2, 1), Unwrapping(torch.ones(1, 2))
+    weight._is_param = True
+    net._parameters["weight"] = weight
+    with pytest.raises(ValueError, match=r"parameter weight must be of a class.*Got Unwrapping.*nn\.Parameter"):
+        HessianInverter("direct", 30.0, loss="mse", params="*").fit(net, (torch.randn(4, 2), torch.randn(4, 1)))
 
 
 # -- tensors in attributes -----------------------------------------------------------------------------------------

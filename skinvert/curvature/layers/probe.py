@@ -49,7 +49,7 @@ def _with_axes(
         axes = {_axis(x.input.shape, y.input.shape) for x, y in zip(a, b, strict=False)}
         axis = axes.pop() if len(axes) == 1 and len(a) == len(b) else None
         if not a:
-            why = "without a gradient" if layer.name in first.called else "never called as a layer"
+            why = "without a gradient, or under torch.func" if layer.name in first.called else "never called as a layer"
             reasons.update(dict.fromkeys(layer.names, why))
         elif axis is None:
             why = f"sees an input {tuple(a[0].input.shape)} of one sample and {tuple(b[0].input.shape)} of two"

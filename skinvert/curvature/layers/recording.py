@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor  # `torch.func` has no name for it before 2.7.
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..._check import must_be
@@ -184,6 +185,11 @@ class _Recorder:
         layer = self.layers.get(key)
         if layer is None:
             return result
+        own = self.calls.setdefault(key, [])
+        if is_functorch_wrapped_tensor(result):
+            # Of a transform of `torch.func` in the forward pass: no tensor once that has ended.
+            own.append(Call(a, result.shape, None))
+            return result
         if result.dtype != self.autocast:
             _check_dtype(layer, result)
         # What is summed over rows is summed in the dtype of the parameters.
@@ -192,7 +198,7 @@ class _Recorder:
             whole = a.ndim > 1 and len(a) == 1 and layer.dims in (None, a.ndim)
             a, result = _expanded(a, self.m, whole), _expanded(result, self.m, whole)
         edge = get_gradient_edge(result) if result.requires_grad else None
-        self.calls.setdefault(key, []).append(Call(a, result.shape, edge))
+        own.append(Call(a, result.shape, edge))
         return result
 
     def hook(
