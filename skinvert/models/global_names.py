@@ -46,7 +46,8 @@ def globals_of(module: nn.Module) -> dict[str, str]:
 def _entries(module: nn.Module) -> Iterator[types.FunctionType]:
     """Yield the functions that a call of a module begins with."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    for entry in (vars(module).get("forward"), type(module).forward, *hooks):
+    # A scripted module has no function of its own.
+    for entry in (vars(module).get("forward"), getattr(type(module), "forward", None), *hooks):
         function = _function(entry)
         if function is not None:
             yield function
