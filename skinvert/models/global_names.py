@@ -13,6 +13,7 @@ from itertools import chain, islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 __all__ = ["globals_of"]
@@ -44,7 +45,9 @@ def globals_of(module: nn.Module) -> dict[str, str]:
 
 
 def _entries(module: nn.Module) -> Iterator[types.FunctionType]:
-    """Yield the functions that a call of a module begins with."""
+    """Yield the functions that a call of a module begins with; none of a script, which names no globals."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     # A scripted module has no function of its own.
     for entry in (vars(module).get("forward"), getattr(type(module), "forward", None), *hooks):
