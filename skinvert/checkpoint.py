@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import time
@@ -40,9 +41,21 @@ RETRY = 60.0
 
 
 def check_path(path: object) -> None:
-    """Raise TypeError where a checkpoint that is asked for has no path."""
-    if path is not None and not isinstance(path, str | os.PathLike):
+    """Raise where a checkpoint that is asked for has no path, or one that no file can have."""
+    if path is None:
+        return
+    if not isinstance(path, str | os.PathLike):
         raise TypeError(must_be("checkpoint", "None or a path", type(path).__name__))
+    name = os.fspath(path)
+    # The empty one would be the working directory.
+    if not name or "\0" in name:
+        raise ValueError(must_be("checkpoint", "None or a path that a file can have", repr(name)))
+    try:
+        os.lstat(name)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            got = f"one of {len(name):,} characters"
+            raise OSError(error.errno, must_be("checkpoint", "a path that a file can have", got)) from error
 
 
 def resumes(method: str | Method | Function) -> bool:

@@ -512,6 +512,18 @@ def test_a_path_is_a_string_or_a_path():
         inverter("ekfac", 3).fit(nn.Linear(2, 1), Unread())
 
 
+@pytest.mark.parametrize(
+    ("path", "kind"), [("", ValueError), ("a\0b", ValueError), ("a" * 300, OSError), ("b/" * 5000, OSError)]
+)
+def test_a_path_that_no_file_can_have_is_told_before_the_data_are_read(path, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(kind, match="checkpoint must be"):
+        inverter("ekfac", path).fit(nn.Linear(2, 1), Unread())
+    with pytest.raises(kind, match="checkpoint must be"):
+        InfluenceFunction(inverter("ekfac"), checkpoint=path).fit(nn.Linear(2, 1), Unread())
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_folder_that_is_not_there_is_told_before_the_work(tmp_path):
     with pytest.raises(FileNotFoundError, match="The folder of path must be one that exists"):
         inverter("ekfac", tmp_path / "none" / "fit").fit(Edited(), rows())
