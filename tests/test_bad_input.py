@@ -258,6 +258,12 @@ MODELS = [
         ValueError,
         ["running statistics", "track_running_stats=False", "per sample"],
     ),
+    (
+        "SyncBatchNorm without running statistics",
+        lambda: fit(net=nn.Sequential(classifier(), nn.SyncBatchNorm(2, track_running_stats=False).double())),
+        ValueError,
+        ["running statistics", "track_running_stats=False", "per sample"],
+    ),
     ("dropout in eval mode", lambda: fit(net=AlwaysDropout(3, 2).double()), ValueError, ["same", "self.training"]),
     ("rows that depend on each other", lambda: fit(net=Centred(3, 2).double()), ValueError, ["one row's own"]),
     (

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 
-from .._check import check_number
+from .._check import check_number, must_be
 from .._memory import working_memory
 from .._state import TensorState
 from .._types import Batch
@@ -79,6 +79,15 @@ class Drawn(GGN):
     def of_data(self) -> Objective:
         """The objective over batches without draws."""
         return self._of_data
+
+    def draws_of(self, batch: Batch, count: int) -> torch.Tensor:
+        """Return the draws (m, r, count) of a batch's rows; raise where the first batch's were of another number."""
+        draws: torch.Tensor = batch[1]
+        if draws.shape[2] != count:
+            hint = "Draws have one size for all rows: pad them to one length, or try an exact curvature."
+            got = f"outputs that take {count} draws a row after {draws.shape[2]}"
+            raise ValueError(must_be("The outputs for a curvature by draws", "of one shape in all batches", got, hint))
+        return draws
 
     def data_of(self, batch: Batch) -> Batch:
         """Return the model's part of a batch, which may carry its draws."""

@@ -96,4 +96,6 @@ class Fisher(Drawn):
     def closed_hessian(self, outputs: torch.Tensor, batch: Batch) -> OutputHessian:
         """Return the Fisher in the outputs: columns of sampled labels, or the closed form."""
         predictive = predictive_of(self.objective.model, outputs, self.data_of(batch))
-        return predictive.fisher() if self.n_draws is None else SampledHessian(predictive, batch[1])
+        if self.n_draws is None:
+            return predictive.fisher()
+        return SampledHessian(predictive, self.draws_of(batch, predictive.labels))

@@ -87,6 +87,7 @@ class SignedGGN(Drawn):
         """Return the estimate in the outputs; before there are draws what the loss has in closed form."""
         if self.n_draws is None:
             return super().closed_hessian(outputs, batch)
-        exact, signs = self.exact_hessian(outputs, batch[0]), batch[1]
+        exact = self.exact_hessian(outputs, batch[0])
+        signs = self.draws_of(batch, exact.rank)
         columns = [exact.combined(signs[:, j]) for j in range(self.n_draws)]
         return FactoredHessian(torch.stack(columns, dim=2) / math.sqrt(self.n_draws))

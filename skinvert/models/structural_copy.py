@@ -246,7 +246,8 @@ class _Copier:
 
 
 def _check_batch_norm(module: nn.Module) -> None:
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) and module.running_mean is None:
+    norms = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+    if isinstance(module, norms) and module.running_mean is None:
         hint = "Without them a sample's loss depends on the other rows of its batch: there is no loss per sample."
         raise ValueError(must_be("BatchNorm", "with running statistics", "track_running_stats=False", hint))
 

@@ -325,6 +325,8 @@ NORMS = {
     "batch, flat": (lambda: nn.BatchNorm1d(12), (12,)),
     "channels": (lambda: LayerNorm2d(4), (4, 3, 1)),
     "batch, 2d": (lambda: nn.BatchNorm2d(2), (2, 2, 3)),
+    # In training it takes GPUs alone.
+    "batch, of processes": (lambda: nn.SyncBatchNorm(2).eval(), (2, 2, 3)),
 }
 
 

@@ -233,3 +233,12 @@ def test_in_float64_the_draws_would_be_of_other_columns(settings):
     assert A.in_float64() is None
     _, B = matrix(net.double(), (X, y), loss, settings)
     assert B.in_float64() is B
+
+
+@pytest.mark.parametrize("curvature", ["sampled_ggn", "sampled_fisher"])
+def test_outputs_of_another_length_in_a_later_batch_are_refused(curvature):
+    net = nn.Sequential(nn.Conv1d(2, 4, 1)).double()
+    batches = [(torch.randn(3, 2, T, dtype=torch.float64), torch.randint(4, (3, T))) for T in (5, 2)]
+    inverter = HessianInverter("direct", 0.1, curvature=curvature, loss="cross_entropy")
+    with pytest.raises(ValueError, match="of one shape in all batches.*an exact curvature"):
+        inverter.fit(net, batches)

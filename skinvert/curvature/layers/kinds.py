@@ -33,6 +33,7 @@ CHANNEL_NORMS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
     nn.BatchNorm3d,
+    nn.SyncBatchNorm,
     nn.GroupNorm,
     nn.InstanceNorm1d,
     nn.InstanceNorm2d,
