@@ -3,6 +3,7 @@
 import ast
 import inspect
 import sys
+import threading
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -122,6 +123,41 @@ def a_direction_in_other_units():
 
 def a_ggn_of_log_probabilities():
     HessianInverter("direct", 0.1, curvature="ggn", loss="nll").fit(nn.Sequential(Net(), nn.LogSoftmax(1)), data())
+
+
+class Switched(Net):
+    """Whose own ``train`` does more than set flags."""
+
+    def train(self, mode=True):
+        self.function = torch.tanh if mode else torch.sin
+        return super().train(mode)
+
+
+def a_model_that_cannot_be_copied():
+    net = Switched().train()
+    net.lock = threading.Lock()
+    inverter().fit(net, data())
+
+
+def a_model_that_cannot_be_compared():
+    net = Switched().train()
+    net.register_forward_hook(lambda module, args, output: 1 / 0 if module.function is torch.sin else None)
+    inverter().fit(net, data())
+
+
+THE_NET = None
+
+
+class Known(Net):
+    """Known by a global."""
+
+    def forward(self, x):
+        return super().forward(x) * (2.0 if self is THE_NET else 1.0)
+
+
+def a_module_known_by_a_global():
+    globals()["THE_NET"] = Known()
+    inverter().fit(THE_NET, data())
 
 
 def few_restarts():
@@ -269,6 +305,9 @@ PLACES = [
     (a_singular_matrix, "methods/spectral_inverse.py:_warn_of_outside"),
     (a_direction_in_other_units, "methods/spectral_inverse.py:_warn_of_units"),
     (a_ggn_of_log_probabilities, "system.py:_warn_of_probabilities"),
+    (a_model_that_cannot_be_copied, "models/own_eval.py:of"),
+    (a_model_that_cannot_be_compared, "models/own_eval.py:check"),
+    (a_module_known_by_a_global, "models/leaks.py:warn_of_globals"),
     (few_restarts, "methods/arnoldi.py:_warn"),
     (an_inexact_factor, "methods/assembly.py:_judge"),
     (no_bound, "influence/certified.py:_warn_of_more"),

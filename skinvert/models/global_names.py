@@ -49,8 +49,7 @@ def _entries(module: nn.Module) -> Iterator[types.FunctionType]:
     if isinstance(module, torch.jit.ScriptModule):
         return
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    # A scripted module has no function of its own.
-    for entry in (vars(module).get("forward"), getattr(type(module), "forward", None), *hooks):
+    for entry in (vars(module).get("forward"), type(module).forward, *hooks):
         function = _function(entry)
         if function is not None:
             yield function
