@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from fuzz import runner
 from fuzz.cases import choice
+from fuzz.losses import CLASSIFYING
 from fuzz.together import hold_alike
 
 
@@ -81,7 +82,10 @@ def _hold_quadratic(case, found):
 
 
 def _hold_variances(case, found):
-    """The variance of each output is J(A⁻¹Jᵀ) / Σw of the oracle's J, by the inverter's own solutions."""
+    """The variance of each output is J(A⁻¹Jᵀ) / N of the oracle's J, by the inverter's own solutions.
+
+    N is what the labels weigh, where torch's own losses divide by that, else Σw.
+    """
     if found.told:
         return
     i = case.seed % case.n
@@ -92,7 +96,9 @@ def _hold_variances(case, found):
     x, also, refused = runner.tried(case, lambda: found.inverter.transform(J))
     if refusal or refused or told or also:
         return
-    total, inverse = float(found.oracle.weights.sum()), found.inverter.inverse_
+    of_labels = case.loss in CLASSIFYING and not case.loss.startswith("callable")
+    total = found.oracle.mass() if of_labels else float(found.oracle.weights.sum())
+    inverse = found.inverter.inverse_
     expected = (J * runner.as_float64(x)).sum(1) / total
     # Jacobians to rounding; and iterations, which may end one step apart.
     eps = 1e3 * runner.eps_of(case) + (10 * inverse.tolerance if inverse.keeps_operator else 0.0)
