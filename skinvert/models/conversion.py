@@ -69,5 +69,5 @@ def parameter_like(tensor: torch.Tensor, data: torch.Tensor, requires_grad: bool
         must = "of a class that `detach` and `to` keep, or without `__torch_dispatch__`"
         raise ValueError(must_be(f"The parameter {name}".rstrip(), must, kind.__name__, hint))
     # Not its own constructor, which may take other arguments.
-    made: torch.Tensor = torch.Tensor._make_subclass(kind, data, requires_grad)
-    return made
+    made: torch.Tensor = data.as_subclass(kind)
+    return made.requires_grad_(requires_grad)
