@@ -85,9 +85,11 @@ class Hessian(Curvature):
         if program is not None and not proven and not is_faster(program, products):
             program = None
         self._has_rules = program is not None
-        if program is not None:
-            self._proven.add(name)
-        return products if program is None else Share(program, program.nbytes, alone=True)
+        if program is None:
+            # Not the graph that was recorded: there some operations take ways that fail, as a determinant its SVD.
+            return self.graph(batch, weights)
+        self._proven.add(name)
+        return Share(program, program.nbytes, alone=True)
 
     def to_dense(self, verbose: int = 0) -> torch.Tensor:
         """Return the matrix (p, p): from the layers where each sees one row a sample, else by p products."""

@@ -72,7 +72,8 @@ def forward_products(outputs: torch.Tensor, theta: list[torch.Tensor], eps: floa
     if not outputs.requires_grad:
         # This batch reaches none of the parameters.
         return lambda V: V.new_zeros(len(V), len(outputs), outputs[:1].numel())
-    dummy = torch.zeros_like(outputs, requires_grad=True)
+    # Not zeros: of them a kernel may take the logarithm, as `logcumsumexp` does. Jᵀu is linear in u.
+    dummy = torch.ones_like(outputs, requires_grad=True)
     pulled = torch.autograd.grad(outputs, theta, dummy, create_graph=True, materialize_grads=True)
     along = flat_products(flat(pulled), [dummy], eps)
     return lambda V: along(V).reshape(len(V), len(outputs), -1)
@@ -108,7 +109,7 @@ def both_passes(
 
     def compute() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         outputs = forward()
-        dummy = torch.zeros_like(outputs, requires_grad=True)
+        dummy = torch.ones_like(outputs, requires_grad=True)
         if not outputs.requires_grad:
             # This batch reaches none of the parameters.
             return outputs, dummy, outputs.new_zeros(sum(t.numel() for t in theta))

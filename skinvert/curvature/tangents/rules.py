@@ -203,7 +203,7 @@ def by_graph(call: Call, live: list[bool]) -> Push | None:
         reached = [one for one in results if _is_real(one) and one.requires_grad]
         if not reached:
             return None
-        u = [torch.zeros_like(one, requires_grad=True) for one in reached]
+        u = [torch.ones_like(one, requires_grad=True) for one in reached]
         pulled = torch.autograd.grad(reached, leaves, u, create_graph=True, allow_unused=True)
     graph = _Graph(u, {j: one for j, one in zip(places, pulled, strict=True) if one is not None})
     held += [one.detach() for one in (*graph.u, *graph.pulled.values())]
