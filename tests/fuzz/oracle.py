@@ -99,6 +99,11 @@ class Oracle:
         D = torch.stack([torch.zeros_like(free).reshape(-1) if c is None else c.reshape(-1) for c in columns])
         return J.mT @ D @ J
 
+    def row_by_logits(self, i):
+        """The same where the outputs are log-probabilities, as it is by logits: the Fisher."""
+        J, f = self.row_jacobian(i)
+        return (J.mT * f.detach().reshape(-1).exp()) @ J
+
     @once
     def empirical_fisher(self):
         g = self.gradient_rows()

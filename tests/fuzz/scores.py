@@ -68,7 +68,8 @@ def _newton(case, influence, module, X, y, weights, oracle, A):
     shares, generator = oracle.weights / oracle.weights.sum(), np.random.default_rng(case.seed)
     for j in generator.choice(len(X), min(LEFT_OUT, len(X)), replace=False).tolist():
         with torch.enable_grad():
-            rows, own = oracle.gradient_rows(), oracle.scale * shares[j] * oracle.row_ggn(j)
+            row = oracle.row_by_logits(j) if case.loss == "nll" else oracle.row_ggn(j)
+            rows, own = oracle.gradient_rows(), oracle.scale * shares[j] * row
         gradient = shares[j] * rows[j]
         step = torch.linalg.solve(A - own, gradient)
         expected = oracle.losses(step) - oracle.losses(0 * step)
