@@ -104,3 +104,32 @@ def test_running_out_of_memory_says_so(error):
 def test_another_error_stays_what_it_is():
     with pytest.raises(RuntimeError, match="^shapes$"), naming_memory("The forward pass", "Try less."):
         raise RuntimeError("shapes")
+
+
+GROWING = """
+import resource, sklearn, torch
+from torch import nn
+from skinvert import PerSampleGradient
+
+class Batches:
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        for _ in range(self.count):
+            yield torch.randn(4, 1, 128, 128), torch.randint(21, (4, 128, 128))
+
+def peak(count):
+    PerSampleGradient(nn.Conv2d(1, 21, 1), loss="cross_entropy").fit(Batches(count))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+with sklearn.config_context(working_memory=1):
+    print(-peak(4) + peak(60))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as Linux counts resident memory")
+def test_a_pass_over_more_batches_takes_no_more_memory():
+    # A batch takes some 20 MiB. Small tensors that outlive each one would keep the memory of the large ones in pieces.
+    done = subprocess.run([sys.executable, "-c", GROWING], capture_output=True, text=True, timeout=120)
+    assert float(done.stdout) < 40, done.stderr

@@ -151,12 +151,13 @@ class Objective(MeanLoss):
         own = type(model).settle is not TorchTwiceDifferentiable.settle
         model.settle(batches if batches.shard is None or not own else batches.shard.labelled(batches))
         self._values, self._alone, start = LossValues(model), False, 0
-        sums: list[torch.Tensor] = []
+        # Not tensors: a small one after each batch's large ones would keep the memory of these in pieces.
+        sums: list[float] = []
         self.first_pass = FirstPass(model)
         for index, (batch, weights) in enumerate(progress(batches, "loss and gradient", verbose)):
             sums.append(self._add(batch, weights, index, slice(start, start + len(weights))))
             start += len(weights)
-        self.loss_sums = torch.stack(sums)
+        self.loss_sums = torch.tensor(sums, dtype=model.dtype, device="cpu")
         if batches.shard is not None:
             self._values.over(batches.shard.ranks)
         self._merge()
@@ -253,7 +254,7 @@ class Objective(MeanLoss):
         super()._scale_denominators(share)
         self.mass_sum *= share
 
-    def _add(self, batch: Batch, weights: torch.Tensor, index: int, rows: slice) -> torch.Tensor:
+    def _add(self, batch: Batch, weights: torch.Tensor, index: int, rows: slice) -> float:
         """Add a batch to the gradient and the denominators, and return the sum of its losses."""
         outputs = forward_or_tell(self.first_pass, batch)
         if not self._alone and len(weights) > 1:
@@ -273,7 +274,7 @@ class Objective(MeanLoss):
         self.mass_sum += float((weights * self.model.mass(outputs, batch)).sum())
         # Last: the graph of the whole batch is no longer held.
         check_rows_without_others(self.model, outputs, batch, index, rows.start)
-        return losses.detach().sum()
+        return float(losses.detach().sum())
 
     def _merge(self) -> None:
         """Join batches that are too small for fast products: each row was found to be alone."""
