@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
@@ -59,7 +60,7 @@ def _function(entry: Callable[..., Any] | None) -> types.FunctionType | None:
     while isinstance(entry, functools.partial | types.MethodType):
         entry = entry.func if isinstance(entry, functools.partial) else entry.__func__
     if not isinstance(entry, types.FunctionType):
-        entry = getattr(type(entry), "__call__", None)  # noqa: B004 (the function of the class is wanted)
+        entry = inspect.getattr_static(type(entry), "__call__", None)
     return entry if isinstance(entry, types.FunctionType) else None
 
 

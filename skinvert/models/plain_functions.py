@@ -118,7 +118,7 @@ def _padded(
     return input[places], None if weights is None else weights[places], inside
 
 
-def register_hook(tensor: torch.Tensor, hook: Any) -> RemovableHandle:  # noqa: ARG001 (torch's signature)
+def register_hook(*_args: Any, **_kwargs: Any) -> RemovableHandle:
     """Return the handle of a hook that is never called."""
     return RemovableHandle(OrderedDict[int, Any]())
 

@@ -9,7 +9,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
-from torch._C._functorch import is_functorch_wrapped_tensor  # `torch.func` has no name for it before 2.7.
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..._check import must_be
@@ -186,7 +185,7 @@ class _Recorder:
         if layer is None:
             return result
         own = self.calls.setdefault(key, [])
-        if is_functorch_wrapped_tensor(result):
+        if not _has_memory(result):
             # Of a transform of `torch.func` in the forward pass: no tensor once that has ended.
             own.append(Call(a, result.shape, None))
             return result
@@ -218,6 +217,15 @@ def _check_dtype(layer: Layer, result: torch.Tensor) -> None:
     if result.dtype != own:
         hint = "Is there an autocast in the forward pass? Try the model without it."
         raise ValueError(must_be(f"The result of {layer.name}", f"{own}, as its parameters are", result.dtype, hint))
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has numbers of its own; those that a transform of ``torch.func`` passes on have none."""
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _expanded(tensor: torch.Tensor, m: int, whole: bool) -> torch.Tensor:
