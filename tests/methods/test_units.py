@@ -40,7 +40,7 @@ def test_a_matrix_is_solved_in_the_units_of_its_parameters(dtype):
         x = inverse.solve(torch.from_numpy(Z * d).to(dtype)).x
     assert isinstance(inverse, CholeskyInverse)
     # Entry by entry, in its own units.
-    np.testing.assert_allclose(x.numpy() * d, np.linalg.solve(S, Z.T).T, rtol=1e5 * torch.finfo(dtype).eps)
+    np.testing.assert_allclose(x.numpy() * d, np.linalg.solve(S, Z.T).T, rtol=1e3 * torch.finfo(dtype).eps)
     torch.testing.assert_close(A.matrix, scaled(dtype)[0].matrix, rtol=0, atol=0)
 
 
@@ -90,7 +90,7 @@ def test_in_float32_a_column_of_ten_thousands_hides_no_other(curvature):
     net = nn.Linear(4, 1)
     inverter = HessianInverter("direct", curvature=curvature, loss="mse")
     influence = InfluenceFunction(inverter).fit(net, (torch.from_numpy(X), torch.from_numpy(y)[:, None]))
-    np.testing.assert_allclose(influence.leverage(), hat_values(X.astype(float)), rtol=1e-2)
+    np.testing.assert_allclose(influence.leverage(), hat_values(X.astype(float)), rtol=1e-3)
 
 
 def test_what_is_left_out_for_its_units_is_told():
@@ -108,6 +108,8 @@ def test_a_null_direction_in_equal_units_is_not_told(recwarn):
     HessianInverter("direct").fit(LogisticRegression().fit(X, y), (X, y))
     twice = np.c_[X, X[:, :1]]
     HessianInverter("direct").fit(LinearRegression().fit(twice, y), (twice, y))
+    # Nor one of small parameters that is null by itself.
+    HessianInverter("direct").fit(np.c_[X[:, :1], 1e-6 * X[:, 1:2], 1e-6 * X[:, 1:2]])
     assert not [warning for warning in recwarn if "units" in str(warning.message)]
 
 
