@@ -498,7 +498,9 @@ def test_a_file_is_resumed_in_other_batches(method, tmp_path):
     again = InfluenceFunction(clone(batched).set_params(batch_size=7), batch_size=4).fit(net, data)
     with sklearn.config_context(working_memory=1e-3):
         found = again.transform(data, out=path)
-    np.testing.assert_allclose(found, again.transform(data), rtol=1e-3, atol=1e-5)
+    # To what cg is asked for in float32, over λ.
+    expected = again.transform(data)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("note", ["", "[]", "{", "[" * 100_000, '{"job": {}, "numbers": {"inverse": "?"}}'])
